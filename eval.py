@@ -1,0 +1,121 @@
+"""Score weights on the validation set of a config: VOC 2007, VOC area and COCO average precision, per class.
+
+python eval.py --config configs/voc.yaml --weights runs/voc/best.pt [--teacher] [--save FOLDER] [key.path=value ...]
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdmini import config, engine
+from kdmini.contracts import UserError
+from kdmini.data.loader import ValLoader
+from kdmini.runlog import replace_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--weights", help="a file for the student; without it, the config's student.weights")
+    parser.add_argument("--teacher", action="store_true", help="score the config's teacher too, side by side")
+    parser.add_argument("--save", metavar="FOLDER", help="write the detections there, as NAME.json")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    args = parser.parse_args()
+    try:
+        settings = config.load(args.config, args.overrides)
+        config.call(evaluate, settings, args.config, weights=args.weights, with_teacher=args.teacher, save=args.save)
+    except UserError as error:
+        if args.debug:
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def evaluate(
+    weights: str | None,
+    with_teacher: bool,
+    save: str | None,
+    data: dict[str, Any],
+    student: dict[str, Any],
+    metric: dict[str, Any],
+    train: dict[str, Any],
+    teacher: dict[str, Any] | None = None,
+    device: str = "auto",
+    **others: Any,  # sections that only training reads
+) -> None:
+    """Builds the detectors, scores each, prints one table. The parameters after `save` are sections of the config."""
+    place = engine.pick_device(device)
+    autocast, _ = engine.precision(train.get("amp", True), place)
+    if weights:
+        given = student.get("weights")
+        student = {**student, "weights": {**given, "path": weights} if isinstance(given, Mapping) else weights}
+    sections = {"student": student}
+    if with_teacher:
+        if not teacher:
+            raise UserError("--teacher: the config has no teacher")
+        sections["teacher"] = teacher
+    for name, section in sections.items():
+        if not section.get("weights"):
+            raise UserError(f"{name}: no weights to evaluate; give --weights FILE")
+
+    val_set = config.build(data["val"], "data.val")
+    keys = ("imgsz", "workers", "storage", "limit")
+    loader = config.call(
+        ValLoader, {k: data[k] for k in keys if k in data}, "data", dataset=val_set, batch=train["batch"], device=place
+    )
+    metrics = {}
+    for name, section in sections.items():
+        detector = config.build(section, name, names=val_set.names).to(place, memory_format=torch.channels_last)
+        if detector.names != val_set.names:
+            raise UserError(f"{name}: its classes are not the data set's; it cannot be scored on it")
+        if hasattr(detector, "fold"):
+            detector.eval().fold()
+        metrics[name] = config.build(metric, "metric", names=val_set.names)
+        engine.evaluate(detector, loader, metrics[name], autocast)
+    print(table(metrics))
+    for name, scored in metrics.items():
+        if hasattr(scored, "official"):
+            print(f"{name}, by pycocotools: " + ", ".join(f"{k} {v:.4f}" for k, v in scored.official().items()))
+    if save:
+        Path(save).mkdir(parents=True, exist_ok=True)
+        for name, scored in metrics.items():
+            replace_text(Path(save) / f"{name}.json", json.dumps(scored.detections_json()))
+            print(f"detections: {Path(save) / name}.json")
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """One row for all classes and one for each, the same columns for every detector."""
+    means = {name: metric.compute() for name, metric in metrics.items()}
+    columns = list(next(iter(means.values())))
+    rows = {"all classes": {name: dict(m) for name, m in means.items()}}
+    for name, metric in metrics.items():
+        for label, values in metric.per_class().items() if hasattr(metric, "per_class") else ():
+            rows.setdefault(label, {})[name] = values
+    width = max(len(label) for label in rows)
+    heads = [f"{name:^{9 * len(columns)}}" for name in metrics]
+    lines = [
+        " " * (width + 9) + " |".join(heads),
+        f"{'':{width}}  objects" + " |".join("".join(f"{column:>9}" for column in columns) for _ in metrics),
+    ]
+    for label, values in rows.items():
+        objects = next(iter(values.values())).get("objects", math.nan)
+        count = f"{objects:9.0f}" if math.isfinite(objects) else " " * 9
+        cells = ("".join(f"{cell(values[name][column]):>9}" for column in columns) for name in metrics)
+        lines.append(f"{label:{width}}" + count + " |".join(cells))
+    return "\n".join(lines)
+
+
+def cell(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "-"
+
+
+if __name__ == "__main__":
+    main()

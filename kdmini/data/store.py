@@ -1,0 +1,161 @@
+"""Decoded images, once: every picture of a dataset in one flat buffer of packed pixels.
+
+A pixel is an int32 that holds the bytes R, G, B, 0 (lowest first), so that one gather fetches a whole pixel.
+Offsets into the buffer are int64: VOC2012 alone has 3.2e9 pixels.
+Legend: M images of the store.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from kdmini.contracts import Dataset, Target, UserError
+
+Storage = Literal["auto", "resident", "mapped"]
+
+
+class Picture(NamedTuple):
+    """One decoded image, its long side at most the image size."""
+
+    pixels: np.ndarray  # (H * W,) int32
+    size: tuple[int, int]  # H, W as stored
+    native: tuple[int, int]  # H, W of the file
+    target: Target  # in pixels of the file
+
+
+class Store:
+    """All images of a dataset, decoded by threads when it is built.
+
+    storage: `resident` keeps the pixels on `device`; `mapped` in a scratch file (in KDMINI_CACHE, else
+        ~/.cache/kdmini; it vanishes with the process, so it can neither be stale nor be left behind);
+        `auto` is resident when they fill less than half of the device's free memory.
+    limit: keep a fixed random subset of that many images.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        imgsz: int,
+        device: torch.device | str = "cpu",
+        workers: int = 8,
+        storage: Storage = "auto",
+        limit: int | None = None,
+        name: str = "images",
+    ):
+        device = torch.device(device)
+        indices = subset(len(dataset), limit)
+        if not indices:
+            raise UserError(f"{name}: the dataset has no images")
+        pictures = decode_all(dataset, indices, imgsz, workers, name)
+        first = next(pictures)
+        if storage == "auto":
+            storage = "resident" if first.pixels.nbytes * len(indices) < free_bytes(device) / 2 else "mapped"
+
+        about: list[Picture] = []
+
+        def pixels() -> Iterator[np.ndarray]:
+            for picture in chain([first], pictures):
+                about.append(picture._replace(pixels=np.empty(0, np.int32)))
+                yield picture.pixels
+
+        self.pixels = resident(list(pixels()), device) if storage == "resident" else mapped(pixels())
+        self.sizes = np.array([p.size for p in about])  # (M, 2) H, W
+        self.native = np.array([p.native for p in about])  # (M, 2) H, W
+        self.offsets = np.concatenate([[0], np.cumsum(self.sizes.prod(1, dtype=np.int64))[:-1]])  # (M,)
+        self.targets = [p.target for p in about]
+        self.names = list(dataset.names)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def subset(length: int, limit: int | None) -> list[int]:
+    """The images kept: all, or the same `limit` of them every time, in order."""
+    if limit is not None and limit < 1:
+        raise UserError(f"data.limit: {limit} is less than one image; give 1 or more, or null for all")
+    if limit is None or limit >= length:
+        return list(range(length))
+    return sorted(np.random.default_rng(0).choice(length, limit, replace=False).tolist())
+
+
+def decode_all(dataset: Dataset, indices: Sequence[int], imgsz: int, workers: int, name: str) -> Iterator[Picture]:
+    """Pictures in order, decoded by threads (Pillow lets go of the interpreter's lock), with a progress bar."""
+
+    def picture(index: int) -> Picture:
+        image, target = dataset[index]
+        native = image.shape[:2]
+        reduced = shrink(image, imgsz)
+        return Picture(pack(reduced), reduced.shape[:2], native, target)
+
+    with (
+        ThreadPoolExecutor(max(workers, 1)) as pool,
+        tqdm(total=len(indices), desc=f"decode {name}", unit="img") as bar,
+    ):
+        for start in range(0, len(indices), 256):  # bounds what waits in memory for a slow disk
+            for result in pool.map(picture, indices[start : start + 256]):
+                bar.update()
+                yield result
+
+
+def shrink(image: np.ndarray, imgsz: int) -> np.ndarray:
+    """(H, W, 3) uint8, reduced with antialiasing so that the long side is at most imgsz."""
+    height, width = image.shape[:2]
+    ratio = imgsz / max(height, width)
+    if ratio >= 1:
+        return image
+    size = max(round(width * ratio), 1), max(round(height * ratio), 1)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+
+def pack(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H * W,) int32."""
+    height, width = image.shape[:2]
+    padded = np.empty(image.size + 1, np.uint8)
+    padded[:-1] = image.reshape(-1)
+    # four bytes from every third on: the fourth belongs to the next pixel and is masked away
+    overlapping = np.ndarray((height * width,), "<i4", padded, strides=(3,))
+    return overlapping & 0xFFFFFF
+
+
+def resident(parts: list[np.ndarray], device: torch.device) -> Tensor:
+    """Joins the parts in one buffer on the device, and empties the list meanwhile: memory holds them once."""
+    at = sum(len(part) for part in parts)
+    buffer = torch.empty(at, dtype=torch.int32, device=device)
+    while parts:
+        part = parts.pop()
+        buffer[at - len(part) : at] = torch.from_numpy(part)
+        at -= len(part)
+    return buffer
+
+
+def mapped(parts: Iterator[np.ndarray]) -> Tensor:
+    """Writes the parts to a scratch file and maps it."""
+    folder = Path(os.environ.get("KDMINI_CACHE", "~/.cache/kdmini")).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for part in parts:
+                part.tofile(file)
+            file.flush()
+            return torch.from_numpy(np.memmap(file, np.int32, mode="r+"))
+    except OSError as error:
+        raise UserError(
+            f"cannot keep decoded images in {folder} ({error}); set KDMINI_CACHE to a larger disk"
+        ) from error
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,1 @@
+"""Distillation: taps, alignment, attention transfer and its schedule."""

@@ -1,0 +1,33 @@
+"""Alignment: a 1x1 convolution brings each tap of the student to the teacher's number of channels."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from kdmini.contracts import Feats
+
+Shapes = Mapping[str, tuple[int, int, int, int]]  # tap -> (student C, teacher C, H, W)
+Mode = Literal["all", "unequal", "none", "frozen"]
+
+
+class Align(nn.Module):
+    """Conv1x1 + BatchNorm(affine=False) at each tap: {tap: (N, Cs, H, W)} -> {tap: (N, Ct, H, W)}.
+
+    mode: `all` taps, `unequal` only where the channels differ, `none`, or `frozen`: all, as initialised.
+    The convolution has no bias: the BatchNorm after it would take it out again.
+    """
+
+    def __init__(self, shapes: Shapes, mode: Mode = "all"):
+        super().__init__()
+        self.taps = list(shapes)
+        self.layers = nn.ModuleList(  # a list, for a ModuleDict does not take names with dots
+            nn.Identity()
+            if mode == "none" or (mode == "unequal" and cs == ct)
+            else nn.Sequential(nn.Conv2d(cs, ct, 1, bias=False), nn.BatchNorm2d(ct, affine=False))
+            for cs, ct, _, _ in shapes.values()
+        )
+        self.requires_grad_(mode != "frozen")
+
+    def forward(self, feats: Feats) -> Feats:
+        return {tap: layer(feats[tap]) for tap, layer in zip(self.taps, self.layers, strict=True)}

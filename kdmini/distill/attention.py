@@ -1,0 +1,59 @@
+"""Attention transfer: the student learns where the teacher looks.
+
+Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
+Legend: N images, C channels, H W cells.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdmini.contracts import Targets, View
+
+EPS = 1e-8
+
+
+def attention_map(feat: Tensor, p: float = 2.0) -> Tensor:
+    """A(F) = sum_c |F_c|^p / (||sum_c |F_c|^p||_2 + eps): (N, C, H, W) -> (N, H, W) of unit norm.
+
+    In float32 at least: eps is 0 in float16, and the sum over 512 channels overflows it at activations of 12.
+    """
+    feat = feat.to(torch.promote_types(feat.dtype, torch.float32))
+    energy = (feat.square() if p == 2 else feat.abs().pow(p)).sum(1)  # (N, H, W)
+    # vector_norm has gradient 0 at 0; a hand-written square root would give NaN there
+    return energy / (torch.linalg.vector_norm(energy, dim=(1, 2), keepdim=True) + EPS)
+
+
+def map_distance(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
+    """L2 distance of the two attention maps, image by image: (N, C, H, W), (N, C', H, W) -> (N,), in 0..sqrt(2)."""
+    return torch.linalg.vector_norm(attention_map(student, p) - attention_map(teacher, p), dim=(1, 2))
+
+
+class AttentionTransfer(nn.Module):
+    """Sum over the taps of the distance between the attention maps of student and teacher.
+
+    reduction, with D_n the difference of the two maps of image n:
+        notes        sqrt(sum_n ||D_n||^2) / N: falls as 1 / sqrt(N), so the weight belongs to a batch size
+        sample       mean_n ||D_n||: the same at every batch size
+        mean_square  mean of D^2 over images and cells: the code of the paper's authors
+    """
+
+    uses = frozenset({"feats"})
+
+    def __init__(self, reduction: Literal["notes", "sample", "mean_square"] = "notes", p: float = 2.0):
+        super().__init__()
+        self.reduction = reduction
+        self.p = p
+
+    def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
+        return torch.stack([self.distance(student.feats[tap], teacher.feats[tap]) for tap in teacher.feats]).sum()
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """(N, C, H, W), (N, C', H, W) -> scalar."""
+        if self.reduction == "sample":
+            return map_distance(student, teacher, self.p).mean()
+        difference = attention_map(student, self.p) - attention_map(teacher, self.p)  # (N, H, W)
+        if self.reduction == "mean_square":
+            return difference.square().mean()
+        return torch.linalg.vector_norm(difference) / len(difference)

@@ -1,0 +1,47 @@
+"""Forward-hook taps: the outputs of named submodules, without touching the detector."""
+
+import difflib
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kdmini.contracts import Feats, UserError
+
+
+class Taps:
+    """Keeps the output of each named submodule during a forward pass.
+
+    Attach after every deep copy (a copy takes the hooks with it) and before compilation (a compiled
+    model ignores hooks that come later, in silence). Raises UserError for a name that does not exist.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        modules = dict(model.named_modules())
+        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in modules.values()):
+            raise RuntimeError("taps must be attached before the model is compiled: hooks set later never fire")
+        self.names = list(names)
+        self._feats: dict[str, Tensor] = {}
+        for name in self.names:
+            if name not in modules or not name:
+                near = difflib.get_close_matches(name, modules, n=3)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise UserError(f"distill.taps: {type(model).__name__} has no submodule {name!r}{hint}")
+        self._handles = [modules[name].register_forward_hook(self._keeper(name)) for name in self.names]
+
+    def _keeper(self, name: str):
+        def keep(module: nn.Module, args: object, output: Tensor) -> None:
+            self._feats[name] = output
+
+        return keep
+
+    def take(self) -> Feats:
+        """-> {name: (N, C, H, W)} of the last forward pass, and forgets it. Raises where a tap did not fire."""
+        feats, self._feats = self._feats, {}
+        silent = [name for name in self.names if name not in feats]
+        if silent:
+            raise RuntimeError(f"taps {silent} did not fire in this forward pass")
+        return feats
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

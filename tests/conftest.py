@@ -1,0 +1,53 @@
+"""A small generated data set and a small detector, so that a whole run takes seconds."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # train.py and eval.py are scripts beside the package
+
+TINY = "[0.5, 0.0625, 1024]"  # a YOLO11 of 0.2 M parameters
+
+CONFIG = """
+run: {run}
+seed: 3
+device: cpu
+data:
+  imgsz: 64
+  workers: 2
+  train: {{build: kdmini.data.voc:VOC, root: {shapes}, splits: [train], names: [circle, square, triangle, star, ring, cross]}}
+  val: {{build: kdmini.data.voc:VOC, root: {shapes}, splits: [val], names: [circle, square, triangle, star, ring, cross]}}
+student: {{build: kdmini.yolo11.model:YOLO11, scale: {tiny}}}
+teacher: {{build: kdmini.yolo11.model:YOLO11, scale: {tiny}}}
+distill:
+  taps: [model.6, model.8, model.13, model.16, model.19, model.22]
+  attention: {{build: kdmini.distill.attention:AttentionTransfer, weight: 0.75, schedule: [[0, 2.0, 2, 0.0], [3, 1.0, 4, 1.0]]}}
+metric: {{build: kdmini.metrics:DetectionMetric}}
+train: {{epochs: 4, batch: 8, nbs: 16, warmup_steps: 4, warmup_epochs: 1, ema_tau: 10}}
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(1)  # the detectors are too small for two
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VOC-layout folder of 24 training and 8 validation scenes of 64 pixels."""
+    from kdmini.data.shapes import write_set
+
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    write_set(root, train=24, val=8, size=64, seed=0)
+    return root
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, shapes: Path) -> Path:
+    """The config of a run of four epochs in tmp_path/run; lambda is 0 in the third."""
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.format(run=tmp_path / "run", shapes=shapes, tiny=TINY))
+    return path

@@ -1,0 +1,108 @@
+"""Taps: found by name, fire in every forward pass, or say so."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kdmini.contracts import UserError
+from kdmini.distill.taps import Taps
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.stage = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 5, 1)])
+        self.aside = nn.Conv2d(3, 3, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images)
+        for layer in self.stage:
+            x = layer(x)
+        return x
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_keeps_the_outputs_under_their_names() -> None:
+    net, images = Net(), torch.rand(2, 3, 4, 4)
+    taps = Taps(net, ["stage.1", "stem"])
+    output = net(images)
+    feats = taps.take()
+    assert set(feats) == {"stage.1", "stem"}
+    assert feats["stage.1"] is output
+    assert torch.equal(feats["stem"], net.stem(images))
+    assert feats["stem"].requires_grad  # the student learns through it
+
+
+@pytest.mark.parametrize("name, near", [("stage.11", "stage.1"), ("module.stem", None), ("stam", "stem"), ("", None)])
+def test_an_unmatched_tap_is_refused_by_name_with_the_nearest(name: str, near: str | None) -> None:
+    with pytest.raises(UserError, match=f"Net has no submodule {name!r}") as caught:
+        Taps(Net(), ["stem", name])
+    assert near is None or f"did you mean {near}" in str(caught.value)
+
+
+def test_a_refused_tap_leaves_no_hook() -> None:
+    net = Net()
+    with pytest.raises(UserError):
+        Taps(net, ["stem", "steam"])
+    assert hooks(net) == 0
+
+
+def test_a_tap_that_does_not_fire_raises() -> None:
+    net = Net()
+    taps = Taps(net, ["stem", "aside"])
+    net(torch.rand(1, 3, 4, 4))
+    with pytest.raises(RuntimeError, match=r"\['aside'\] did not fire"):
+        taps.take()
+
+
+def test_feats_are_forgotten_once_taken() -> None:
+    net = Net()
+    taps = Taps(net, ["stem"])
+    net(torch.rand(1, 3, 4, 4))
+    taps.take()
+    with pytest.raises(RuntimeError, match="did not fire"):  # not those of the last step again
+        taps.take()
+    assert not taps._feats  # nor is memory held until the next step
+
+
+def test_a_compiled_model_is_refused() -> None:
+    net = Net()
+    net.compile()
+    with pytest.raises(RuntimeError, match="before the model is compiled"):
+        Taps(net, ["stem"])
+    with pytest.raises(RuntimeError, match="before the model is compiled"):
+        Taps(torch.compile(Net()), ["_orig_mod.stem"])  # type: ignore[arg-type]
+    part = Net()
+    part.stage[0].compile()
+    with pytest.raises(RuntimeError, match="before the model is compiled"):
+        Taps(part, ["stem"])
+
+
+def test_a_copy_made_before_has_no_hooks_and_one_made_after_has() -> None:
+    net = Net()
+    before = copy.deepcopy(net)
+    taps = Taps(net, ["stem", "stage.0"])
+    assert (hooks(before), hooks(net), hooks(copy.deepcopy(net))) == (0, 2, 2)  # why the EMA is built first
+    before(torch.rand(1, 3, 4, 4))
+    with pytest.raises(RuntimeError, match="did not fire"):
+        taps.take()
+
+
+def test_removed_taps_leave_the_model_as_it_was() -> None:
+    net = Net()
+    taps = Taps(net, ["stem", "stage.0"])
+    taps.remove()
+    assert hooks(net) == 0
+
+
+def test_names_in_the_state_dict_do_not_change() -> None:
+    net = Net()
+    keys = list(net.state_dict())
+    Taps(net, ["stem"])
+    assert list(net.state_dict()) == keys

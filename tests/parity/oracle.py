@@ -1,0 +1,33 @@
+"""Runs a script with the reference implementation, in a process of its own: none of it is imported here."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+def oracle(script: str, *args: object) -> str:
+    """Standard output of `script`, run with `args` in sys.argv[1:]; skips the test where there is no oracle.
+
+    KDMINI_ORACLE names the folder into which `pip install --target ... --no-deps` put ultralytics 8.3.250.
+    The script sees neither kdmini nor the network, and its settings go to a folder that is deleted.
+    """
+    folder = os.environ.get("KDMINI_ORACLE")
+    if not folder:
+        pytest.skip("KDMINI_ORACLE is not set: no reference implementation to compare with")
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = os.environ | {
+            "PYTHONPATH": str(Path(folder).resolve()),
+            "YOLO_CONFIG_DIR": scratch,
+            "YOLO_OFFLINE": "true",
+            "YOLO_AUTOINSTALL": "false",
+            "YOLO_VERBOSE": "false",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", script, *map(str, args)]
+        done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

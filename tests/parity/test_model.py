@@ -1,0 +1,222 @@
+"""The same weights give the same maps, boxes, losses and gradients as the reference implementation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import oracle
+from torch import Tensor, nn
+
+from kdmini.yolo11.model import YOLO11, decode_maps, select
+
+pytestmark = pytest.mark.parity
+
+TAPS = (6, 8, 13, 16, 19, 22)
+PAIRS = [(scale, classes) for scale in ("n", "s", "m") for classes in (80, 20)]
+
+# argv: scale, classes, folder. Reads folder/given.pt, writes folder/model.pt as the trainer does, and folder/found.pt.
+RUN = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from ultralytics import __version__
+from ultralytics.nn.tasks import DetectionModel
+
+scale, classes, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+given = torch.load(folder / "given.pt", weights_only=True)
+torch.manual_seed(classes)
+model = DetectionModel(f"yolo11{scale}.yaml", nc=classes, verbose=False)
+model.names = {k: f"class {k}" for k in range(classes)}
+for module in model.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.running_mean.normal_(0, 0.1)
+        module.running_var.uniform_(0.5, 1.5)
+        torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        torch.nn.init.normal_(module.bias, 0, 0.1)
+for branch in model.model[-1].cv3:  # as far as from the start of training as the rest, so that classes count
+    torch.nn.init.normal_(branch[-1].bias, -2)
+torch.save({
+    "date": "", "version": __version__, "license": "AGPL-3.0", "docs": "", "epoch": -1, "best_fitness": None,
+    "model": model.half(), "ema": None, "updates": None, "optimizer": None, "train_args": {},
+}, folder / "model.pt")
+model.float()
+
+found = {}
+def keep(name):
+    return lambda module, args, output: found.__setitem__(name, output.detach().clone())
+handles = [model.model[i].register_forward_hook(keep(f"tap {i}")) for i in (6, 8, 13, 16, 19, 22)]
+model.eval()
+with torch.no_grad():
+    found["decoded"], maps = model(given["images"])
+for handle in handles:
+    handle.remove()
+found |= {f"map {i}": level for i, level in enumerate(maps)}
+
+model.train()
+model.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
+maps = model(given["images"])
+found |= {f"training map {i}": level.detach().clone() for i, level in enumerate(maps)}
+total, items = model.init_criterion()(maps, {k: given[k] for k in ("batch_idx", "cls", "bboxes")})
+total.sum().backward()
+found |= {f"loss {name}": value for name, value in zip(("box", "cls", "dfl"), items)}
+found |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+found |= {f"buffer {name}": b for name, b in model.named_buffers()}
+torch.save(found, folder / "found.pt")
+"""
+
+HEIGHT, WIDTH = 128, 160
+SCENES = {  # boxes in pixels, and the class
+    "crowded": [
+        *([10, 10, 70, 60, 0], [14, 12, 74, 66, 0], [8, 20, 66, 70, 5], [60, 30, 150, 120, 3], [64, 40, 140, 110, 7]),
+        *([20, 70, 60, 125, 19], [90, 4, 156, 40, 2], [100, 8, 130, 32, 2], [40, 40, 110, 90, 11], [5, 5, 155, 123, 1]),
+    ],
+    "empty": [],
+    "single": [[33.25, 20.5, 120.75, 101.5, 4]],
+    "tiny": [[40, 40, 42, 43, 6], [99.5, 63.25, 104, 69, 8], [120, 20, 120.5, 20.5, 8], [75, 3, 77, 119, 9]],
+    "duplicate": [[20, 20, 90, 100, 10], [20, 20, 90, 100, 10], [20, 20, 90, 100, 12], [100, 50, 140, 90, 10]],
+    "border": [[0, 0, 160, 128, 13], [0, 0, 24, 20, 14], [136, 100, 160, 128, 15], [0, 60, 160, 70, 16]],
+}
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: f"{pair[0]}{pair[1]}")
+def both(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """kdmini's detector, loaded from the reference's file, what the reference found, and the batch."""
+    scale, classes = request.param
+    folder = tmp_path_factory.mktemp("parity")
+    rows = torch.tensor([[n, *object] for n, objects in enumerate(SCENES.values()) for object in objects])
+    corners = rows[:, 1:5]
+    centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+    torch.manual_seed(0)
+    images = torch.rand(len(SCENES), 3, HEIGHT, WIDTH)
+    given = {
+        "images": images,
+        "batch_idx": rows[:, 0],
+        "cls": rows[:, 5:],
+        "bboxes": torch.cat([centres, sides], 1) / torch.tensor([WIDTH, HEIGHT] * 2),
+    }
+    torch.save(given, folder / "given.pt")
+    oracle(RUN, scale, classes, folder)
+    most = max(map(len, SCENES.values()))
+    boxes, labels = torch.zeros(len(SCENES), most, 4), torch.full((len(SCENES), most), -1)
+    for n, objects in enumerate(SCENES.values()):
+        for g, (*box, label) in enumerate(objects):
+            boxes[n, g], labels[n, g] = torch.tensor(box), label
+    return {
+        "model": YOLO11([f"class {i}" for i in range(classes)], scale, weights=str(folder / "model.pt")),
+        "found": torch.load(folder / "found.pt", weights_only=True),
+        "images": images,
+        "targets": {"boxes_xyxy": boxes, "labels": labels},
+    }
+
+
+def assert_close(ours: Tensor, theirs: Tensor, what: str, relative: float = 1e-4) -> None:
+    """The largest difference, against the largest value."""
+    assert ours.shape == theirs.shape, what
+    assert (ours - theirs).abs().max() <= relative * theirs.abs().max(), what
+
+
+def test_maps_taps_and_boxes(both: dict[str, Any]) -> None:
+    model, found = both["model"].eval(), both["found"]
+    feats: dict[int, Tensor] = {}
+    handles = [
+        model.get_submodule(f"model.{tap}").register_forward_hook(lambda m, a, o, tap=tap: feats.update({tap: o}))
+        for tap in TAPS
+    ]
+    with torch.no_grad():
+        preds = model(both["images"])
+    for handle in handles:
+        handle.remove()
+    for level, ours in enumerate(preds):
+        assert_close(ours, found[f"map {level}"], f"map {level}")
+    for tap in TAPS:
+        assert_close(feats[tap], found[f"tap {tap}"], f"tap {tap}")
+    boxes, scores = decode_maps(preds)
+    centres, sides = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+    assert_close(torch.cat([centres, sides], -1), found["decoded"][:, :4].mT, "boxes")
+    assert_close(scores, found["decoded"][:, 4:].mT, "scores")
+    assert scores.max() > 0.2  # classes are alive
+
+
+def test_training_maps_losses_gradients_and_statistics(both: dict[str, Any]) -> None:
+    model, found = both["model"].train(), both["found"]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    preds = model(both["images"])
+    for level, ours in enumerate(preds):
+        assert_close(ours, found[f"training map {level}"], f"training map {level}")
+    losses = model.loss(preds, both["targets"])
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(found[f"loss {name}"].item(), rel=1e-4) and value > 0.1, name
+    model.zero_grad()
+    (len(both["images"]) * sum(losses.values())).backward()
+    ours = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    theirs = {key: value for key, value in found.items() if key.startswith("grad ")}
+    assert ours.keys() == theirs.keys()
+    whole = torch.stack([value.norm() for value in theirs.values()]).norm()
+    for name, value in theirs.items():
+        # below a hundred-thousandth of the whole, as of a bias before a BatchNorm, a gradient is rounding alone
+        limit = max(1e-4 * value.norm(), 1e-6 * whole)
+        print(name, ((ours[name] - value).norm()/value.norm()).item(), (value.norm()/whole).item(), ((ours[name] - value).norm()/limit).item())
+        assert (ours[name] - value).norm() <= limit, name
+    for name, buffer in model.named_buffers():
+        assert_close(buffer.float(), found[f"buffer {name}"].float(), name)
+    model.load_state_dict(state)  # the statistics have moved
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+from ultralytics.nn.tasks import DetectionModel
+
+scale, classes, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+given = torch.load(folder / "given.pt", weights_only=True)
+model = DetectionModel(f"yolo11{scale}.yaml", nc=classes, verbose=False).eval()
+print(model.load_state_dict(given["state"], strict=True))
+with torch.no_grad():
+    torch.save(model(given["images"])[1], folder / "found.pt")
+"""
+
+
+@pytest.mark.parametrize("scale, classes", PAIRS)
+def test_a_trained_student_loads_back(tmp_path: Path, scale: str, classes: int) -> None:
+    torch.manual_seed(1)
+    model = YOLO11([f"class {i}" for i in range(classes)], scale)
+    images = torch.rand(2, 3, 96, 64)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.5
+        model.train()(images)
+        ours = model.eval()(images)
+    torch.save({"state": model.state_dict(), "images": images}, tmp_path / "given.pt")
+    assert "All keys matched" in oracle(LOAD, scale, classes, tmp_path)
+    for level, (mine, theirs) in enumerate(
+        zip(ours, torch.load(tmp_path / "found.pt", weights_only=True), strict=True)
+    ):
+        assert_close(mine, theirs, f"map {level}")
+
+
+NMS = """
+import sys
+import torch
+from ultralytics.utils.nms import non_max_suppression
+preds, score, iou, most = torch.load(sys.argv[1] + "/given.pt", weights_only=True)
+torch.save(non_max_suppression(preds, score, iou, multi_label=True, max_det=most), sys.argv[1] + "/found.pt")
+"""
+
+
+@pytest.mark.parametrize("score, iou, most", [(0.001, 0.7, 300), (0.5, 0.3, 40)])
+def test_nms(tmp_path: Path, score: float, iou: float, most: int) -> None:
+    torch.manual_seed(2)
+    centres, sides = torch.rand(2, 400, 2) * 300, torch.rand(2, 400, 2) * 90 + 5
+    boxes = torch.cat([centres - sides / 2, centres + sides / 2], -1)
+    scores = torch.rand(2, 400, 6) ** 3
+    torch.save((torch.cat([centres, sides, scores], -1).mT, score, iou, most), tmp_path / "given.pt")
+    oracle(NMS, tmp_path)
+    for image, theirs in enumerate(torch.load(tmp_path / "found.pt", weights_only=True)):
+        ours = select(boxes[image], scores[image], score, iou, most)
+        assert 20 < len(theirs) <= most
+        assert torch.allclose(ours["boxes_xyxy"], theirs[:, :4], atol=1e-3)
+        assert torch.equal(ours["scores"], theirs[:, 4]) and torch.equal(ours["labels"], theirs[:, 5].long())
