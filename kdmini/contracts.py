@@ -56,6 +56,8 @@ class View(NamedTuple):
 
 
 class Dataset(Protocol):
+    """Optional: `report()`, one line about what was set right while reading, printed when all images are read."""
+
     names: list[str]  # K class names; a label is an index into it
 
     def __len__(self) -> int: ...

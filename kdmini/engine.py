@@ -167,8 +167,9 @@ class Tally:
         self.names, self.waiting = [], []
         if self.progress.skipped >= MAX_SKIPPED:
             what = f"{', '.join(sorted(broken))} not finite" if broken else "all losses finite"
+            count = self.progress.skipped
             raise UserError(
-                f"{self.progress.skipped} updates in a row without a finite gradient ({what}): lower train.lr0, or train.amp=false"
+                f"{count} updates in a row had no finite gradient ({what}): lower train.lr0, or train.amp=false"
             )
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 

@@ -1,13 +1,11 @@
 """A small generated data set and a small detector, so that a whole run takes seconds."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # train.py and eval.py are scripts beside the package
 
 TINY = "[0.5, 0.0625, 1024]"  # a YOLO11 of 0.2 M parameters
 
@@ -18,13 +16,20 @@ device: cpu
 data:
   imgsz: 64
   workers: 2
-  train: {{build: kdmini.data.voc:VOC, root: {shapes}, splits: [train], names: [circle, square, triangle, star, ring, cross]}}
-  val: {{build: kdmini.data.voc:VOC, root: {shapes}, splits: [val], names: [circle, square, triangle, star, ring, cross]}}
+  train: &set
+    build: kdmini.data.voc:VOC
+    root: {shapes}
+    splits: [train]
+    names: [circle, square, triangle, star, ring, cross]
+  val: {{<<: *set, splits: [val]}}
 student: {{build: kdmini.yolo11.model:YOLO11, scale: {tiny}}}
 teacher: {{build: kdmini.yolo11.model:YOLO11, scale: {tiny}}}
 distill:
   taps: [model.6, model.8, model.13, model.16, model.19, model.22]
-  attention: {{build: kdmini.distill.attention:AttentionTransfer, weight: 0.75, schedule: [[0, 2.0, 2, 0.0], [3, 1.0, 4, 1.0]]}}
+  attention:
+    build: kdmini.distill.attention:AttentionTransfer
+    weight: 0.75
+    schedule: [[0, 2.0, 2, 0.0], [3, 1.0, 4, 1.0]]
 metric: {{build: kdmini.metrics:DetectionMetric}}
 train: {{epochs: 4, batch: 8, nbs: 16, warmup_steps: 4, warmup_epochs: 1, ema_tau: 10}}
 """

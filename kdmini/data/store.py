@@ -74,6 +74,8 @@ class Store:
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes.prod(1, dtype=np.int64))[:-1]])  # (M,)
         self.targets = [p.target for p in about]
         self.names = list(dataset.names)
+        if report := getattr(dataset, "report", str)():
+            print(f"{name}: {report}")
 
     def __len__(self) -> int:
         return len(self.targets)

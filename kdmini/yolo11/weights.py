@@ -132,9 +132,10 @@ def read(path: str | Path) -> WeightFile:
         raise UserError(
             f"{path} is damaged or no weight file ({type(error).__name__}: {shown(str(error))}): obtain it again"
         ) from error
+    version, license_ = (shown(text) if text else "not stated" for text in (file.version, file.license))
     print(
-        f"{path.name}: {title(file.scale)}, {len(file.names)} classes, version {shown(file.version)}, "
-        f"license {shown(file.license)}, sha256 {file.sha256[:12]}" + ("" if file.sppf_act else ", SPPF without SiLU")
+        f"{path.name}: {title(file.scale)}{'' if file.sppf_act else ' (no SiLU in SPPF)'}, {len(file.names)} classes, "
+        f"version {version}, license {license_}, sha256 {file.sha256[:12]}"
     )
     return file
 
@@ -174,7 +175,7 @@ def fit(
 
 def _class_rows(file: WeightFile, state: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """The tensors that depend on the classes: the file's rows where it has the class, else those of `state`."""
-    theirs, ours = (tensors[CLASS_ROWS[0]].shape[1] for tensors in (file.state, state))
+    theirs, ours = (tensors[CLASS_ROWS[0]].shape[1:].numel() for tensors in (file.state, state))
     if theirs != ours:
         print(
             f"{file.path.name}: the class branch is {theirs} wide for {len(file.names)} classes and {ours} for "
@@ -182,6 +183,8 @@ def _class_rows(file: WeightFile, state: Mapping[str, Tensor], names: list[str])
         )
         return {key: value for key, value in state.items() if key.startswith(CLASS_BRANCH)}
 
+    other = [key for key in CLASS_ROWS if file.state[key].shape != (len(file.names), *state[key].shape[1:])]
+    _refuse_if(other, "has other shapes in", file)
     row_of = {COCO_NAME.get(name, name): row for row, name in enumerate(file.names)}
     row_of |= {name: row for row, name in enumerate(file.names)}
     source = [row_of.get(name, row_of.get(COCO_NAME.get(name, name))) for name in names]

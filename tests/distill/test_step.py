@@ -170,6 +170,9 @@ def test_both_networks_see_the_same_and_the_teachers_maps_carry_no_gradient() ->
     assert torch.equal(ours.feats["stem"], student.stem(batch)) and ours.feats["stem"].requires_grad
     assert torch.equal(theirs.feats["deep"], teacher.deep(teacher.stem(batch)))
     assert not theirs.feats["stem"].requires_grad and not theirs.feats["deep"].requires_grad
+    differentiable = images().requires_grad_()
+    distillation(differentiable, student(differentiable), targets, 0)
+    assert not probe.seen[1][1].feats["stem"].requires_grad  # type: ignore[union-attr]
 
 
 def test_taps_may_be_named_otherwise_in_the_teacher() -> None:

@@ -231,7 +231,7 @@ def test_ema_is_preferred_and_identity_in_sppf_is_seen(
     for model in (stepped, None):
         file = weights.read(public_file(tmp_path / "last.pt", model, ema=root, optimizer=optimizer, epoch=3))
         assert_equal(file.state, state)
-        assert not file.sppf_act and "SPPF without SiLU" in capsys.readouterr().out
+        assert not file.sppf_act and "YOLO11n (no SiLU in SPPF)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("scale, width, blocks", [("n", 16, 1), ("s", 32, 1), ("m", 64, 1), ("l", 64, 2), ("x", 96, 2)])
@@ -387,8 +387,10 @@ def test_a_file_that_does_not_fit_is_refused_by_name(classes: str | None) -> Non
         weights.fit(file, state | {"model.7.conv.weight": torch.rand(1)}, VOC, "s", classes)
     with pytest.raises(UserError, match=r"yolo11s.pt has unknown 'model.0.conv.weight'"):
         weights.fit(file, {key: state[key] for key in ROWS}, VOC, "s", classes)
-    with pytest.raises(UserError, match=r"yolo11s.pt has other shapes in 'model.0.conv.weight'"):
-        weights.fit(file, state | {"model.0.conv.weight": torch.rand(1)}, VOC, "s", classes)
+    for key in ("model.0.conv.weight", ROWS[1], ROWS[4]):
+        broken = weight_file(VOC, state=file.state | {key: torch.rand(3)})
+        with pytest.raises(UserError, match=f"yolo11s.pt has other shapes in '{re.escape(key)}'"):
+            weights.fit(broken, state, VOC, "s", classes)
 
 
 # --- kdmini's own files

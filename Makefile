@@ -1,0 +1,47 @@
+# Everything a user needs: set-up, the demo, the tests. `make demo` works on a bare machine with Python 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+ORACLE ?= .oracle
+RUN = $(VENV)/bin/python
+
+.PHONY: setup demo test long parity lint
+
+setup: $(VENV)/.installed
+
+# torch comes unpinned, in its CUDA build, which runs on CPUs too: torchvision's compiled operators do not load
+# beside a CPU-only torch
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# generated shapes, a teacher (YOLO11s), a student distilled from it (YOLO11n), and one table of both
+demo: setup
+	$(RUN) -m kdmini.data.shapes --root data/shapes
+	rm -rf $(RUNS)/demo_teacher $(RUNS)/demo
+	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo_teacher student.scale=s teacher=null distill=null
+	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo teacher.weights=$(RUNS)/demo_teacher/best.pt
+	$(RUN) eval.py --config $(RUNS)/demo/config.yaml --weights $(RUNS)/demo/best.pt --teacher
+
+test: setup
+	$(RUN) -m pytest -m 'not parity and not long'
+
+# the demo from end to end, and a detector that has to overfit sixteen photographs
+long: setup
+	$(RUN) -m pytest -m long
+
+parity: setup $(ORACLE)/.installed
+	KDMINI_ORACLE=$(ORACLE) $(RUN) -m pytest -m parity
+
+# ultralytics (AGPL-3.0) is compared with, never used: it stays outside the environment, without its dependencies
+$(ORACLE)/.installed: pyproject.toml
+	$(RUN) -m pip install --quiet --editable '.[dev,parity]'
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE) --no-deps ultralytics==8.3.250 ultralytics-thop py-cpuinfo
+	touch $@
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
