@@ -5,7 +5,7 @@ RUNS ?= runs
 ORACLE ?= .oracle
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test long parity lint
+.PHONY: setup demo test long parity bench lint
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,9 @@ $(ORACLE)/.installed: pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[dev,parity]'
 	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE) --no-deps ultralytics==8.3.250 ultralytics-thop py-cpuinfo
 	touch $@
+
+bench: setup
+	$(RUN) -m bench.step
 
 lint: setup
 	$(VENV)/bin/ruff check .

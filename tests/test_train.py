@@ -208,7 +208,7 @@ class Spots:
         x, y = np.random.default_rng(index).integers(4, 28, 2)
         image[y : y + 16, x : x + 16] = 220
         boxes = np.array([[x, y, x + 16, y + 16]], np.float32)
-        target = {"boxes_xyxy": boxes, "labels": np.zeros(1, np.int64), "difficult": np.zeros(1, bool), "id": str(index)}
+        target = {"boxes_xyxy": boxes, "labels": np.zeros(1, int), "difficult": np.zeros(1, bool), "id": str(index)}
         return image, target
 
 

@@ -309,6 +309,9 @@ def test_boxes_are_scaled_from_the_pixels_of_the_file():
     store = one_box([100, 60, 300, 120], size=(200, 400), imgsz=128)  # stored as 64 x 128
     ((boxes, _),) = render_boxes(store, letterbox(store, np.array([0]), 128), 128)
     assert np.allclose(boxes, [[32, 32 + 19.2, 96, 32 + 38.4]])
+    store = one_box([100, 1, 300, 9], size=(10, 400), imgsz=128)  # stored as 3 x 128: not the same in x and y
+    ((boxes, _),) = render_boxes(store, letterbox(store, np.array([0]), 128), 128)
+    assert np.allclose(boxes, [[32, 62 + 0.3, 96, 62 + 2.7]])
 
 
 def test_difficult_objects_are_not_trained_on():

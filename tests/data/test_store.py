@@ -100,6 +100,16 @@ def test_offsets_beyond_two_to_the_31_are_gathered_from(tmp_path):
     assert np.array_equal((picture.numpy() * 255).round(), expected)
 
 
+def test_offsets_do_not_wrap_at_two_to_the_31(monkeypatch):
+    # pictures of 1.6e9 pixels each by their own account, for no machine here could hold them
+    huge = [
+        store_module.Picture(np.zeros(1, np.int32), (40000, 40000), (40000, 40000), {"id": str(i)}) for i in range(4)
+    ]
+    monkeypatch.setattr(store_module, "decode_all", lambda *args: iter(huge))
+    store = Store(Pictures(huge), 32, storage="resident")
+    assert store.offsets.tolist() == [0, 1_600_000_000, 3_200_000_000, 4_800_000_000]
+
+
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (333, 77), (3, 1000), (65, 64), (401, 399)])
 def test_shrink_keeps_the_aspect(size):
     height, width = size

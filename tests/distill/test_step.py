@@ -431,6 +431,7 @@ def test_one_step_of_the_real_pair() -> None:
     distillation = distil(student, teacher, {"attention": Weighted(AttentionTransfer(), 0.75)}, NOTES_TAPS)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules())  # folded
     assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any(module.training for module in teacher.modules())  # nor those that folding made
     batch = torch.rand(2, 3, 64, 64)
     targets: Any = {"boxes_xyxy": torch.tensor([[[8.0, 8, 40, 48]]] * 2), "labels": torch.zeros(2, 1, dtype=torch.long)}
     preds = student(batch)

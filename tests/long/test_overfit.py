@@ -23,7 +23,7 @@ def test_yolo11n_overfits_sixteen_photographs(tmp_path: Path) -> None:
         f"data.train.root={PHOTOGRAPHS}", f"data.val.root={PHOTOGRAPHS}", "data.val.splits=[train]",
         "data.limit=16", "data.imgsz=160", f"data.augment={still}",
         "train.epochs=200", "train.batch=16", "train.nbs=16", "train.lr0=0.02", "train.warmup_epochs=10",
-        "train.warmup_steps=10", "train.ema_decay=0.99", "train.ema_tau=50", "train.val_every=50", "train.patience=1000",
+        "train.warmup_steps=10", "train.ema_decay=0.99", "train.ema_tau=50", "train.val_every=50",
     )  # fmt: skip
     best = torch.load(tmp_path / "run/best.pt", weights_only=True)
     print(f"AP50-95 {best['fitness']:.3f} in epoch {best['epoch']}")
