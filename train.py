@@ -7,14 +7,14 @@ python train.py --resume runs/voc
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from kdmini import checkpoint, config, engine
-from kdmini.contracts import UserError
-from kdmini.data.loader import Augment, TrainLoader, ValLoader
+from kdmini.contracts import Dataset, UserError
+from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_size
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.runlog import RunFolder
@@ -62,8 +62,8 @@ def train_detector(
     autocast, scaler = engine.precision(recipe.amp, place)
     folder, text = RunFolder(run, resume), config.dump(settings)
 
-    loader, val_loader = config.call(make_loaders, data, "data", recipe=recipe, seed=seed, device=place)
-    names, imgsz = loader.store.names, loader.imgsz
+    sets = config.call(make_sets, data, "data")
+    names = sets.train.names
 
     # the order matters: build, load weights, copy for the EMA, attach taps (a copy would take the hooks along)
     student = config.build(student, "student", names=names).to(place, memory_format=torch.channels_last)
@@ -71,9 +71,14 @@ def train_detector(
     if teacher:
         teacher = config.build(teacher, "teacher", names=names).to(place, memory_format=torch.channels_last)
     distill = distill or {"taps": []}
-    distillation = config.call(make_distillation, distill, "distill", student=student, teacher=teacher, imgsz=imgsz)
+    distillation = config.call(
+        make_distillation, distill, "distill", student=student, teacher=teacher, imgsz=sets.imgsz
+    )
     distillation.to(place)
     optimizer = make_sgd([student, distillation], recipe)  # align modules and terms learn too, the teacher does not
+
+    loader = TrainLoader(sets.train, sets.imgsz, recipe.batch, recipe.epochs, sets.augment, seed, place, **sets.store)
+    val_loader = ValLoader(sets.val, sets.imgsz, recipe.batch, place, **sets.store)
 
     progress = engine.Progress()
     parts = {
@@ -108,7 +113,7 @@ def train_detector(
             print(f"epoch {epoch + 1}: {shown}" + (" best" if record[score.fitness] > progress.best else ""))
             if record[score.fitness] > progress.best:
                 progress.best, progress.best_epoch = record[score.fitness], epoch
-                save_best(folder.best, ema.average, names, imgsz, epoch, progress.best)
+                save_best(folder.best, ema.average, names, sets.imgsz, epoch, progress.best)
         folder.log({"epoch": epoch, **lambdas, **record})
         progress.epoch += 1
         checkpoint.save(folder.checkpoints, progress.epoch * len(loader), parts, text)
@@ -116,10 +121,15 @@ def train_detector(
     print(f"evaluate: python eval.py --config {folder.path / 'config.yaml'} --weights {folder.best}")
 
 
-def make_loaders(
-    recipe: Recipe,
-    seed: int,
-    device: torch.device,
+class Sets(NamedTuple):
+    train: Dataset
+    val: Dataset
+    imgsz: int
+    augment: Augment
+    store: dict[str, Any]  # settings of data/store.py
+
+
+def make_sets(
     train: dict[str, Any],
     val: dict[str, Any],
     imgsz: int = 640,
@@ -127,17 +137,14 @@ def make_loaders(
     workers: int = 8,
     storage: Literal["auto", "resident", "mapped"] = "auto",
     limit: int | None = None,
-) -> tuple[TrainLoader, ValLoader]:
+) -> Sets:
     """The `data` section. limit: use a fixed random subset of that many images, of each of the two sets."""
+    check_size(imgsz)
     strengths = config.call(Augment, augment or {}, "data.augment")
     train_set, val_set = config.build(train, "data.train"), config.build(val, "data.val")
     if train_set.names != val_set.names:
         raise UserError("data: train and val name different classes, or the same in another order")
-    shared: dict[str, Any] = {"device": device, "workers": workers, "storage": storage, "limit": limit}
-    return (
-        TrainLoader(train_set, imgsz, recipe.batch, recipe.epochs, strengths, seed, **shared),
-        ValLoader(val_set, imgsz, recipe.batch, **shared),
-    )
+    return Sets(train_set, val_set, imgsz, strengths, {"workers": workers, "storage": storage, "limit": limit})
 
 
 def make_distillation(

@@ -117,7 +117,8 @@ def test_eval_prints_the_three_metrics_per_class_and_writes_detections(finished:
 def test_killed_and_resumed_equals_never_killed(finished: Path, tmp_path: Path, shapes: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "train.py", "--config", str(finished / "config.yaml"), f"run={folder}"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums come out otherwise with other numbers of threads
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not (folder / "ckpt/step_00000006.pt").exists():  # two of four epochs
             assert process.poll() is None and time.monotonic() < deadline

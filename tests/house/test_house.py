@@ -346,7 +346,7 @@ def test_every_config_parses_and_names_what_exists(path: Path) -> None:
     train = importlib.import_module("train")
     sections = inspect.signature(train.train_detector).parameters
     assert settings.keys() <= sections.keys()
-    assert settings["data"].keys() <= inspect.signature(train.make_loaders).parameters.keys()
+    assert settings["data"].keys() <= inspect.signature(train.make_sets).parameters.keys()
     assert path.read_text().startswith("#")  # what it is, and the command that runs it
 
 
