@@ -66,18 +66,21 @@ def evaluate(
         if not section.get("weights"):
             raise UserError(f"{name}: no weights to evaluate; give --weights FILE")
 
-    val_set = config.build(data["val"], "data.val")
-    keys = ("imgsz", "workers", "storage", "limit")
-    loader = config.call(
-        ValLoader, {k: data[k] for k in keys if k in data}, "data", dataset=val_set, batch=train["batch"], device=place
-    )
-    metrics = {}
+    shared_root = {"root": data["root"]} if data.get("root") else {}
+    val_set = config.build(data["val"], "data.val", **shared_root)
+    detectors = {}
     for name, section in sections.items():
-        detector = config.build(section, name, names=val_set.names).to(place, memory_format=torch.channels_last)
-        if detector.names != val_set.names:
+        detectors[name] = config.build(section, name, names=val_set.names).to(place, memory_format=torch.channels_last)
+        if detectors[name].names != val_set.names:
             raise UserError(f"{name}: its classes are not the data set's; it cannot be scored on it")
-        if hasattr(detector, "fold"):
-            detector.eval().fold()
+        if hasattr(detectors[name], "fold"):
+            detectors[name].eval().fold()
+
+    keys = ("imgsz", "workers", "storage", "limit")
+    shared = {key: data[key] for key in keys if key in data}
+    loader = config.call(ValLoader, shared, "data", dataset=val_set, batch=train["batch"], device=place)
+    metrics = {}
+    for name, detector in detectors.items():
         metrics[name] = config.build(metric, "metric", names=val_set.names)
         engine.evaluate(detector, loader, metrics[name], autocast)
     print(table(metrics))

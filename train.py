@@ -68,9 +68,10 @@ def train_detector(
     # the order matters: build, load weights, copy for the EMA, attach taps (a copy would take the hooks along)
     student = config.build(student, "student", names=names).to(place, memory_format=torch.channels_last)
     ema = EMA(student, recipe.ema_decay, recipe.ema_tau)
+    if not distill:
+        teacher, distill = None, {"taps": []}
     if teacher:
         teacher = config.build(teacher, "teacher", names=names).to(place, memory_format=torch.channels_last)
-    distill = distill or {"taps": []}
     distillation = config.call(
         make_distillation, distill, "distill", student=student, teacher=teacher, imgsz=sets.imgsz
     )
@@ -132,16 +133,19 @@ class Sets(NamedTuple):
 def make_sets(
     train: dict[str, Any],
     val: dict[str, Any],
+    root: str | None = None,
     imgsz: int = 640,
     augment: dict[str, Any] | None = None,
     workers: int = 8,
     storage: Literal["auto", "resident", "mapped"] = "auto",
     limit: int | None = None,
 ) -> Sets:
-    """The `data` section. limit: use a fixed random subset of that many images, of each of the two sets."""
+    """The `data` section. root: folder of both sets, where they do not name their own. limit: use a fixed random
+    subset of that many images of each set."""
     check_size(imgsz)
     strengths = config.call(Augment, augment or {}, "data.augment")
-    train_set, val_set = config.build(train, "data.train"), config.build(val, "data.val")
+    place = {"root": root} if root else {}
+    train_set, val_set = config.build(train, "data.train", **place), config.build(val, "data.val", **place)
     if train_set.names != val_set.names:
         raise UserError("data: train and val name different classes, or the same in another order")
     return Sets(train_set, val_set, imgsz, strengths, {"workers": workers, "storage": storage, "limit": limit})
@@ -165,6 +169,8 @@ def make_distillation(
             raise UserError(f"distill.{name}: neither taps, align, kd_scale nor a term; a term has a `build:` key")
         rest = {key: value for key, value in entry.items() if key not in ("weight", "schedule")}
         term = config.build(rest, f"distill.{name}", shapes=shapes)
+        if teacher is None and getattr(term, "needs_teacher", True):
+            raise UserError(f"distill.{name}: needs a teacher; add the section `teacher`, or set distill=null")
         place = {key: entry[key] for key in ("weight", "schedule") if key in entry}
         weighted[name] = config.call(Weighted, place, f"distill.{name}", term=term)
     return Distillation(student, teacher, weighted, pairs, shapes, align, kd_scale)

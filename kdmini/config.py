@@ -69,8 +69,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[Any, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a config that exists") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason}); save it as such") from error
     config = _parse(text, str(path))
     if config is None:
         config = {}
@@ -137,7 +139,8 @@ def call(target: Callable[..., Any], settings: Mapping[Any, Any], where: str, /,
     for key, value in settings.items():
         parameter = known.get(key, rest)
         if parameter is None or not isinstance(key, str):
-            raise UserError(f"{_join(where, key)}: unknown key; {_nearest(str(key), known)}")
+            settable = [name for name in known if name not in offered]
+            raise UserError(f"{_join(where, key)}: unknown key; {_nearest(str(key), settable)}")
         arguments[key] = _fit(value, parameter.annotation, _join(where, key))
     missing = [name for name, p in known.items() if p.default is p.empty and name not in arguments]
     if missing:

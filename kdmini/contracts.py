@@ -99,7 +99,7 @@ class Detector(Protocol):
 
 class Term(Protocol):
     """An nn.Module; its parameters are optimised and saved. Its constructor may name `shapes`,
-    {tap: (student C, teacher C, H, W)} before alignment."""
+    {tap: (student C, teacher C, H, W)} before alignment. Optional: `needs_teacher = False`."""
 
     uses: set[str]  # {"feats"}, {"preds"} or both: decides what the teacher has to run
 

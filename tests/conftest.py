@@ -14,11 +14,11 @@ run: {run}
 seed: 3
 device: cpu
 data:
+  root: {shapes}
   imgsz: 64
   workers: 2
   train: &set
     build: kdmini.data.voc:VOC
-    root: {shapes}
     splits: [train]
     names: [circle, square, triangle, star, ring, cross]
   val: {{<<: *set, splits: [val]}}

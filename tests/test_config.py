@@ -160,7 +160,7 @@ def test_files_that_are_no_config(tmp_path):
     refused("case.yaml: expected sections (`name: value`), got [1, 2]", config.load, write(tmp_path, "[1, 2]"))
     refused("got 'text'", config.load, write(tmp_path, "text"))
     refused("expected sections", config.load, write(tmp_path, "0"))
-    refused("cannot be read as UTF-8", config.load, write(tmp_path, "a: 한글".encode("cp949")))
+    refused("is not UTF-8 text", config.load, write(tmp_path, "a: 한글".encode("cp949")))
     refused("special characters are not allowed", config.load, write(tmp_path, "a: \x07"))
     refused("case.yaml:2: could not determine a constructor", config.load, write(tmp_path, "a: 1\nb: !!python/name:x"))
     refused("case.yaml: month must be in", config.load, write(tmp_path, "a: 2012-13-45"))

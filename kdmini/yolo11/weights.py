@@ -134,7 +134,7 @@ def read(path: str | Path) -> WeightFile:
         ) from error
     version, license_ = (shown(text) if text else "not stated" for text in (file.version, file.license))
     print(
-        f"{path.name}: {title(file.scale)}{'' if file.sppf_act else ' (no SiLU in SPPF)'}, {len(file.names)} classes, "
+        f"{path}: {title(file.scale)}{'' if file.sppf_act else ' (no SiLU in SPPF)'}, {len(file.names)} classes, "
         f"version {version}, license {license_}, sha256 {file.sha256[:12]}"
     )
     return file
