@@ -163,6 +163,19 @@ def test_the_teacher_is_bit_identical_after_training(config_file: Path, monkeypa
     assert_equal(seen["before"], seen["teacher"].state_dict())
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_a_run_in_half_precision_stays_finite_and_keeps_float32_weights(
+    amp: str, config_file: Path, tmp_path: Path
+) -> None:
+    run(train_script, "--config", config_file, "train.epochs=2", f"train.amp={amp}")
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert all(last[name] > 0 for name in ("box", "cls", "dfl", "attention", "distance/raw"))
+    assert last["skipped"] == 0 or amp == "fp16"  # whose scale begins too high
+    state = newest(tmp_path / "run")
+    assert all(v.dtype != torch.float16 and v.isfinite().all() for v in state["student"].values())
+    assert bool(state["scaler"]) == (amp == "fp16")
+
+
 def test_training_stops_when_nothing_improves(config_file: Path, tmp_path: Path, capsys) -> None:
     run(
         train_script,

@@ -130,11 +130,10 @@ class Inverse:
     def __call__(self, detections: list[Detections]) -> list[Detections]:
         out: list[Detections] = []
         for found, scale, corner, native in zip(detections, self.scale, self.corner, self.native, strict=True):
-            boxes = found["boxes_xyxy"]
-            corners = boxes.double().reshape(-1, 2, 2).cpu()
-            corners = (corners - torch.from_numpy(corner)) * torch.from_numpy(scale)
-            corners = torch.minimum(corners.clamp(min=0), torch.from_numpy(native.copy()))
-            out.append({**found, "boxes_xyxy": corners.reshape(-1, 4).to(boxes)})
+            corners = found["boxes_xyxy"].reshape(-1, 2, 2)
+            offset, factor, limit = (torch.as_tensor(x.copy()).to(corners) for x in (corner, scale, native))
+            corners = torch.minimum(((corners - offset) * factor).clamp(min=0), limit)
+            out.append({**found, "boxes_xyxy": corners.reshape(-1, 4)})
         return out
 
 
