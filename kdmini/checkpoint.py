@@ -103,7 +103,7 @@ def resume(folder: Path, parts: Mapping[str, Stateful], config: str) -> Path:
         if content["cuda_rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(content["cuda_rng"])
         return path
-    raise UserError(f"{folder} holds no checkpoint to resume from; start anew under another `run:` name")
+    raise UserError(f"{folder} holds no checkpoint to resume from; delete {folder.parent} and start again")
 
 
 def numbered(folder: Path, step: int) -> Path:
