@@ -35,10 +35,18 @@ long: setup
 parity: setup $(ORACLE)/.installed
 	KDMINI_ORACLE=$(ORACLE) $(RUN) -m pytest -m parity
 
-# ultralytics (AGPL-3.0) is compared with, never used: it stays outside the environment, without its dependencies
-$(ORACLE)/.installed: pyproject.toml
+# the references (ultralytics is AGPL-3.0) are compared with, never used: each stays in a folder of its own, outside
+# the environment and without its dependencies
+$(ORACLE)/.installed: pyproject.toml Makefile
 	$(RUN) -m pip install --quiet --editable '.[dev,parity]'
-	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE) --no-deps ultralytics==8.3.250 ultralytics-thop py-cpuinfo
+	for version in 8.3.0 8.3.250 8.4.0; do \
+		$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/$$version --no-deps \
+			ultralytics==$$version ultralytics-thop py-cpuinfo || exit 1; \
+	done
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/newest --no-deps ultralytics ultralytics-thop py-cpuinfo
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/torchdistill --no-deps torchdistill==1.1.5
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/object-detection-metrics --no-deps \
+		object-detection-metrics==0.4.post1 shapely
 	touch $@
 
 bench: setup

@@ -354,3 +354,16 @@ def test_there_are_configs_and_plain_yaml_reads_them() -> None:
     assert CONFIGS
     for path in CONFIGS:
         assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_the_table_of_witnesses_in_the_readme_has_the_rows_that_were_measured() -> None:
+    measured = ROOT / "tests/parity/TABLE.md"
+    if not measured.exists():
+        pytest.skip("`make parity` has not written its table here")
+
+    def rows(text: str) -> set[tuple[str, str]]:  # what, bound; the figures differ from machine to machine
+        cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        return {(row[0], row[-1]) for row in cells}
+
+    readme = (ROOT / "README.md").read_text().partition("<!-- witnesses -->")[2].partition("<!-- /witnesses -->")[0]
+    assert rows(readme) == rows(measured.read_text()) != set()

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 
-def oracle(script: str, *args: object) -> str:
+def oracle(script: str, *args: object, version: str = "8.3.250") -> str:
     """Standard output of `script`, run with `args` in sys.argv[1:]; skips the test where there is no oracle.
 
-    KDMINI_ORACLE names the folder into which `pip install --target ... --no-deps` put ultralytics 8.3.250.
+    KDMINI_ORACLE names a folder with one folder for each reference, into which `pip install --target ... --no-deps`
+    put it: ultralytics 8.3.0, 8.3.250, 8.4.0 and newest, torchdistill, object-detection-metrics; `version` says which.
     The script sees neither kdmini nor the network, and its settings go to a folder that is deleted.
     """
     folder = os.environ.get("KDMINI_ORACLE")
@@ -20,7 +21,7 @@ def oracle(script: str, *args: object) -> str:
         pytest.skip("KDMINI_ORACLE is not set: no reference implementation to compare with")
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {
-            "PYTHONPATH": str(Path(folder).resolve()),
+            "PYTHONPATH": str(Path(folder, version).resolve()),
             "YOLO_CONFIG_DIR": scratch,
             "YOLO_OFFLINE": "true",
             "YOLO_AUTOINSTALL": "false",
