@@ -79,11 +79,11 @@ def evaluate(
     keys = ("imgsz", "workers", "storage", "limit")
     shared = {key: data[key] for key in keys if key in data}
     loader = config.call(ValLoader, shared, "data", dataset=val_set, batch=train["batch"], device=place)
-    metrics = {}
+    metrics, means = {}, {}
     for name, detector in detectors.items():
         metrics[name] = config.build(metric, "metric", names=val_set.names)
-        engine.evaluate(detector, loader, metrics[name], autocast)
-    print(table(metrics))
+        means[name] = engine.evaluate(detector, loader, metrics[name], autocast)
+    print(table(metrics, means))
     for name, scored in metrics.items():
         if hasattr(scored, "official"):
             print(f"{name}, by pycocotools: " + ", ".join(f"{k} {v:.4f}" for k, v in scored.official().items()))
@@ -94,9 +94,8 @@ def evaluate(
             print(f"detections: {Path(save) / name}.json")
 
 
-def table(metrics: Mapping[str, Any]) -> str:
-    """One row for all classes and one for each, the same columns for every detector."""
-    means = {name: metric.compute() for name, metric in metrics.items()}
+def table(metrics: Mapping[str, Any], means: Mapping[str, dict[str, float]]) -> str:
+    """One row for all classes, the means, and one for each; the same columns for every detector."""
     columns = list(next(iter(means.values())))
     rows = {"all classes": {name: dict(m) for name, m in means.items()}}
     for name, metric in metrics.items():

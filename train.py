@@ -108,9 +108,10 @@ def train_detector(
         )
         if (epoch + 1) % recipe.val_every == 0 or epoch + 1 == recipe.epochs:
             score = config.build(metric, "metric", names=names)
-            record |= engine.evaluate(ema.average, val_loader, score, autocast)
+            scores = engine.evaluate(ema.average, val_loader, score, autocast)
+            record |= scores
             record |= engine.attention_distances(student, distillation, val_loader, autocast) if teacher else {}
-            shown = " ".join(f"{name} {value:.3f}" for name, value in score.compute().items())
+            shown = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
             print(f"epoch {epoch + 1}: {shown}" + (" best" if record[score.fitness] > progress.best else ""))
             if record[score.fitness] > progress.best:
                 progress.best, progress.best_epoch = record[score.fitness], epoch

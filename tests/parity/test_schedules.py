@@ -12,6 +12,7 @@ from witness import witness
 from kdmini.distill.schedule import piecewise_linear
 from kdmini.optim import EMA, Recipe, apply_setting, make_sgd
 from tests.conftest import ROOT
+from tests.distill.test_schedule import lambda_of_the_notes
 
 pytestmark = pytest.mark.parity
 
@@ -69,21 +70,11 @@ def test_ema_decay(decay: float, tau: float, updates: int) -> None:
     witness("Schedules: EMA decay", AGAINST, np.abs(np.array(found) - expected).max(), 1e-15, updates)
 
 
-def of_the_notes(epoch: int) -> float:
-    """lambda as the research notes' code has it."""
-    if epoch < 40:
-        return 2.0 * (1 - epoch / 40)
-    elif epoch < 100:
-        return 0.3 * (1 - (epoch - 40) / 60)
-    else:
-        return 0.05
-
-
 def test_lambda_of_the_notes() -> None:
     settings = yaml.safe_load((ROOT / "configs" / "voc.yaml").read_text())
     segments = [[float(x) for x in segment] for segment in settings["distill"]["attention"]["schedule"]]
     assert settings["train"]["epochs"] == 150
-    difference = max(abs(piecewise_linear(segments, epoch) - of_the_notes(epoch)) for epoch in range(151))
+    difference = max(abs(piecewise_linear(segments, epoch) - lambda_of_the_notes(epoch)) for epoch in range(151))
     witness("Schedules: lambda", "the notes' code", difference, 1e-15, 151)
     weight = settings["distill"]["attention"]["weight"]
     effective = [weight * piecewise_linear(segments, epoch) for epoch in (0, 20, 70, 105)]
