@@ -5,7 +5,7 @@ RUNS ?= runs
 ORACLE ?= .oracle
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test long parity bench lint
+.PHONY: setup demo test faults long parity bench lint
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 
 # generated shapes, a teacher (YOLO11s), a student distilled from it (YOLO11n), and one table of both
 demo: setup
-	$(RUN) -m kdmini.data.shapes --root data/shapes
+	$(RUN) -m examples.shapes --root data/shapes
 	rm -rf $(RUNS)/demo_teacher $(RUNS)/demo
 	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo_teacher student.scale=s teacher=null distill=null
 	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo teacher.weights=$(RUNS)/demo_teacher/best.pt
@@ -28,9 +28,13 @@ demo: setup
 test: setup
 	$(RUN) -m pytest -m 'not parity and not long'
 
+# everything that can go wrong, the long tests included; writes the table of the README's "What it survives"
+faults: setup
+	$(RUN) -m pytest tests/faults
+
 # the demo from end to end, and a detector that has to overfit sixteen photographs
 long: setup
-	$(RUN) -m pytest -m long
+	$(RUN) -m pytest tests/long
 
 parity: setup $(ORACLE)/.installed
 	KDMINI_ORACLE=$(ORACLE) $(RUN) -m pytest -m parity

@@ -43,7 +43,7 @@ def _threads() -> None:
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VOC-layout folder of 24 training and 8 validation scenes of 64 pixels."""
-    from kdmini.data.shapes import write_set
+    from examples.shapes import write_set
 
     root = tmp_path_factory.mktemp("data") / "shapes"
     write_set(root, train=24, val=8, size=64, seed=0)

@@ -45,15 +45,16 @@ EXTRAS_THIRD_PARTY = {"matplotlib", "tensorboard", "onnx", "onnxscript", "onnxru
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file, of kdmini and the scripts."""
+    """Dotted name -> file, of kdmini, the scripts and the examples."""
     found = {name: ROOT / f"{name}.py" for name in SCRIPTS}
+    found |= {f"examples.{path.stem}": path for path in sorted((ROOT / "examples").glob("*.py"))}
     for path in sorted((ROOT / "kdmini").rglob("*.py")):
         found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
     return found
 
 
 MODULES = modules()
-CORE = {name: path for name, path in MODULES.items() if not name.startswith("kdmini.extras")}
+CORE = {name: path for name, path in MODULES.items() if not name.startswith(("kdmini.extras", "examples"))}
 
 
 def everything() -> list[Path]:
@@ -92,7 +93,7 @@ def trespasses(source: str, module: str) -> list[str]:
     for name in imports(source, module):
         while name not in MODULES and "." in name:  # a name in a module: look at the module
             name = name.rpartition(".")[0]
-        inside = name.startswith("kdmini.") or name in SCRIPTS
+        inside = name.startswith(("kdmini.", "examples.")) or name in SCRIPTS
         if inside and not any(name == a or name.startswith(a + ".") for a in allowed):
             wrong.append(name)
     return wrong
@@ -179,6 +180,7 @@ def test_rooms_import_only_what_they_may(module: str) -> None:
         ("kdmini.optim", "from .engine import evaluate", "kdmini.engine"),
         ("kdmini.metrics", "import train", "train"),
         ("train", "from kdmini.yolo11.model import YOLO11", "kdmini.yolo11.model"),
+        ("kdmini.data.voc", "from examples.shapes import write_set", "examples.shapes"),
         ("train", "from kdmini.distill import attention", "kdmini.distill.attention"),
         ("eval", "from kdmini.data.voc import VOC", "kdmini.data.voc"),
     ],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.shapes import FILLS, HIDDEN, SHAPE_NAMES, draw_scene, ground, main, outline, stamp, write_set
 from kdmini.contracts import UserError
-from kdmini.data.shapes import FILLS, HIDDEN, SHAPE_NAMES, draw_scene, ground, main, outline, stamp, write_set
 from kdmini.data.voc import VOC
 
 

@@ -1,4 +1,4 @@
-"""A VOC-layout set of generated scenes: `python -m kdmini.data.shapes --root data/shapes`.
+"""A VOC-layout set of generated scenes: `python -m examples.shapes --root data/shapes`.
 
 One to four filled shapes lie on a textured ground, the later ones over the earlier. As in VOC, a box is
 tight around what can be seen, and an object of which little can be seen is `difficult`.
@@ -176,7 +176,7 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdmini.data.shapes", description="Write a set of drawn shapes.")
+    parser = argparse.ArgumentParser(prog="python -m examples.shapes", description="Write a set of drawn shapes.")
     parser.add_argument("--root", type=Path, required=True, help="folder to write")
     for name, default, what in [
         ("train", 320, "scenes to train on"),
