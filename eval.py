@@ -15,7 +15,8 @@ import torch
 
 from kdmini import config, engine
 from kdmini.contracts import UserError
-from kdmini.data.loader import ValLoader
+from kdmini.data.loader import ValLoader, check_size
+from kdmini.data.store import Store
 from kdmini.runlog import replace_text
 
 
@@ -66,8 +67,8 @@ def evaluate(
         if not section.get("weights"):
             raise UserError(f"{name}: no weights to evaluate; give --weights FILE")
 
-    shared_root = {"root": data["root"]} if data.get("root") else {}
-    val_set = config.build(data["val"], "data.val", **shared_root)
+    offered = {key: data[key] for key in ("root", "on_bad") if data.get(key)}
+    val_set = config.build(data["val"], "data.val", **offered)
     detectors = {}
     for name, section in sections.items():
         detectors[name] = config.build(section, name, names=val_set.names).to(place, memory_format=torch.channels_last)
@@ -76,9 +77,11 @@ def evaluate(
         if hasattr(detectors[name], "fold"):
             detectors[name].eval().fold()
 
-    keys = ("imgsz", "workers", "storage", "limit")
-    shared = {key: data[key] for key in keys if key in data}
-    loader = config.call(ValLoader, shared, "data", dataset=val_set, batch=train["batch"], device=place)
+    keys = ("imgsz", "workers", "storage", "limit", "on_bad")
+    storing = {"imgsz": 640} | {key: data[key] for key in keys if key in data}
+    check_size(storing["imgsz"])
+    store = config.call(Store, storing, "data", dataset=val_set, device=place, name="val")
+    loader = ValLoader(store, train["batch"])
     metrics, means = {}, {}
     for name, detector in detectors.items():
         metrics[name] = config.build(metric, "metric", names=val_set.names)

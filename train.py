@@ -1,7 +1,8 @@
 """Train a detector, with or without a teacher.
 
 python train.py --config configs/voc.yaml [key.path=value ...]
-python train.py --resume runs/voc
+python train.py --resume runs/voc [key.path=value ...]
+torchrun --nproc-per-node 2 train.py --config configs/voc.yaml
 """
 
 import argparse
@@ -12,12 +13,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from kdmini import checkpoint, config, engine
+from kdmini import checkpoint, config, distributed, engine, signals
 from kdmini.contracts import Dataset, UserError
-from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_size
+from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_batch, check_size
+from kdmini.data.store import Store
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.runlog import RunFolder
+
+# what a resumed run may have otherwise and still come out bit for bit as if it had never stopped; `root` of a set too
+FREE = {"run", "timeout", "data.workers", "data.storage", "train.save_every", "train.val_every", "train.patience"}
 
 
 def main() -> None:
@@ -28,18 +33,33 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_args()
+    signals.exit_on_signals()
+    settings: dict[str, Any] = {}
     try:
-        if args.resume and args.overrides:
-            raise UserError("--resume continues a run as it was begun; it takes no overrides")
         path = Path(args.resume) / "config.yaml" if args.resume else args.config
-        settings = config.load(path, args.overrides)
+        settings = config.load(path, args.overrides) | ({"run": args.resume} if args.resume else {})
         config.call(train_detector, settings, str(path), settings=settings, resume=bool(args.resume))
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         if args.debug:
             raise
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        told = str(error) if isinstance(error, UserError) else out_of_memory(settings)
+        sys.exit(f"error: rank {distributed.rank()}: {told}" if distributed.launched() else f"error: {told}")
+    except SystemExit as left:
+        if distributed.world() > 1 and not left.code:  # torchrun would take it for the end of the run
+            sys.exit(f"error: rank {distributed.rank()}: left before the end of the run")
+        raise
+    except RuntimeError as error:
+        if args.debug or not (told := distributed.lost_a_rank(error)):
+            raise
+        sys.exit(f"error: rank {distributed.rank()}: {told}")
+
+
+def out_of_memory(settings: dict[str, Any]) -> str:
+    batch, imgsz = settings["train"]["batch"], settings["data"].get("imgsz", "640 (the default)")
+    return (
+        f"out of memory on the device with train.batch={batch} at data.imgsz={imgsz}: lower one of them, or set "
+        "train.amp=true or data.storage=mapped; the checkpoints written so far are whole"
+    )
 
 
 def train_detector(
@@ -54,13 +74,26 @@ def train_detector(
     distill: Any = None,
     seed: int = 0,
     device: str = "auto",
+    timeout: float = 10.0,
 ) -> None:
-    """One run. The parameters after `resume` are the sections of the config, each a call: see config.py."""
+    """One run. The parameters after `resume` are the sections of the config, each a call: see config.py.
+
+    timeout: minutes that one of several processes waits for another before it gives up.
+    """
     recipe = config.call(Recipe, train, "train")
     torch.manual_seed(seed)
-    place = engine.pick_device(device)
+    place = distributed.start(engine.pick_device(device), timeout)
     autocast, scaler = engine.precision(recipe.amp, place)
-    folder, text = RunFolder(run, resume), config.dump(settings)
+    rank, world = distributed.rank(), distributed.world()
+    check_batch(recipe.batch, world)
+    folder, progress = RunFolder(run, resume, lead=rank == 0), engine.Progress()
+    saved: dict[str, Any] = {}
+    if resume:
+        saved_at, saved = checkpoint.newest(folder.checkpoints)
+        check_resumable(saved_at, saved, settings)
+        progress.load_state_dict(saved["progress"])
+        if finished(progress, recipe):
+            return conclude(folder, progress)
 
     sets = config.call(make_sets, data, "data")
     names = sets.train.names
@@ -78,10 +111,10 @@ def train_detector(
     distillation.to(place)
     optimizer = make_sgd([student, distillation], recipe)  # align modules and terms learn too, the teacher does not
 
-    loader = TrainLoader(sets.train, sets.imgsz, recipe.batch, recipe.epochs, sets.augment, seed, place, **sets.store)
-    val_loader = ValLoader(sets.val, sets.imgsz, recipe.batch, place, **sets.store)
+    store = Store(sets.train, sets.imgsz, place, name="train", **sets.store)
+    loader = TrainLoader(store, recipe.batch, recipe.epochs, sets.augment, seed, rank, world)
+    val_loader = ValLoader(Store(sets.val, sets.imgsz, place, name="val", **sets.store), recipe.batch, rank, world)
 
-    progress = engine.Progress()
     parts = {
         "student": student,
         "ema": ema,
@@ -92,35 +125,79 @@ def train_detector(
     }
     describe(student, teacher, distillation, loader, recipe, place)
     if resume:
-        path = checkpoint.resume(folder.checkpoints, parts, text)
-        print(f"resumed from {path}: {progress.epoch} of {recipe.epochs} epochs done")
+        checkpoint.restore(saved, parts, saved_at)
+        print(f"resumed from {saved_at}: {progress.epoch} of {recipe.epochs} epochs and {progress.step} steps done")
         folder.rewind(progress.epoch)
-    else:
-        folder.begin(text)
-        if teacher:  # what training has to improve on
-            folder.log({"epoch": -1, **engine.attention_distances(student, distillation, val_loader, autocast)})
+    replica = distributed.replicate(student)
 
-    while progress.epoch < recipe.epochs and progress.epoch - 1 - progress.best_epoch < recipe.patience:
+    def save() -> None:
+        if folder.lead:
+            step = progress.epoch * len(loader) + progress.step
+            checkpoint.save(folder.checkpoints, step, parts, {**settings, "processes": world})
+
+    if not resume:
+        folder.begin(config.dump(settings))
+        save()  # so that a run can be resumed from its first moment
+    if teacher and folder.lead and not folder.records():  # what training has to improve on
+        folder.log({"epoch": -1, **engine.attention_distances(student, distillation, val_loader, autocast)})
+
+    while not finished(progress, recipe):
         epoch = progress.epoch
-        lambdas = {f"lambda/{name}": value for name, value in distillation.lambdas(epoch).items()}
-        record = engine.train_one_epoch(
-            student, distillation, loader, optimizer, scaler, ema, recipe, progress, autocast
-        )
+        while progress.step < len(loader):
+            with signals.delayed(repeats=distributed.launched()) as stop:  # leaves the program at its end
+                engine.train_one_epoch(
+                    student, replica, distillation, loader, optimizer, scaler, ema, recipe, progress, autocast, stop
+                )
+                save()
+                if stop.agreed or stop.signum:
+                    print(f"stopped after step {progress.step} of epoch {epoch + 1}; to go on: train.py --resume {run}")
+                if stop.agreed:  # a rank that alone knows of its signal does not wait for the others
+                    distributed.finish()
+
+        # all of the epoch is on the disk: an evaluation that is cut off is made again
+        record = {f"lambda/{name}": value for name, value in distillation.lambdas(epoch).items()}
+        record |= {**progress.means(), "lr": recipe.at((epoch + 1) * len(loader) - 1, len(loader)).lr}
+        record |= {"skipped": progress.left_out, "images/s": len(loader) * recipe.batch / progress.seconds}
         if (epoch + 1) % recipe.val_every == 0 or epoch + 1 == recipe.epochs:
+            distributed.broadcast_(ema.average.buffers())  # BatchNorm's, for the weights are the same on all ranks
             score = config.build(metric, "metric", names=names)
             scores = engine.evaluate(ema.average, val_loader, score, autocast)
             record |= scores
-            record |= engine.attention_distances(student, distillation, val_loader, autocast) if teacher else {}
+            if teacher and folder.lead:
+                record |= engine.attention_distances(student, distillation, val_loader, autocast)
+            fitness = float(scores[score.fitness])
             shown = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
-            print(f"epoch {epoch + 1}: {shown}" + (" best" if record[score.fitness] > progress.best else ""))
-            if record[score.fitness] > progress.best:
-                progress.best, progress.best_epoch = record[score.fitness], epoch
-                save_best(folder.best, ema.average, names, sets.imgsz, epoch, progress.best)
-        folder.log({"epoch": epoch, **lambdas, **record})
-        progress.epoch += 1
-        checkpoint.save(folder.checkpoints, progress.epoch * len(loader), parts, text)
-    print(f"best: epoch {progress.best_epoch + 1}, {progress.best:.4f}; weights in {folder.best}")
-    print(f"evaluate: python eval.py --config {folder.path / 'config.yaml'} --weights {folder.best}")
+            print(f"epoch {epoch + 1}: {shown}" + (" best" if fitness > progress.best else ""))
+            if fitness > progress.best:
+                progress.best, progress.best_epoch = fitness, epoch
+                if folder.lead:
+                    save_best(folder.best, ema.average, names, sets.imgsz, epoch, fitness)
+        folder.log({"epoch": epoch, **record})
+        progress.next_epoch()
+        save()
+    distributed.finish()
+    conclude(folder, progress)
+
+
+def finished(progress: engine.Progress, recipe: Recipe) -> bool:
+    return progress.epoch >= recipe.epochs or progress.epoch - 1 - progress.best_epoch >= recipe.patience
+
+
+def conclude(folder: RunFolder, progress: engine.Progress) -> None:
+    print(f"finished: best epoch {progress.best_epoch + 1}, {progress.best:.4f}; weights in {folder.best}")
+    print(f"evaluate: python eval.py --config {folder.config} --weights {folder.best}")
+
+
+def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises UserError where the config has changed since in a way that changes what is computed; else warns."""
+    if fault := checkpoint.misfit({"config": {}, "progress": engine.Progress().state_dict()}, saved):
+        raise UserError(f"{path} is no checkpoint of a run: {fault}; delete it")
+    told = config.changed(saved["config"], {**settings, "processes": distributed.world()})
+    exact = {key for key in told if key in FREE or key.split(".")[-1] == "root"}
+    if refused := [told[key] for key in told if key not in exact | {"device", "processes"}]:
+        raise UserError(f"{path}: {'; '.join(refused[:5])}: set it back, or begin another run")
+    for key in told.keys() - {"run"}:
+        print(f"warning: {told[key]}" + ("" if key in exact else "; not bit for bit what the run would have been"))
 
 
 class Sets(NamedTuple):
@@ -128,7 +205,7 @@ class Sets(NamedTuple):
     val: Dataset
     imgsz: int
     augment: Augment
-    store: dict[str, Any]  # settings of data/store.py
+    store: dict[str, Any]  # further settings of data/store.py
 
 
 def make_sets(
@@ -140,16 +217,25 @@ def make_sets(
     workers: int = 8,
     storage: Literal["auto", "resident", "mapped"] = "auto",
     limit: int | None = None,
+    on_bad: Literal["stop", "skip"] = "stop",
+    allow_overlap: bool = False,
 ) -> Sets:
     """The `data` section. root: folder of both sets, where they do not name their own. limit: use a fixed random
-    subset of that many images of each set."""
+    subset of that many images of each set. on_bad: what to do about files that cannot be used."""
     check_size(imgsz)
     strengths = config.call(Augment, augment or {}, "data.augment")
-    place = {"root": root} if root else {}
-    train_set, val_set = config.build(train, "data.train", **place), config.build(val, "data.val", **place)
+    offered = {"on_bad": on_bad, **({"root": root} if root else {})}
+    train_set, val_set = config.build(train, "data.train", **offered), config.build(val, "data.val", **offered)
+    overlap: set[Any] = getattr(train_set, "photographs", set()) & getattr(val_set, "photographs", set())
+    if overlap and not allow_overlap:
+        raise UserError(
+            f"data: {len(overlap):,} images are in train and val both, such as {'/'.join(min(overlap))}: `exclude` "
+            "one split from the other, or set data.allow_overlap=true"
+        )
     if train_set.names != val_set.names:
         raise UserError("data: train and val name different classes, or the same in another order")
-    return Sets(train_set, val_set, imgsz, strengths, {"workers": workers, "storage": storage, "limit": limit})
+    store = {"workers": workers, "storage": storage, "limit": limit, "on_bad": on_bad}
+    return Sets(train_set, val_set, imgsz, strengths, store)
 
 
 def make_distillation(
@@ -192,7 +278,8 @@ def describe(
         millions = sum(p.numel() for p in teacher.parameters()) / 1e6
         print(f"teacher: {type(teacher).__name__}, {millions:.2f} M parameters, frozen")
         print(f"terms: {', '.join(distillation.terms) or 'none'}; taps: {', '.join(distillation.taps)}")
-    print(f"data: {len(loader.store)} images, {len(loader)} steps an epoch, {recipe.epochs} epochs")
+    ranks = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+    print(f"data: {len(loader.store)} images, {len(loader)} steps an epoch, {recipe.epochs} epochs{ranks}")
     if recipe.accumulate > 1 and any(getattr(term, "reduction", "") == "notes" for term in distillation.terms.values()):
         print(
             f"warning: reduction `notes` falls with the batch: N is {recipe.batch} here, not train.nbs={recipe.nbs}; "

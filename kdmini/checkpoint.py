@@ -34,16 +34,25 @@ def save_atomic(content: Any, path: Path) -> None:
             os.fsync(file.fileno())
         verify(temporary)
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # so that the new name survives a power loss too
+        os.close(folder)
     except (OSError, RuntimeError) as error:
         disk = next(folder for folder in path.absolute().parents if folder.exists())
         raise UserError(
-            f"cannot save {path} ({error}); {shutil.disk_usage(disk).free / 1e6:.0f} MB are free"
+            f"cannot save {path} ({error}): it needs {size_of(content) / 1e6:.1f} MB, "
+            f"{shutil.disk_usage(disk).free / 1e6:.1f} MB are free; make room and resume"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # so that the new name survives a power loss too
-    os.close(folder)
+
+
+def size_of(content: Any) -> int:
+    """Bytes of all tensors."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    items = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
+    return sum(map(size_of, items))
 
 
 def verify(path: Path) -> None:
@@ -64,46 +73,62 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a strange pickle leads torch to, UnpicklingError being the least of it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} is not a kdmini checkpoint ({reason})") from error
+        raise UserError(f"{path} is not a kdmini checkpoint ({type(error).__name__}); nothing in it was run") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a kdmini checkpoint (it holds a {type(content).__name__})")
     return content
 
 
-def save(folder: Path, step: int, parts: Mapping[str, Stateful], config: str) -> None:
-    """Writes folder/step_NNNNNNNN.pt with the state of every part, the random numbers and the config's text."""
+def save(folder: Path, step: int, parts: Mapping[str, Stateful], config: Mapping[str, Any]) -> None:
+    """Writes folder/step_NNNNNNNN.pt with the state of every part, the random numbers and the config."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {name: part.state_dict() for name, part in parts.items()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    save_atomic({**content, "rng": torch.get_rng_state(), "cuda_rng": cuda, "config": config}, numbered(folder, step))
+    save_atomic(
+        {**content, "rng": torch.get_rng_state(), "cuda_rng": cuda, "config": dict(config)}, numbered(folder, step)
+    )
     for old in existing(folder)[:-KEEP]:
         old.unlink()
 
 
-def resume(folder: Path, parts: Mapping[str, Stateful], config: str) -> Path:
-    """Restores every part from the newest checkpoint that verifies, in place -> its path.
-
-    Raises UserError when there is none, when it belongs to another config, or when a part is missing.
-    """
+def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that verifies, and its path; those passed over are named. Raises UserError without one."""
     for path in reversed(existing(folder)):
         try:
-            content = load(path)
+            return path, load(path)
         except UserError as error:
             print(f"skipped: {error}")
-            continue
-        if content.get("config") != config:
-            raise UserError(f"{path} was saved under another config than {folder.parent / 'config.yaml'}")
-        missing = [name for name in (*parts, "rng", "cuda_rng") if name not in content]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}")
-        for name, part in parts.items():
-            part.load_state_dict(content[name])
-        torch.set_rng_state(content["rng"])
-        if content["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(content["cuda_rng"])
-        return path
     raise UserError(f"{folder} holds no checkpoint to resume from; delete {folder.parent} and start again")
+
+
+def restore(content: Mapping[str, Any], parts: Mapping[str, Stateful], path: Path) -> None:
+    """Puts every part in the state of the checkpoint. Raises UserError where the two do not have the same form."""
+    fresh = {**{name: part.state_dict() for name, part in parts.items()}, "rng": torch.get_rng_state(), "cuda_rng": []}
+    if fault := misfit(fresh, content):
+        raise UserError(f"{path} is not of this run: {fault}; resume with the code and the files it was begun with")
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    torch.set_rng_state(content["rng"])
+    if content["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(content["cuda_rng"])
+
+
+def misfit(fresh: Any, saved: Any, where: str = "") -> str:
+    """The first thing that `fresh` has and `saved` lacks or has in another form, in words; empty if nothing.
+
+    For load_state_dict is not always strict: an optimiser would go on without the momentum that is missing.
+    """
+    if isinstance(fresh, list | tuple) and type(saved) is type(fresh):
+        fresh, saved = dict(enumerate(fresh)), dict(enumerate(saved))
+    if type(fresh) is not type(saved):
+        return f"{where} is a {type(saved).__name__} and not a {type(fresh).__name__}"
+    if isinstance(fresh, torch.Tensor) and (saved.shape, saved.dtype) != (fresh.shape, fresh.dtype):
+        return f"{where} is not a {fresh.dtype} of shape {list(fresh.shape)}"
+    if isinstance(fresh, dict):
+        if lost := [key for key in fresh if key not in saved]:
+            return f"{where} lacks {lost[0]!r}".lstrip()
+        return next(filter(None, (misfit(fresh[key], saved[key], f"{where}.{key}".lstrip(".")) for key in fresh)), "")
+    return ""
 
 
 def numbered(folder: Path, step: int) -> Path:

@@ -94,6 +94,15 @@ def dump(config: Mapping[Any, Any]) -> str:
     )
 
 
+def changed(before: Any, now: Any, where: str = "") -> dict[str, str]:
+    """{key path: "key path was 1, is 2"} where two configs differ; None stands for a key that is not there."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        parts = (changed(before.get(key), now.get(key), f"{where}.{key}".lstrip(".")) for key in keys)
+        return {path: told for part in parts for path, told in part.items()}
+    return {} if before == now else {where: f"{_short(where)[1:-1]} was {_short(before)}, is {_short(now)}"}
+
+
 def build(section: Any, where: str, /, **offered: Any) -> Any:
     """Import `section["build"]`, "package.module:Name", and `call` it with the other keys."""
     if not isinstance(section, Mapping) or "build" not in section:
@@ -190,7 +199,9 @@ def _fit(value: Any, kind: Any, where: str) -> Any:
             return value
     text = isinstance(value, bool) and (origin is str or str in args)
     quotes = "; put quotes around yes, no, on and off" if text else ""
-    raise UserError(f"{where}: expected {inspect.formatannotation(kind)}, got {_short(value)}{quotes}")
+    members = args if origin is Union else [kind]  # Union[bool, Literal["bf16"]] is what Python makes of a `|`
+    expected = " | ".join(map(inspect.formatannotation, members))
+    raise UserError(f"{where}: expected {expected}, got {_short(value)}{quotes}")
 
 
 def _parse(text: str, where: str) -> Any:

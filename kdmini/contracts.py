@@ -37,6 +37,7 @@ class Targets(TypedDict):
 
     boxes_xyxy: Tensor  # (N, G, 4) float32, pixels of the rendered image
     labels: Tensor  # (N, G) int64, -1 where padded
+    ids: list[str]  # N; of a mosaic, the image that it was drawn for
 
 
 class Detections(TypedDict):
@@ -56,7 +57,8 @@ class View(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Optional: `report()`, one line about what was set right while reading, printed when all images are read."""
+    """Optional: `report()`, one line about what was set right while reading, printed when all images are read;
+    `photographs`, a set of what identifies the images: train and val may then share none."""
 
     names: list[str]  # K class names; a label is an index into it
 

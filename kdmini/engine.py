@@ -4,18 +4,21 @@ Legend: N images, S image size.
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kdmini import distributed
 from kdmini.contracts import Detections, Detector, Losses, Metric, Target, UserError
 from kdmini.optim import EMA, Recipe, apply_setting
+from kdmini.signals import Stop
 
 READ_EVERY = 10  # steps between two looks at the device's numbers; in between, nothing waits for it
 MAX_SKIPPED = 20  # updates in a row without a finite gradient before the run stops
@@ -40,9 +43,21 @@ class Progress:
     """Where a run stands; plain numbers, saved with every checkpoint."""
 
     epoch: int = 0  # epochs done
+    step: int = 0  # batches done of the epoch in hand
     best: float = -1.0
     best_epoch: int = 0
     skipped: int = 0  # updates without a finite gradient, in a row until now
+    # of the epoch in hand
+    sums: dict[str, float] = field(default_factory=dict)  # of each loss, where finite
+    counts: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0  # updates without a finite gradient
+    seconds: float = 0.0
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.sums, self.counts, self.left_out, self.seconds = self.epoch + 1, 0, {}, {}, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,12 +71,14 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device: {name!r} is no device of torch; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for, but torch finds no CUDA device; use device=auto or device=cpu")
+        if name == "cpu":
+            print("device: torch finds no CUDA device, so this runs on the CPU")
+    if not re.fullmatch(r"cpu|cuda(:1?\d)?", name):
+        raise UserError(f"device: {name!r} is none to run on; use auto, cpu, cuda or cuda:1")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"device: {name} was asked for, but torch finds {count} CUDA devices; use auto or cpu")
     return device
 
 
@@ -76,6 +93,7 @@ def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.am
 
 def train_one_epoch(
     student: Detector,
+    replica: Any,  # the student, or DistributedDataParallel around it
     distillation: Any,  # a distill.step.Distillation
     loader: TrainBatches,
     optimizer: torch.optim.SGD,
@@ -84,36 +102,47 @@ def train_one_epoch(
     recipe: Recipe,
     progress: Progress,
     autocast: Autocast,
-) -> dict[str, float]:
-    """Epoch number `progress.epoch` -> means of the named losses, lr, images/s and the number of skipped updates.
+    stop: Stop,
+) -> None:
+    """From where `progress` stands to the end of the epoch; left sooner, after an update, when a save is due or
+    a signal came.
 
-    Raises UserError when MAX_SKIPPED updates in a row had a gradient that was not finite.
+    Raises UserError when MAX_SKIPPED updates in a row had a gradient that was not finite, or when fp16 cannot go on.
     """
     student.train()
     distillation.train()
-    epoch = progress.epoch
+    epoch, steps = progress.epoch, len(loader)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     lambdas = " ".join(f"{name} {value:.3g}" for name, value in distillation.lambdas(epoch).items())
-    tally, images_done, started = Tally(progress), 0, time.perf_counter()
-    since_update = 0
-    bar = tqdm(loader.epoch(epoch), f"epoch {epoch + 1}/{recipe.epochs}", len(loader), unit="step", dynamic_ncols=True)
-    for step, (images, targets) in enumerate(bar):
-        setting = recipe.at(epoch * len(loader) + step, len(loader))
+    tally, leaving, since_update = Tally(progress), False, 0
+    bar = tqdm(
+        loader.epoch(epoch, progress.step),
+        f"epoch {epoch + 1}/{recipe.epochs}",
+        steps,
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+    )
+    for step, (images, targets) in enumerate(bar, progress.step):
+        setting = recipe.at(epoch * steps + step, steps)
         apply_setting(optimizer, setting)
-
-        with autocast():
-            preds = student(images)
-            task: Losses = student.loss(preds, targets)
-            kd: Losses = distillation(images, preds, targets, epoch)
-        n = len(images)
-        task_scale = n if recipe.loss_scale == "batch" else 1 / setting.accumulate
-        kd_scale = n if distillation.kd_scale == "batch" else distillation.kd_scale
-        loss: Any = task_scale * sum(task.values()) + kd_scale * sum(kd.values())
-        scaler.scale(loss).backward()
-
         since_update += 1
+        update = since_update >= setting.accumulate or step + 1 == steps
+
+        with distributed.averaging(replica, update):
+            with autocast():
+                preds = replica(images)
+                task: Losses = student.loss(preds, targets)
+                kd: Losses = distillation(images, preds, targets, epoch)
+            n = len(images) * distributed.world()
+            task_scale = n if recipe.loss_scale == "batch" else 1 / setting.accumulate
+            kd_scale = n if distillation.kd_scale == "batch" else distillation.kd_scale
+            loss: Any = task_scale * sum(task.values()) + kd_scale * sum(kd.values())
+            scaler.scale(loss).backward()
+
         skipped = None
-        if since_update >= setting.accumulate or step + 1 == len(loader):
+        if update:
+            distributed.average_gradients_(distillation.parameters() if kd else ())
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, recipe.clip, foreach=True)
             skipped = 1 - norm.isfinite().float()
@@ -124,54 +153,65 @@ def train_one_epoch(
             ema.update(student, skipped)
             since_update = 0
 
-        tally.add({**task, **kd}, skipped)
-        images_done += n
-        if (step + 1) % READ_EVERY == 0 or step + 1 == len(loader):
-            means = tally.read()
-            speed = images_done / (time.perf_counter() - started)
-            shown = " ".join(f"{name} {value:.3f}" for name, value in means.items())
-            bar.set_postfix_str(f"{shown} | lambda: {lambdas or '-'} | {speed:.0f} img/s")
-    return {**tally.read(), "lr": setting.lr, "images/s": speed, "skipped": tally.skipped}
+        tally.add({**task, **kd}, skipped, targets["ids"])
+        progress.step = step + 1
+        leaving |= recipe.save_every > 0 and progress.step % recipe.save_every == 0
+        if progress.step % READ_EVERY == 0 or progress.step == steps:
+            bar.set_postfix_str(f"{tally.read(scaler, stop)} | lambda: {lambdas or '-'}")
+            leaving |= stop.agreed > 0  # a signal to any rank: all leave at the same step
+        elif distributed.world() == 1:
+            leaving |= stop.signum > 0
+        if leaving and update:
+            break
+    if tally.waiting:
+        bar.set_postfix_str(f"{tally.read(scaler, stop)} | lambda: {lambdas or '-'}")
+    bar.close()
 
 
 class Tally:
-    """Means of the losses of an epoch. Numbers wait on the device until `read` copies them all at once."""
+    """Adds the losses to `progress`. Numbers wait on the device until `read` copies them all at once."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.names: list[str] = []
-        self.waiting: list[Tensor] = []
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-        self.skipped = 0
+        self.waiting: list[tuple[str, Tensor, list[str]]] = []  # name, scalar, ids of the batch
+        self.broken: dict[str, list[str]] = {}  # what was not finite since the last good update, ids of the last batch
+        self.since = time.perf_counter()
 
-    def add(self, losses: Losses, skipped: Tensor | None) -> None:
+    def add(self, losses: Losses, skipped: Tensor | None, ids: list[str]) -> None:
         """losses: name -> scalar; skipped: 1.0 where the update was left out, None where there was none."""
         numbers = {**losses, SKIPPED: skipped} if skipped is not None else losses
-        self.names += numbers
-        self.waiting += [value.detach().float() for value in numbers.values()]
+        self.waiting += [(name, value.detach().float(), ids) for name, value in numbers.items()]
 
-    def read(self) -> dict[str, float]:
-        """-> means so far, of the finite values."""
-        values = torch.stack(self.waiting).tolist() if self.waiting else []
-        broken = set()
-        for name, value in zip(self.names, values, strict=True):
-            if name == SKIPPED:
-                self.skipped += int(value)
-                self.progress.skipped = self.progress.skipped + 1 if value else 0
+    def read(self, scaler: torch.amp.GradScaler, stop: Stop) -> str:
+        """-> means so far, of the finite values and over the ranks, in words. Tells all ranks of a stop signal."""
+        progress = self.progress
+        numbers = torch.stack([value for _, value, _ in self.waiting])
+        values = (distributed.total(numbers) / distributed.world()).tolist()
+        stop.agreed = distributed.largest(stop.signum, numbers.device)
+        for (name, _, ids), value in zip(self.waiting, values, strict=True):
+            if name == SKIPPED and value:
+                progress.left_out, progress.skipped = progress.left_out + 1, progress.skipped + 1
+            elif name == SKIPPED:
+                progress.skipped, self.broken = 0, {}
             elif math.isfinite(value):
-                self.sums[name] = self.sums.get(name, 0.0) + value
-                self.counts[name] = self.counts.get(name, 0) + 1
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
+                progress.counts[name] = progress.counts.get(name, 0) + 1
             else:
-                broken.add(name)
-        self.names, self.waiting = [], []
-        if self.progress.skipped >= MAX_SKIPPED:
-            what = f"{', '.join(sorted(broken))} not finite" if broken else "all losses finite"
-            count = self.progress.skipped
+                self.broken[name] = ids
+        self.waiting = []
+        now = time.perf_counter()
+        progress.seconds, self.since = progress.seconds + now - self.since, now
+
+        if progress.skipped >= MAX_SKIPPED:
+            what = "; ".join(f"{name} not finite, last on {', '.join(ids)}" for name, ids in self.broken.items())
             raise UserError(
-                f"{count} updates in a row had no finite gradient ({what}): lower train.lr0, or train.amp=false"
+                f"{progress.skipped} updates in a row had no finite gradient ({what or 'all losses finite'}): "
+                "lower train.lr0, or train.amp=false"
             )
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
+        if scaler.is_enabled() and scaler.get_scale() < 1:
+            raise UserError("the scale of the fp16 gradients fell below 1, they overflow: use train.amp=bf16 or false")
+        shown = " ".join(f"{name} {value:.3f}" for name, value in progress.means().items())
+        return f"{shown} | skipped {progress.left_out}" if progress.left_out else shown
 
 
 SKIPPED = "skipped"
@@ -179,13 +219,20 @@ SKIPPED = "skipped"
 
 @torch.no_grad()
 def evaluate(model: Detector, loader: ValBatches, metric: Metric, autocast: Autocast) -> dict[str, float]:
-    """Every image once, letterboxed; score above 0.001, NMS at IoU 0.7, 300 detections -> metric.compute()."""
+    """Every image once, letterboxed; score above 0.001, NMS at IoU 0.7, 300 detections -> metric.compute().
+
+    Each rank sees its share of the images, and scores those of all.
+    """
     model.eval()
+    found = []
     for images, targets, to_native in tqdm(loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True):
         with autocast():
             preds = model(images)
         detections = model.decode(preds, score=0.001, iou=0.7, max_det=300)
-        metric.update(to_native(detections), targets)
+        on_cpu = [{key: value.cpu() for key, value in image.items()} for image in to_native(detections)]  # type: ignore
+        found.append((on_cpu, targets))
+    for batch in distributed.deal(found):
+        metric.update(*batch)
     return metric.compute()
 
 

@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdmini.contracts import Detector
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,7 +22,7 @@ class Recipe:
     amp: false, bf16, fp16, or true for the better of the two on CUDA and float32 on the CPU.
     loss_scale: `batch` multiplies the detection loss by the batch size, `none` leaves the mean.
     clip: largest norm of the gradient. patience: epochs without a better model before stopping.
-    val_every: epochs between validations.
+    val_every: epochs between validations. save_every: steps between checkpoints, beside the one after every epoch.
     """
 
     epochs: int
@@ -45,6 +43,7 @@ class Recipe:
     amp: bool | Literal["bf16", "fp16"] = True
     patience: int = 100
     val_every: int = 1
+    save_every: int = 0
 
     @property
     def accumulate(self) -> int:
@@ -131,12 +130,17 @@ class EMA:
         self.updates = state["updates"]
 
     @torch.no_grad()
-    def update(self, model: Detector, skipped: Tensor | None = None) -> None:
-        """Moves the average towards the model. skipped: scalar, 1.0 where the update did not happen."""
+    def update(self, model: Any, skipped: Tensor | None = None) -> None:
+        """Moves the average towards the model. skipped: scalar, 1.0 where the update did not happen.
+
+        Only the weights are safe from a step that was skipped: where a forward pass has left BatchNorm statistics
+        that are not finite, the model gets those of the average back.
+        """
         self.updates += 1
         weight: float | Tensor = 1 - self.decay * (1 - math.exp(-self.updates / self.tau))
         if skipped is not None:
             weight = weight * (1 - skipped)
+            self._mend(list(model.buffers()), list(self.average.buffers()))
         ours, theirs = self.average.state_dict(), model.state_dict()
         floating = [name for name, value in theirs.items() if value.is_floating_point()]
         mine = [ours[name] for name in floating]
@@ -146,3 +150,12 @@ class EMA:
         for name, value in theirs.items():
             if not value.is_floating_point():
                 ours[name].copy_(value)
+
+    @staticmethod
+    def _mend(buffers: list[Tensor], spare: list[Tensor]) -> None:
+        """Puts `spare` in the place of numbers that are not finite; for all buffers at once, and without waiting."""
+        pairs = [(b, s) for b, s in zip(buffers, spare, strict=True) if b.is_floating_point()]
+        if pairs:
+            flat, other = (torch.cat([tensor.reshape(-1) for tensor in side]) for side in zip(*pairs, strict=True))
+            parts = torch.where(flat.isfinite(), flat, other).split([b.numel() for b, _ in pairs])
+            torch._foreach_copy_([b for b, _ in pairs], [p.view_as(b) for p, (b, _) in zip(parts, pairs, strict=True)])

@@ -1,6 +1,7 @@
-"""The run folder: config.yaml, metrics.jsonl, results.csv, ckpt/, best.pt."""
+"""The run folder: config.yaml, metrics.jsonl, results.csv, ckpt/, best.pt, and a lock."""
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -11,31 +12,67 @@ from kdmini.contracts import UserError
 
 
 class RunFolder:
-    """A folder for one run. Raises UserError where it holds one already, and it is not to be resumed.
+    """A folder for one run, locked as long as the process lives.
 
+    Raises UserError where it holds a run already that is not to be resumed, is in use, or cannot be written.
     metrics.jsonl has one line an epoch, results.csv the same as a table; both are rewritten whole after every epoch.
     Nothing is written before `begin`, so that a mistake found while building leaves nothing behind.
+    lead: whether this process writes; of several, one does.
     """
 
-    def __init__(self, path: str | Path, resume: bool = False):
+    def __init__(self, path: str | Path, resume: bool = False, lead: bool = True):
         self.path = Path(path)
+        self.lead = lead
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "ckpt"
         self.best = self.path / "best.pt"
         self._lines = self.path / "metrics.jsonl"
-        if self.config.exists() and not resume:
+        if not lead:
+            return
+        place = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write the run folder {self.path} ({place} is read-only); name another `run:`")
+        if resume:
+            self._lock()
+        else:
+            self._refuse_another()
+
+    def _refuse_another(self) -> None:
+        if any(path.exists() for path in (self.config, self.checkpoints, self.best)):
             raise UserError(
-                f"{path} holds a run already; continue it with `python train.py --resume {path}` or name another `run:`"
+                f"{self.path} holds a run already; continue it with `python train.py --resume {self.path}` "
+                "or name another `run:`"
             )
 
-    def begin(self, config: str) -> None:
-        """Creates the folder with the resolved config."""
+    def _lock(self) -> None:
+        """Takes the lock, which goes with the process however that ends, and clears away what a killed one left."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._held = (self.path / "lock").open("a+")
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {self.path} ({error.strerror}); name another `run:`"
             ) from error
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._held.seek(0)
+            raise UserError(
+                f"{self.path} is locked by pid {self._held.read() or 'unknown'}, which trains there; "
+                "wait for it, or name another `run:`"
+            ) from None
+        self._held.truncate(0)
+        print(os.getpid(), end="", file=self._held, flush=True)
+        for stale in [*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")]:
+            stale.unlink()
+            print(f"removed {stale}, left half-written by a run that was killed")
+
+    def begin(self, config: str) -> None:
+        """Creates the folder with the resolved config."""
+        if not self.lead:
+            return
+        self._lock()
+        self._refuse_another()  # again, now that nobody else can begin one
         replace_text(self.config, config)
 
     def records(self) -> list[dict[str, Any]]:
@@ -50,14 +87,16 @@ class RunFolder:
 
     def rewind(self, epoch: int) -> None:
         """Forgets what was logged from `epoch` on, since a resumed run goes through it again."""
-        self._write([record for record in self.records() if record["epoch"] < epoch])
+        if self.lead:
+            self._write([record for record in self.records() if record["epoch"] < epoch])
 
     def log(self, record: dict[str, Any]) -> None:
-        self._write([*self.records(), record])
+        if self.lead:
+            self._write([*self.records(), record])
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         # whole, and not appended: a line that a kill cut off would swallow the next
-        replace_text(self._lines, "".join(json.dumps(record) + "\n" for record in records))
+        replace_text(self._lines, "".join(json.dumps(record, default=float) + "\n" for record in records))
         columns = list(dict.fromkeys(name for record in records for name in record))
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, lineterminator="\n")

@@ -9,8 +9,12 @@ from torch import nn
 from kdmini.contracts import UserError
 from kdmini.engine import Progress, attention_distances, evaluate, precision, train_one_epoch
 from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.signals import Stop
 
 CPU = torch.device("cpu")
+
+
+SCORES = torch.tensor([0.5])
 
 
 class Line(nn.Module):
@@ -26,10 +30,10 @@ class Line(nn.Module):
         return self.weight * images.mean()
 
     def loss(self, preds, targets):
-        return {"line": preds.sum() * targets}
+        return {"line": preds.sum() * targets["factor"]}
 
     def decode(self, preds, score, iou, max_det):
-        return ["detections"] * 4
+        return [{"scores": SCORES}] * 4
 
 
 class Extra(nn.Module):
@@ -62,21 +66,21 @@ class Batches:
         return len(self.factors)
 
     def epoch(self, epoch, start=0):
-        return ((torch.ones(4, 3, 2, 2), factor) for factor in self.factors[start:])
+        numbers = range(start, len(self.factors))
+        return ((torch.ones(4, 3, 2, 2), {"factor": self.factors[i], "ids": [f"batch {i}"]}) for i in numbers)
 
 
 def train(batches: Batches, extra=Nothing, kd_scale: float | str = 1.0, amp: bool | str = False, **settings):
-    """One epoch with learning rate 1 and no momentum, so that the weight moves by the gradient -> weight, record."""
+    """One epoch with learning rate 1 and no momentum, so that the weight moves by the gradient -> weight, progress."""
     model = Line()
     plain = {"lr0": 1.0, "momentum": 1e-12, "weight_decay": 0.0, "warmup_epochs": 0, "clip": 1e9, "nbs": 4}
     recipe = Recipe(epochs=1, batch=4, amp=amp, **{**plain, **settings})
     autocast, scaler = precision(amp, CPU)
-    ema = EMA(model, 0.5, 1.0)
+    ema, progress = EMA(model, 0.5, 1.0), Progress()
     optimizer = make_sgd([model], recipe)
-    record = train_one_epoch(
-        model, extra(model, kd_scale), batches, optimizer, scaler, ema, recipe, Progress(), autocast
-    )
-    return model.weight.item(), record, ema
+    distillation = extra(model, kd_scale)
+    train_one_epoch(model, model, distillation, batches, optimizer, scaler, ema, recipe, progress, autocast, Stop())
+    return model.weight.item(), progress, ema
 
 
 def test_the_loss_is_multiplied_by_the_batch_size_and_the_distillation_by_kd_scale() -> None:
@@ -88,11 +92,13 @@ def test_the_loss_is_multiplied_by_the_batch_size_and_the_distillation_by_kd_sca
 
 
 def test_gradients_accumulate_to_the_nominal_batch_and_an_epoch_ends_with_an_update() -> None:
-    weight, record, ema = train(Batches(1.0, 2.0, 4.0), nbs=8)
+    weight, progress, ema = train(Batches(1.0, 2.0, 4.0), nbs=8)
     assert weight == pytest.approx(1 - 4 * (1 + 2) - 4 * 4)
     assert ema.updates == 2
     assert train(Batches(1.0, 2.0), nbs=8, loss_scale="none")[0] == pytest.approx(1 - (1 + 2) / 2)
-    assert record["line"] == pytest.approx((1 * 1 + 2 * 1 + 4 * (1 - 12)) / 3)  # the weight is 1 - 12 in the third
+    assert progress.means()["line"] == pytest.approx(
+        (1 * 1 + 2 * 1 + 4 * (1 - 12)) / 3
+    )  # the weight is 1 - 12 in the third
 
 
 def test_the_gradient_is_clipped_by_its_norm() -> None:
@@ -101,14 +107,14 @@ def test_the_gradient_is_clipped_by_its_norm() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_update_that_is_not_finite_is_left_out_and_counted(bad: float) -> None:
-    weight, record, ema = train(Batches(1.0, bad, 1.0))
+    weight, progress, ema = train(Batches(1.0, bad, 1.0))
     assert weight == pytest.approx(1 - 4 - 4)
-    assert record["skipped"] == 1 and math.isfinite(record["line"])
+    assert progress.left_out == 1 and math.isfinite(progress.means()["line"])
     assert torch.isfinite(ema.average.weight).all()
 
 
 def test_many_such_updates_in_a_row_stop_the_run_and_name_the_loss() -> None:
-    with pytest.raises(UserError, match=r"20 updates in a row.*line not finite"):
+    with pytest.raises(UserError, match=r"20 updates in a row.*line not finite, last on batch 19"):
         train(Batches(*[math.nan] * 20))
     train(Batches(*[math.nan] * 19))
 
@@ -141,12 +147,12 @@ def test_evaluate_hands_every_batch_to_the_metric_in_native_pixels_without_gradi
             return {"batches": len(seen)}
 
     def to_native(detections):
-        return [f"native {d}" for d in detections]
+        return [{"scores": 2 * found["scores"]} for found in detections]
 
     model = Line().train()
     batches = [(torch.ones(4, 3, 2, 2), [number] * 4, to_native) for number in range(3)]
     assert evaluate(model, batches, Metric(), precision(False, CPU)[0]) == {"batches": 3}
-    assert seen == [(["native detections"] * 4, [number] * 4, False) for number in range(3)]
+    assert seen == [([{"scores": 2 * SCORES}] * 4, [number] * 4, False) for number in range(3)]
     assert not model.training
 
 

@@ -238,6 +238,38 @@ def test_ema_stays_where_the_update_was_skipped():
     assert not torch.equal(moved[1]["0.weight"], before["0.weight"])
 
 
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_statistics_that_are_not_finite_are_replaced_by_those_of_the_average(bad, skipped):
+    model = nn.Sequential(small(), nn.BatchNorm1d(3).double())  # of two types
+    model.register_buffer("count", torch.tensor(7))
+    ema = EMA(model, 0.9, 5.0)
+    moving(model[0], 1)
+    ema.update(model, torch.tensor(0.0))
+    moving(model[0], 2)
+    model[0][1].running_mean[3] = model[0][1].running_var[0] = model[1].running_mean[2] = bad
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    average = {name: value.clone() for name, value in ema.average.state_dict().items()}
+    ema.update(model, torch.tensor(skipped))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, torch.where(before[name].isfinite(), before[name], average[name])), name
+        assert value.dtype == before[name].dtype
+    after = ema.average.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    moved = {name for name in after if not torch.equal(after[name], average[name])}
+    assert moved == ({"0.1.num_batches_tracked"} if skipped else moved) and "0.1.num_batches_tracked" in moved
+    assert ("0.1.running_mean" in moved) == (skipped == 0)
+
+
+def test_a_model_without_buffers_has_an_average_too():
+    layer = nn.Linear(2, 1)
+    ema, before = EMA(layer, 0.9, 5.0), layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight += 1
+    ema.update(layer, torch.tensor(0.0))
+    assert torch.allclose(ema.average.weight - before, torch.tensor(1 - 0.9 * (1 - math.exp(-1 / 5.0))))
+
+
 def test_ema_goes_on_from_its_saved_state():
     model = small()
     ema = EMA(model, 0.9, 5.0)

@@ -37,7 +37,7 @@ def test_nothing_is_written_before_the_run_begins(tmp_path):
 
 
 def test_a_new_run_has_its_config_and_nothing_else(folder):
-    assert os.listdir(folder.path) == ["config.yaml"]
+    assert sorted(os.listdir(folder.path)) == ["config.yaml", "lock"]
     assert (folder.path / "config.yaml").read_text() == "run: runs/a\n"
     assert folder.checkpoints.parent == folder.best.parent == folder.path
     assert folder.records() == []
@@ -52,16 +52,18 @@ def test_a_run_is_never_overwritten(folder):
 
 def test_a_resumed_run_keeps_config_and_log(folder):
     folder.log({"epoch": 0, "loss": 1.0})
-    again = RunFolder(folder.path, resume=True)
+    path = folder.path
+    folder._held.close()  # as the end of a process does
+    again = RunFolder(path, resume=True)
     assert again.records() == [{"epoch": 0, "loss": 1.0}]
-    assert (folder.path / "config.yaml").read_text() == "run: runs/a\n"
+    assert (path / "config.yaml").read_text() == "run: runs/a\n"
 
 
 def test_a_folder_without_a_run_may_be_used(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("mine")
     RunFolder(tmp_path / "a").begin("x: 1\n")
-    assert sorted(os.listdir(tmp_path / "a")) == ["config.yaml", "notes.txt"]
+    assert sorted(os.listdir(tmp_path / "a")) == ["config.yaml", "lock", "notes.txt"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -88,7 +90,7 @@ def test_the_table_has_every_column_that_ever_occurred(folder):
         {"epoch": "0", "distance/raw": "", "loss": "2.5", "AP": "", "a, comma": ""},
         {"epoch": "1", "distance/raw": "", "loss": "1.5", "AP": "0.25", "a, comma": "1"},
     ]
-    assert sorted(os.listdir(folder.path)) == ["config.yaml", "metrics.jsonl", "results.csv"]
+    assert sorted(os.listdir(folder.path)) == ["config.yaml", "lock", "metrics.jsonl", "results.csv"]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 15])
@@ -98,6 +100,7 @@ def test_a_line_that_was_cut_off_is_passed_over(folder, cut):
     lines = folder.path / "metrics.jsonl"
     lines.write_bytes(lines.read_bytes()[: -1 - cut])  # the end of the line and more
     assert [record["epoch"] for record in folder.records()] == [0, 1]
+    folder._held.close()
     again = RunFolder(folder.path, resume=True)
     again.rewind(2)
     again.log({"epoch": 2, "loss": 0.25})

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdmini.contracts import Dataset, Detections, Target, Targets, UserError
+from kdmini.contracts import Detections, Target, Targets, UserError
 from kdmini.data.render import Layout, choose, letterbox, mirror, mosaic, render, render_boxes, zoom
-from kdmini.data.store import Storage, Store
+from kdmini.data.store import Store
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,20 @@ class Augment:
 
 
 class TrainLoader:
-    """Augmented batches of one size; what is left of an epoch's order after the last full batch is not used."""
+    """Augmented batches of one size; what is left of an epoch's order after the last full batch is not used.
+
+    batch: images of all ranks together; this one renders the `rank`-th of `world` equal shares.
+    """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        imgsz: int,
-        batch: int,
-        epochs: int,
-        augment: Augment,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        workers: int = 8,
-        storage: Storage = "auto",
-        limit: int | None = None,
+        self, store: Store, batch: int, epochs: int, augment: Augment, seed: int = 0, rank: int = 0, world: int = 1
     ):
-        check_size(imgsz)
-        self.store = Store(dataset, imgsz, device, workers, storage, limit, "train")
-        self.imgsz, self.batch, self.epochs, self.augment, self.seed = imgsz, batch, epochs, augment, seed
-        self.device = torch.device(device)
-        if len(self.store) < batch:
-            raise UserError(f"train.batch: {batch} is more than the {len(self.store)} training images")
+        check_batch(batch, world)
+        self.store, self.imgsz, self.device = store, store.imgsz, store.device
+        self.batch, self.epochs, self.augment, self.seed = batch, epochs, augment, seed
+        self.rank, self.world = rank, world
+        if len(store) < batch:
+            raise UserError(f"train.batch: {batch} is more than the {len(store)} training images")
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -64,10 +57,14 @@ class TrainLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Targets]]:
         """Batches of an epoch from number `start` on: images (N, 3, S, S) RGB 0..1 and targets, on the device."""
         order = uniforms(self.seed, epoch, np.arange(len(self.store)), 1)[:, 0].argsort(kind="stable")
+        share = self.batch // self.world
         for number in range(start, len(self)):
-            layout = self.draw(epoch, order[number * self.batch : (number + 1) * self.batch])
+            first = number * self.batch + self.rank * share
+            indices = order[first : first + share]
+            layout = self.draw(epoch, indices)
             images = render(self.store, layout, self.imgsz).to(self.device, non_blocking=True)
-            yield images, pad(render_boxes(self.store, layout, self.imgsz), self.device)
+            ids = [self.store.targets[i]["id"] for i in indices]
+            yield images, pad(render_boxes(self.store, layout, self.imgsz), ids, self.device)
 
     def draw(self, epoch: int, indices: np.ndarray) -> Layout:
         """The layout of each image in this epoch; indices (N,)."""
@@ -86,30 +83,21 @@ class TrainLoader:
 
 
 class ValLoader:
-    """Letterboxed images in order, each once."""
+    """Letterboxed images in order, each once; of `world` ranks, this has batch `rank`, `rank + world`, ..."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        imgsz: int,
-        batch: int,
-        device: torch.device | str = "cpu",
-        workers: int = 8,
-        storage: Storage = "auto",
-        limit: int | None = None,
-    ):
-        check_size(imgsz)
-        self.store = Store(dataset, imgsz, device, workers, storage, limit, "val")
-        self.imgsz, self.batch = imgsz, batch
-        self.device = torch.device(device)
+    def __init__(self, store: Store, batch: int, rank: int = 0, world: int = 1):
+        check_batch(batch, world)
+        self.store, self.imgsz, self.device = store, store.imgsz, store.device
+        self.batch = batch // world
+        self.starts = range(rank * self.batch, len(store), batch)
 
     def __len__(self) -> int:
-        """Batches."""
-        return -(-len(self.store) // self.batch)
+        """Batches of this rank."""
+        return len(self.starts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[Target], "Inverse"]]:
         """-> images (N, 3, S, S) RGB 0..1, targets in pixels of the files, and the way back to those pixels."""
-        for start in range(0, len(self.store), self.batch):
+        for start in self.starts:
             indices = np.arange(start, min(start + self.batch, len(self.store)))
             layout = letterbox(self.store, indices, self.imgsz)
             native = self.store.native[indices][:, ::-1]  # (N, 2) W, H
@@ -142,7 +130,12 @@ def check_size(imgsz: int) -> None:
         raise UserError(f"data.imgsz: {imgsz} is not a multiple of 32, the largest stride")
 
 
-def pad(rendered: list[tuple[np.ndarray, np.ndarray]], device: torch.device) -> Targets:
+def check_batch(batch: int, world: int) -> None:
+    if batch % world:
+        raise UserError(f"train.batch: {batch} images do not share out among {world} processes; give a multiple")
+
+
+def pad(rendered: list[tuple[np.ndarray, np.ndarray]], ids: list[str], device: torch.device) -> Targets:
     """Objects of each image -> tensors with G the next of 8, 16, 32, 64, ... so that few shapes occur."""
     most = max(len(labels) for _, labels in rendered)
     padded = 8
@@ -156,6 +149,7 @@ def pad(rendered: list[tuple[np.ndarray, np.ndarray]], device: torch.device) -> 
     return {
         "boxes_xyxy": torch.from_numpy(boxes_xyxy).to(device, non_blocking=True),
         "labels": torch.from_numpy(labels).to(device, non_blocking=True),
+        "ids": ids,
     }
 
 

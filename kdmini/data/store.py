@@ -6,6 +6,7 @@ Legend: M images of the store.
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from kdmini.contracts import Dataset, Target, UserError
 
 Storage = Literal["auto", "resident", "mapped"]
+OnBad = Literal["stop", "skip"]
 
 
 class Picture(NamedTuple):
@@ -36,10 +38,12 @@ class Picture(NamedTuple):
 class Store:
     """All images of a dataset, decoded by threads when it is built.
 
+    imgsz: longest side; larger images are reduced to it. device: where batches go.
     storage: `resident` keeps the pixels on `device`; `mapped` in a scratch file (in KDMINI_CACHE, else
         ~/.cache/kdmini; it vanishes with the process, so it can neither be stale nor be left behind);
         `auto` is resident when they fill less than half of the device's free memory.
     limit: keep a fixed random subset of that many images.
+    on_bad: an image that cannot be decoded is reported when all have been tried: an error, or it is left out.
     """
 
     def __init__(
@@ -50,16 +54,17 @@ class Store:
         workers: int = 8,
         storage: Storage = "auto",
         limit: int | None = None,
+        on_bad: OnBad = "stop",
         name: str = "images",
     ):
-        device = torch.device(device)
+        self.imgsz, self.device = imgsz, torch.device(device)
         indices = subset(len(dataset), limit)
         if not indices:
             raise UserError(f"{name}: the dataset has no images")
-        pictures = decode_all(dataset, indices, imgsz, workers, name)
+        pictures = decode_all(dataset, indices, imgsz, workers, on_bad, name)
         first = next(pictures)
         if storage == "auto":
-            storage = "resident" if first.pixels.nbytes * len(indices) < free_bytes(device) / 2 else "mapped"
+            storage = "resident" if first.pixels.nbytes * len(indices) < free_bytes(self.device) / 2 else "mapped"
 
         about: list[Picture] = []
 
@@ -68,7 +73,7 @@ class Store:
                 about.append(picture._replace(pixels=np.empty(0, np.int32)))
                 yield picture.pixels
 
-        self.pixels = resident(list(pixels()), device) if storage == "resident" else mapped(pixels())
+        self.pixels = resident(list(pixels()), self.device) if storage == "resident" else mapped(pixels())
         self.sizes = np.array([p.size for p in about])  # (M, 2) H, W
         self.native = np.array([p.native for p in about])  # (M, 2) H, W
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes.prod(1, dtype=np.int64))[:-1]])  # (M,)
@@ -90,23 +95,44 @@ def subset(length: int, limit: int | None) -> list[int]:
     return sorted(np.random.default_rng(0).choice(length, limit, replace=False).tolist())
 
 
-def decode_all(dataset: Dataset, indices: Sequence[int], imgsz: int, workers: int, name: str) -> Iterator[Picture]:
-    """Pictures in order, decoded by threads (Pillow lets go of the interpreter's lock), with a progress bar."""
+def decode_all(
+    dataset: Dataset, indices: Sequence[int], imgsz: int, workers: int, on_bad: OnBad, name: str
+) -> Iterator[Picture]:
+    """Pictures in order, decoded by threads (Pillow lets go of the interpreter's lock), with a progress bar.
 
-    def picture(index: int) -> Picture:
-        image, target = dataset[index]
-        native = image.shape[:2]
+    Raises UserError after the last one for all that cannot be decoded, or leaves them out.
+    """
+    problems: list[str] = []
+
+    def picture(index: int) -> Picture | UserError:
+        try:
+            image, target = dataset[index]
+        except UserError as error:
+            return error
         reduced = shrink(image, imgsz)
-        return Picture(pack(reduced), reduced.shape[:2], native, target)
+        return Picture(pack(reduced), reduced.shape[:2], image.shape[:2], target)
 
-    with (
-        ThreadPoolExecutor(max(workers, 1)) as pool,
-        tqdm(total=len(indices), desc=f"decode {name}", unit="img") as bar,
-    ):
-        for start in range(0, len(indices), 256):  # bounds what waits in memory for a slow disk
-            for result in pool.map(picture, indices[start : start + 256]):
-                bar.update()
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        # portions bound what waits in memory for a slow disk
+        portions = (pool.map(picture, indices[start : start + 256]) for start in range(0, len(indices), 256))
+        for result in tqdm(chain.from_iterable(portions), f"decode {name}", len(indices), unit="img"):
+            if isinstance(result, Picture):
                 yield result
+            else:
+                problems.append(str(result))
+    tell(problems, len(indices), on_bad, name)
+
+
+def tell(problems: list[str], total: int, on_bad: OnBad, name: str) -> None:
+    """Prints the problem of every bad image on a line of its own, and raises one UserError for all of them,
+    unless they are to be skipped and others are left."""
+    count = f"{name}: {len(problems):,} of {total:,} images are bad"
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems and (on_bad != "skip" or len(problems) == total):
+        raise UserError(f"{count}, as {problems[0]}. Repair or remove them, or leave them out with data.on_bad=skip")
+    if problems:
+        print(f"{count} and left out", file=sys.stderr)
 
 
 def shrink(image: np.ndarray, imgsz: int) -> np.ndarray:
@@ -151,9 +177,7 @@ def mapped(parts: Iterator[np.ndarray]) -> Tensor:
             file.flush()
             return torch.from_numpy(np.memmap(file, np.int32, mode="r+"))
     except OSError as error:
-        raise UserError(
-            f"cannot keep decoded images in {folder} ({error}); set KDMINI_CACHE to a larger disk"
-        ) from error
+        raise UserError(f"cannot keep images in {folder} ({error}); set KDMINI_CACHE to a larger disk") from error
 
 
 def free_bytes(device: torch.device) -> int:

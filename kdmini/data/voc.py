@@ -9,11 +9,14 @@ Legend: G objects of an image.
 
 import difflib
 import math
+import os
 import re
 import sys
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from kdmini.contracts import Target, UserError
+from kdmini.data.store import OnBad, tell
 
 VOC_NAMES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -29,6 +33,7 @@ VOC_NAMES = [
 ]  # fmt: skip
 MAX_PIXELS = 100_000_000  # a PNG of 200 kB can claim 1.6e9 pixels
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow hands other formats to outside programs
+IMAGES, ANNOTATIONS = (".jpg", ".jpeg", ".png"), (".xml",)
 EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, range(5, 9)
 
 
@@ -58,21 +63,31 @@ class VOC:
         belongs to root itself; the name `all` stands for every annotation file, listed or not.
     names: the classes, in the order of the labels; the twenty of VOC by default.
     exclude: splits whose photographs are left out, under whatever id they appear.
+    on_bad: images whose files are missing or wrong are reported together: an error, or they are left out.
 
     A photograph that several splits name is taken once. Target ids are "VOC2012/2007_000027".
-    Raises UserError for whatever is missing or wrong, with the number of files that have a problem.
+    Raises UserError for whatever is missing or wrong. An unknown class is always an error: it is `names` that is wrong.
     """
 
-    def __init__(self, root: str, splits: list[str], names: list[str] | None = None, exclude: list[str] | None = None):
+    def __init__(
+        self,
+        root: str,
+        splits: list[str],
+        names: list[str] | None = None,
+        exclude: list[str] | None = None,
+        on_bad: OnBad = "stop",
+    ):
         self.names = list(VOC_NAMES if names is None else names)
         if not self.names or len(set(self.names)) < len(self.names):
             raise UserError(f"`names` is empty or names a class twice: {self.names}")
         self.records: list[Record] = []
+        self.photographs: set[tuple[str, str]] = set()  # what they are known by in every set: see `photograph`
         self.wrong_size: set[int] = set()  # indices of images whose <size> is not that of the pixels
         self.dropped: dict[int, int] = {}  # index -> boxes without a pixel inside the image
 
         # not resolve(): a folder that is a link keeps its own name
-        self._read(self._choose(Path(root).expanduser().absolute(), splits, exclude or []))
+        chosen = self._choose(Path(root).expanduser().absolute(), splits, exclude or [])
+        self._read(chosen, " + ".join(splits), on_bad)
 
     def _choose(self, root: Path, splits: list[str], exclude: list[str]) -> list[tuple[Path, str]]:
         """-> folder and name of each image of the splits: each photograph once, none of the excluded ones."""
@@ -91,39 +106,35 @@ class VOC:
             raise UserError(f"{root}: no image is left of splits {splits} without {exclude}; check `splits`, `exclude`")
         return chosen
 
-    def _read(self, chosen: list[tuple[Path, str]]) -> None:
-        """Parse all annotations, and raise one error for all problems."""
-        image_of = {folder: images(folder) for folder in dict.fromkeys(folder for folder, _ in chosen)}
+    def _read(self, chosen: list[tuple[Path, str]], splits: str, on_bad: OnBad) -> None:
+        """Parse all annotations, and tell of all problems at once."""
+        folders = {folder for folder, _ in chosen}
+        images = {folder: files(folder / "JPEGImages", IMAGES) for folder in folders}
+        annotations = {folder: files(folder / "Annotations", ANNOTATIONS) for folder in folders}
         label_of = {name: label for label, name in enumerate(self.names)}
         problems: list[str] = []
-        unknown: dict[str, list[str]] = {}  # class -> the file of each object
+        unknown: list[tuple[str, str]] = []  # file and class of each object
         for folder, name in tqdm(chosen, "annotations", unit="file", leave=False, disable=len(chosen) <= 2000):
-            path = folder / "Annotations" / f"{name}.xml"
-            if name not in image_of[folder]:
-                problems.append(
-                    f"{folder / 'JPEGImages' / name}.jpg (.jpeg, .png): no such image; "
-                    f"restore it or take {name!r} out of the split"
-                )
-                continue
             try:
-                annotation = read_annotation(path)
+                image = choose(images[folder], folder / "JPEGImages" / f"{name}.jpg")
+                path = choose(annotations[folder], folder / "Annotations" / f"{name}.xml")
+                annotation = read_annotation(Path(path))
             except UserError as error:
                 problems.append(str(error))
                 continue
-            for class_name in annotation.classes:
-                if class_name not in label_of:
-                    unknown.setdefault(class_name, []).append(str(path))
+            unknown += [(path, class_name) for class_name in annotation.classes if class_name not in label_of]
             labels = np.array([label_of.get(class_name, -1) for class_name in annotation.classes], np.int64)
-            self.records.append(Record(f"{folder.name}/{name}", image_of[folder][name], annotation, labels))
+            self.records.append(Record(f"{folder.name}/{name}", image, annotation, labels))
+            self.photographs.add(photograph(folder, name))
 
-        for class_name, paths in unknown.items():
-            problems.append(
-                f"{paths[0]}: unknown class {class_name!r} ({len(paths)} in this dataset), the nearest known is "
-                f"{nearest(class_name, self.names)!r}; list the classes in `names:`"
+        if unknown:
+            path, first = unknown[0]
+            counts = Counter(class_name for _, class_name in unknown)
+            raise UserError(
+                f"{path}: unknown class {first!r}, the nearest known is {nearest(first, self.names)!r}; list the "
+                f"classes in `names:` (unknown: {', '.join(f'{name!r} {count:,}x' for name, count in counts.items())})"
             )
-        if problems:
-            more = f" (and {len(problems) - 1:,} more problems like it)" if len(problems) > 1 else ""
-            raise UserError(problems[0] + more)
+        tell(problems, len(chosen), on_bad, splits)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -141,20 +152,15 @@ class VOC:
         if not keep.all():
             self.dropped[index] = int((~keep).sum())  # by index, so that threads need no lock
         return image, Target(
-            boxes_xyxy=boxes_xyxy[keep],
-            labels=record.labels[keep],
-            difficult=annotation.difficult[keep],
-            id=record.id,
+            boxes_xyxy=boxes_xyxy[keep], labels=record.labels[keep], difficult=annotation.difficult[keep], id=record.id
         )
 
     def _accept_size(self, index: int, width: int, height: int) -> None:
         """The pixels are right and <size> is not, unless EXIF says that the boxes belong to a turned image."""
         path, size = self.records[index].image, self.records[index].annotation.size
         if size == (height, width) and turned(path):
-            raise UserError(
-                f"{path}: {width}x{height} pixels with an EXIF turn, but its XML says {height}x{width}: the boxes "
-                "would lie wrong; store the image turned and without EXIF"
-            )
+            sides = f"{width}x{height}, turned by EXIF, but {height}x{width} in its XML"
+            raise UserError(f"{path}: {sides}, so boxes would lie wrong; store it turned and without EXIF")
         if not self.wrong_size:
             said = "x".join(map(str, size or ()))
             print(f"{path}: {width}x{height} pixels, though its XML says {said}: pixels count", file=sys.stderr)
@@ -173,11 +179,8 @@ class VOC:
 def list_split(root: Path, split: str) -> list[tuple[Path, str]]:
     """-> the VOC-layout folder and the name of each image of a split, in its order."""
     folder_name, _, name = split.rpartition("/")
-    remedy = (
-        f"fetch it with `python -m kdmini.data.download --root {root}`"
-        if folder_name in ("VOC2007", "VOC2012")
-        else "correct `root` or `splits`"
-    )
+    voc = folder_name in ("VOC2007", "VOC2012")
+    remedy = f"fetch it with `python -m kdmini.extras.download --root {root}`" if voc else "correct `root` or `splits`"
     if ".." in split or "\0" in split:
         raise UserError(f"split {split!r} is not a folder and a name, like VOC2012/trainval; correct `splits`")
     candidates = (root / folder_name, root / "VOCdevkit" / folder_name)
@@ -188,7 +191,7 @@ def list_split(root: Path, split: str) -> list[tuple[Path, str]]:
     lists = folder / "ImageSets" / "Main"
     trainval = lists / "trainval.txt"
     if name == "all":
-        found = sorted(path.stem for path in (folder / "Annotations").glob("*.xml"))
+        found = sorted(files(folder / "Annotations", ANNOTATIONS))
         count = f", of which ImageSets/Main/trainval lists {len(read_ids(trainval)):,}" if trainval.is_file() else ""
         print(f"{split}: {len(found):,} annotated images{count}")
     elif (lists / f"{name}.txt").is_file():
@@ -214,16 +217,34 @@ def read_ids(path: Path) -> list[str]:
 
 
 def photograph(folder: Path, name: str) -> tuple[str, str]:
-    """What one photograph is known by: VOC2012 calls photograph NNNNNN of VOC2007 2007_NNNNNN."""
+    """What one photograph is known by, in every set: VOC2012 calls photograph NNNNNN of VOC2007 2007_NNNNNN."""
+    place = folder.parent.parent if folder.parent.name == "VOCdevkit" else folder.parent  # either is root to us
     if folder.name == "VOC2012" and name.startswith("2007_"):
-        return "VOC2007", name.removeprefix("2007_")
-    return folder.name, name
+        return os.path.join(resolved(place), "VOC2007"), name.removeprefix("2007_")
+    return os.path.join(resolved(place), folder.name), name
 
 
-def images(folder: Path) -> dict[str, str]:
-    """Name -> path of every picture of a VOC-layout folder."""
-    found = sorted((folder / "JPEGImages").glob("*"))
-    return {path.stem: str(path) for path in found if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
+resolved = cache(os.path.realpath)  # asked for every photograph
+
+
+def files(folder: Path, endings: tuple[str, ...]) -> dict[str, str]:
+    """Name -> path of every file with such an ending; "" for a link that leads out of the VOC-layout folder."""
+    inside = tuple(os.path.join(os.path.realpath(place), "") for place in (folder, folder.parent))
+    found = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else ():
+        name, ending = os.path.splitext(entry.name)
+        if ending.lower() in endings and entry.is_file():  # a pipe would be waited for
+            outward = entry.is_symlink() and not os.path.realpath(entry.path).startswith(inside)
+            found[name] = "" if outward else entry.path
+    return found
+
+
+def choose(found: dict[str, str], path: Path) -> str:
+    """The path of the file that is called `path` but for the ending."""
+    if file := found.get(path.stem):
+        return file
+    fault = "no such file; restore it" if file is None else "a link that leads out of the set; put a copy in its place"
+    raise UserError(f"{path}: {fault} or take {path.stem!r} out of the split")
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -236,8 +257,6 @@ def read_annotation(path: Path) -> Annotation:
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation; restore it or take the image out of the split") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
@@ -281,8 +300,8 @@ def read_objects(path: Path, root: ET.Element) -> Iterator[tuple[str, list[float
                 box.append(float(text))
             except ValueError:
                 box.append(math.nan)
-            if not math.isfinite(box[-1]):
-                raise UserError(f"{where}: {side} is {text!r}, not a number; correct its <bndbox>")
+            if not abs(box[-1]) < 1e9:  # NaN too
+                raise UserError(f"{where}: {side} is {text!r}, not a number of pixels; correct its <bndbox>")
         if box[0] > box[2] or box[1] > box[3]:
             raise UserError(f"{where}: corners are swapped in {box}; xmin, ymin come before xmax, ymax")
         difficult = (element.findtext("difficult") or "0").strip()

@@ -30,4 +30,8 @@ class Align(nn.Module):
         self.requires_grad_(mode != "frozen")
 
     def forward(self, feats: Feats) -> Feats:
+        """Running statistics that a step has left not finite begin anew: else they would spoil every evaluation."""
+        for name, value in self.named_buffers():
+            start = float(name.endswith("running_var"))
+            value.nan_to_num_(start, start, start)
         return {tap: layer(feats[tap]) for tap, layer in zip(self.taps, self.layers, strict=True)}

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kdmini import distributed
 from kdmini.contracts import Targets, View
 
 EPS = 1e-8
@@ -34,7 +35,8 @@ class AttentionTransfer(nn.Module):
     """Sum over the taps of the distance between the attention maps of student and teacher.
 
     reduction, with D_n the difference of the two maps of image n:
-        notes        sqrt(sum_n ||D_n||^2) / N: falls as 1 / sqrt(N), so the weight belongs to a batch size
+        notes        sqrt(sum_n ||D_n||^2) / N: falls as 1 / sqrt(N), so the weight belongs to a batch size; the batch
+                     is that of all ranks
         sample       mean_n ||D_n||: the same at every batch size
         mean_square  mean of D^2 over images and cells: the code of the paper's authors
     """
@@ -56,4 +58,8 @@ class AttentionTransfer(nn.Module):
         difference = attention_map(student, self.p) - attention_map(teacher, self.p)  # (N, H, W)
         if self.reduction == "mean_square":
             return difference.square().mean()
-        return torch.linalg.vector_norm(difference) / len(difference)
+        if distributed.world() == 1:
+            return torch.linalg.vector_norm(difference) / len(difference)
+        square = distributed.total(difference.square().sum())
+        # the eps is far below any sum that is not 0, where the gradient of a bare root would be NaN
+        return (square + EPS**2).sqrt() / (len(difference) * distributed.world())

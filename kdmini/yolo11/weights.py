@@ -6,6 +6,7 @@ a name stays a name, and a call becomes a `Node` that notes what would have been
 Of these notes only the tensors and the tree of modules are looked at. Nothing is imported or called.
 """
 
+import copy
 import hashlib
 import io
 import math
@@ -51,13 +52,8 @@ GLOBALS = {
     "__builtin__": "set",
     "torch": "Size HalfStorage FloatStorage LongStorage device",
     "torch._utils": "_rebuild_tensor_v2 _rebuild_parameter",
-    "torch.nn.modules.activation": "SiLU",
-    "torch.nn.modules.batchnorm": "BatchNorm2d",
-    "torch.nn.modules.container": "ModuleList Sequential",
-    "torch.nn.modules.conv": "Conv2d",
-    "torch.nn.modules.linear": "Identity",
-    "torch.nn.modules.pooling": "MaxPool2d",
-    "torch.nn.modules.upsampling": "Upsample",
+    "torch.nn.modules": "activation.SiLU batchnorm.BatchNorm2d container.ModuleList container.Sequential conv.Conv2d "
+    "linear.Identity pooling.MaxPool2d upsampling.Upsample",
     "ultralytics.nn.modules.block": "Attention Bottleneck C2PSA C3k C3k2 DFL PSABlock SPPF",
     "ultralytics.nn.modules.conv": "Concat Conv DWConv",
     "ultralytics.nn.modules.head": "Detect",
@@ -70,13 +66,11 @@ GLOBALS = {
     "ultralytics.utils.loss": "BboxLoss DFLoss v8DetectionLoss",
     "ultralytics.utils.tal": "TaskAlignedAssigner",
 }
-ALLOWED = {f"{module} {name}" for module, names in GLOBALS.items() for name in names.split()}
+ALLOWED = {" ".join(f"{module}.{name}".rsplit(".", 1)) for module, names in GLOBALS.items() for name in names.split()}
 STORAGES = {"torch HalfStorage": torch.float16, "torch FloatStorage": torch.float32, "torch LongStorage": torch.int64}
 
-MAX_FILE_BYTES = 1 << 30
-MAX_OPCODES = 2_000_000
-MAX_NODES, MAX_NAME = 20_000, 200
-MAX_CLASSES = 10_000
+MAX_FILE_BYTES, MAX_OPCODES = 1 << 30, 2_000_000
+MAX_NODES, MAX_NAME, MAX_CLASSES = 20_000, 200, 10_000
 
 
 @dataclass(frozen=True)
@@ -279,6 +273,11 @@ class Global:
     name: str  # "module name"
 
 
+# opcode -> what it puts on the stack, and how many values it takes from there
+MADE: dict[str, Any] = dict(NONE=None, NEWTRUE=True, NEWFALSE=False, EMPTY_DICT={}, EMPTY_LIST=[], EMPTY_TUPLE=())
+TAKEN = dict(TUPLE1=1, TUPLE2=2, TUPLE3=3, APPEND=1, SETITEM=2, BINPERSID=1, REDUCE=2, NEWOBJ=2, BUILD=1)
+
+
 def interpret(pickled: bytes | bytearray) -> Any:
     """The object in a pickle of protocol 2, with a Node for all that is no plain value. Runs nothing."""
     stack: list[Any] = []
@@ -288,13 +287,16 @@ def interpret(pickled: bytes | bytearray) -> Any:
     for count, (opcode, arg, _) in enumerate(pickletools.genops(pickled)):
         if count > MAX_OPCODES:
             raise Refused(f"has a pickle of over {MAX_OPCODES} steps, which no YOLO11 file has: name another file")
+        if opcode.name in ("TUPLE", "APPENDS", "SETITEMS"):
+            items, stack = stack, marks.pop()
+        elif taken := TAKEN.get(opcode.name):
+            items = stack[-taken:]
+            del stack[-taken:]
         match opcode.name:
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
                 stack.append(arg)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[opcode.name]())
+            case name if name in MADE:
+                stack.append(copy.copy(MADE[name]))
             case "BINPUT" | "LONG_BINPUT":
                 memo[arg] = stack[-1]
             case "BINGET" | "LONG_BINGET":
@@ -302,32 +304,26 @@ def interpret(pickled: bytes | bytearray) -> Any:
             case "MARK":
                 marks.append(stack)
                 stack = []
-            case "TUPLE":
-                items, stack = stack, marks.pop()
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(items))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                length = int(opcode.name[-1])
-                stack[-length:] = [tuple(stack[-length:])]
-            case "APPENDS" | "SETITEMS":
-                items, stack = stack, marks.pop()
-                _extend(stack[-1], items)
-            case "APPEND" | "SETITEM":
-                length = 1 if opcode.name == "APPEND" else 2
-                _extend(stack[-length - 1], stack[-length:])
-                del stack[-length:]
+            case "APPEND" | "APPENDS" if type(stack[-1]) is list:
+                stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS" if type(stack[-1]) is dict and {type(key) for key in items[::2]} <= {str, int}:
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS":
+                raise ValueError("an item for what is no list or dict")
             case "GLOBAL":
                 stack.append(_global(arg))
             case "BINPERSID":
-                stack.append(Node("storage", stack.pop()))
+                stack.append(Node("storage", *items))
             case "REDUCE" | "NEWOBJ":
-                args, called = stack.pop(), stack.pop()
+                called, args = items
                 if type(called) is not Global:
                     raise ValueError("a call of what is no function")
                 stack.append({} if called.name == "collections OrderedDict" else Node(called.name, args))
             case "BUILD":
-                state = stack.pop()
                 if type(stack[-1]) is not dict:  # an OrderedDict may have attributes too, of no use here
-                    stack[-1].state = state
+                    (stack[-1].state,) = items
             case "PROTO" if arg == 2:
                 pass
             case "STOP":
@@ -337,15 +333,6 @@ def interpret(pickled: bytes | bytearray) -> Any:
                     f"has the pickle opcode {opcode.name} {shown(str(arg))}, which no YOLO11 file has: "
                     "nothing was run, obtain it from a source you trust"
                 )
-
-
-def _extend(target: Any, items: list[Any]) -> None:
-    if type(target) is list:
-        target.extend(items)
-    elif type(target) is dict and all(type(key) in (str, int) for key in items[::2]):
-        target.update(zip(items[::2], items[1::2], strict=True))
-    else:
-        raise ValueError("an item for what is no list or dict")
 
 
 def _global(name: str) -> Global:

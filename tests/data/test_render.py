@@ -328,7 +328,9 @@ def test_difficult_objects_are_not_trained_on():
 
 def test_no_mosaic_in_the_last_epochs():
     store_of = Pictures(noise([(20, 20)] * 8))
-    loader = TrainLoader(store_of, 32, 4, epochs=10, augment=Augment(close_mosaic=3), workers=1, storage="resident")
+    loader = TrainLoader(
+        Store(store_of, 32, workers=1, storage="resident"), 4, epochs=10, augment=Augment(close_mosaic=3)
+    )
     for epoch in range(10):
         layout = loader.draw(epoch, np.arange(8))
         assert np.isfinite(layout.centre).all() == (epoch < 7)

@@ -163,15 +163,14 @@ class Unpicklable(Exception):
 
 @pytest.mark.parametrize("storage", ["auto", "resident", "mapped"])
 @pytest.mark.parametrize("place", [0, 3, 299])  # the first one is decoded apart; 299 lies in a later portion
-@pytest.mark.parametrize("error", [UserError("a.jpg: not a usable image; replace the file"), Unpicklable("a", "b")])
-def test_an_exception_while_decoding_arrives_as_it_was(cache, storage, place, error):
-    images = noise(*[(4, 4)] * 300)
+def test_an_exception_while_decoding_arrives_as_it_was(cache, storage, place):
+    images, error = noise(*[(4, 4)] * 300), Unpicklable("a", "b")
     images[place] = error
     caught = []
 
     def build():
         try:
-            Store(Pictures(images), 32, workers=4, storage=storage)
+            Store(Pictures(images), 32, workers=4, storage=storage, on_bad="skip")  # for files, not for mistakes
         except Exception as raised:
             caught.append(raised)
 
@@ -181,6 +180,34 @@ def test_an_exception_while_decoding_arrives_as_it_was(cache, storage, place, er
     assert not thread.is_alive(), "decoding hangs"
     assert caught == [error]
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("storage", ["resident", "mapped"])
+@pytest.mark.parametrize("bad", [[0], [3, 299], [0, 1, 256, 299]])  # 256 and 299 lie in a later portion
+def test_bad_images_are_told_together_or_left_out(cache, capsys, storage, bad):
+    images = noise(*[(4, 4 + i % 3) for i in range(300)])
+    whole = Store(Pictures(images), 32, storage=storage)
+    faulty = [UserError(f"{i}.jpg: bad") if i in bad else image for i, image in enumerate(images)]
+    said = f"train: {len(bad)} of 300 images are bad"
+    with pytest.raises(UserError, match=rf"^{said}, as {bad[0]}\.jpg: bad\. .*data\.on_bad=skip$"):
+        Store(Pictures(faulty), 32, storage=storage, name="train")
+    lines = [f"{i}.jpg: bad" for i in bad]
+    assert [line for line in capsys.readouterr().err.splitlines() if "jpg" in line] == lines
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+    store = Store(Pictures(faulty), 32, storage=storage, on_bad="skip", name="train")
+    told = [line for line in capsys.readouterr().err.splitlines() if line and "img/s" not in line]
+    assert told == [*lines, f"{said} and left out"]
+    good = [i for i in range(300) if i not in bad]
+    assert [target["id"] for target in store.targets] == [f"picture {i}" for i in good]
+    assert all(np.array_equal(unpacked(store, new), unpacked(whole, old)) for new, old in enumerate(good))
+    assert len(store.pixels) == store.sizes.prod(1).sum()
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_nothing_left_is_an_error(on_bad):
+    with pytest.raises(UserError, match="2 of 2 images are bad, as first"):
+        Store(Pictures([UserError("first"), UserError("second")]), 32, on_bad=on_bad)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

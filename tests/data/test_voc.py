@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import io
+import os
 import pickle
 import struct
 import time
@@ -18,6 +19,7 @@ from torchvision.datasets import VOCDetection
 
 from kdmini.contracts import UserError
 from kdmini.data.voc import VOC, VOC_NAMES, decode, read_annotation
+from tests.faults.children import run
 
 PHOTOS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason="no real photographs beside the repository")
@@ -220,7 +222,7 @@ def test_exif_turns_nothing_and_a_turned_annotation_is_an_error(tmp_path, orient
     if orientation == 3:  # upside down keeps its sides: the size alone is wrong
         assert dataset[0][0].shape == (30, 40, 3)
     else:
-        with pytest.raises(UserError, match=r"a\.jpg: 40x30 .* 30x40"):
+        with pytest.raises(UserError, match=r"a\.jpg: 40x30, turned by EXIF, but 30x40 in"):
             dataset[0]
 
 
@@ -231,8 +233,10 @@ def test_unknown_classes_are_counted_and_the_nearest_name_given(tmp_path):
     with pytest.raises(UserError) as error:
         VOC(str(tmp_path / "set"), ["train"])
     message = str(error.value)
-    assert "a.xml: unknown class 'Person' (3 in this dataset), the nearest known is 'person'" in message
-    assert "`names:`" in message and "1 more problem" in message
+    assert "a.xml: unknown class 'Person', the nearest known is 'person'; list the classes in `names:`" in message
+    assert message.endswith("(unknown: 'Person' 3x, 'racoon' 1x)")
+    with pytest.raises(UserError, match="unknown class"):  # a mistake in the config: no image is skipped for it
+        VOC(str(tmp_path / "set"), ["train"], on_bad="skip")
     dataset = VOC(str(tmp_path / "set"), ["train"], names=["racoon", "Person"])
     assert [dataset[i][1]["labels"].tolist() for i in range(3)] == [[1, 1], [1], [0]]
     for names in ([], ["Person", "racoon", "Person"]):
@@ -240,7 +244,7 @@ def test_unknown_classes_are_counted_and_the_nearest_name_given(tmp_path):
             VOC(str(tmp_path / "set"), ["train"], names=names)
 
 
-def test_all_problems_are_collected(tmp_path):
+def test_all_problems_are_collected(tmp_path, capsys):
     folder = tmp_path / "set"
     for name in "abcd":
         add(folder, name)
@@ -248,11 +252,75 @@ def test_all_problems_are_collected(tmp_path):
     (folder / "JPEGImages" / "a.jpg").unlink()
     (folder / "Annotations" / "b.xml").unlink()
     (folder / "Annotations" / "c.xml").write_text("")
-    with pytest.raises(UserError, match=r"a\.jpg .*no such image; .* \(and 2 more problems like it\)$"):
+    with pytest.raises(UserError, match=r"^train: 3 of 4 images are bad, as .*a\.jpg: no such file; .*on_bad=skip$"):
         VOC(str(folder), ["train"])
+    lines = capsys.readouterr().err.splitlines()
+    assert [Path(line.split(":")[0]).name for line in lines] == ["a.jpg", "b.xml", "c.xml"]
+    dataset = VOC(str(folder), ["train"], on_bad="skip")
+    assert ids(dataset) == ["set/d"] and {name for _, name in dataset.photographs} == {"d"}
+    assert capsys.readouterr().err.splitlines() == [*lines, "train: 3 of 4 images are bad and left out"]
+    write_split(folder, "train", *"abc")
+    with pytest.raises(UserError, match="3 of 3 images are bad"):
+        VOC(str(folder), ["train"], on_bad="skip")
     write_split(folder, "train", *"bd")
-    with pytest.raises(UserError, match=r"b\.xml: no such annotation; [^(]*$"):
+    with pytest.raises(
+        UserError, match=r"1 of 2 images are bad, as .*b\.xml: no such file; restore it or take 'b' out"
+    ):
         VOC(str(folder), ["train"])
+
+
+@pytest.mark.parametrize("part, ending", [("JPEGImages", ".jpg"), ("Annotations", ".xml")])
+def test_a_link_out_of_the_set_is_refused_and_one_inside_is_followed(tmp_path, capsys, part, ending):
+    folder = tmp_path / "set"
+    for name in "abc":
+        add(folder, name)
+    outside = tmp_path / "set2" / f"x{ending}"  # a name that begins like the folder's is not in it
+    outside.parent.mkdir()
+    (folder / part / f"b{ending}").rename(outside)
+    (folder / part / f"b{ending}").symlink_to(outside)
+    (folder / "more").mkdir()
+    (folder / part / f"c{ending}").rename(folder / "more" / f"c{ending}")
+    (folder / part / f"c{ending}").symlink_to(folder / "more" / f"c{ending}")
+    with pytest.raises(UserError, match=rf"1 of 3 images .*b{ending}: a link that leads out of the set; put a copy"):
+        VOC(str(folder), ["all"])
+    assert ids(VOC(str(folder), ["all"], on_bad="skip")) == ["set/a", "set/c"]
+    outside.rename(folder / part / f"d{ending}")
+    (folder / part / f"b{ending}").unlink()
+    (folder / part / f"b{ending}").symlink_to(folder / part / f"d{ending}")
+    (folder / part).rename(tmp_path / "disk")  # a whole folder may lie elsewhere
+    (folder / part).symlink_to(tmp_path / "disk")
+    write_split(folder, "train", "a", "b", "c")
+    assert ids(VOC(str(folder), ["train"])) == ["set/a", "set/b", "set/c"]
+
+
+@pytest.mark.parametrize("part, ending", [("JPEGImages", ".jpg"), ("Annotations", ".xml")])
+def test_what_is_no_file_is_not_waited_for(tmp_path, part, ending):
+    add(tmp_path, "a")
+    (tmp_path / part / f"a{ending}").unlink()
+    os.mkfifo(tmp_path / part / f"a{ending}")
+    write_split(tmp_path, "train", "a")
+    done = run(lambda: VOC(str(tmp_path), ["train"]), tmp_path / "out", limit=10)
+    assert done.code == 1 and f"a{ending}: no such file" in done.last
+
+
+def test_a_photograph_is_known_in_every_set_that_names_it(tmp_path):
+    for root in ("here", "there", "flat"):
+        place = tmp_path / root if root == "flat" else tmp_path / root / "VOCdevkit"
+        for folder, names in {"VOC2007": ("000027", "000032"), "VOC2012": ("2007_000027", "2008_000032")}.items():
+            for name in names:
+                add(place / folder, name)
+            write_split(place / folder, "train", *names)
+    here = VOC(str(tmp_path / "here"), ["VOC2012/train"]).photographs
+    assert len(here) == 2
+    for root in ("here", "here/VOCdevkit"):
+        assert len(here & VOC(str(tmp_path / root), ["VOC2007/train"]).photographs) == 1
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    assert VOC(str(tmp_path / "link" / "VOCdevkit" / "VOC2012"), ["train"]).photographs == here
+    assert not here & VOC(str(tmp_path / "there"), ["VOC2012/train"]).photographs  # equal ids, other photographs
+    (tmp_path / "flat" / "VOCdevkit").mkdir()  # one year here, one there: `exclude` sees through it
+    (tmp_path / "flat" / "VOC2007").rename(tmp_path / "flat" / "VOCdevkit" / "VOC2007")
+    mixed = VOC(str(tmp_path / "flat"), ["VOC2012/train"], exclude=["VOC2007/train"])
+    assert ids(mixed) == ["VOC2012/2008_000032"]
 
 
 def test_splits_are_found_below_root_or_voccdevkit_or_are_root_itself(tmp_path):
@@ -310,7 +378,7 @@ def test_missing_things_give_one_line_with_a_remedy(tmp_path):
             VOC(str(tmp_path), splits)
         message = str(error.value)
         assert said in message and "\n" not in message
-        assert ("python -m kdmini.data.download --root" in message) == any("VOC20" in split for split in splits)
+        assert ("python -m kdmini.extras.download --root" in message) == any("VOC20" in split for split in splits)
 
 
 def test_all_takes_every_annotation_and_prints_both_counts(tmp_path, capsys):
@@ -477,7 +545,9 @@ def test_real_messy_files(tmp_path, file):
     for part in ("Annotations", "JPEGImages"):
         (tmp_path / part).mkdir()
     for path in source.parent.glob(f"{source.name}.*"):
-        (tmp_path / ("Annotations" if path.suffix == ".xml" else "JPEGImages") / path.name).symlink_to(path)
+        (tmp_path / ("Annotations" if path.suffix == ".xml" else "JPEGImages") / path.name).write_bytes(
+            path.read_bytes()
+        )
     dataset = VOC(str(tmp_path), ["all"], names=names)
     image, target = dataset[0]
     assert image.ndim == 3 and image.shape[2] == 3

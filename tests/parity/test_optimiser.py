@@ -13,6 +13,7 @@ from witness import witness
 import kdmini.boxes
 from kdmini.engine import Progress, precision, train_one_epoch
 from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.signals import Stop
 from kdmini.yolo11.model import YOLO11
 
 pytestmark = pytest.mark.parity
@@ -96,7 +97,7 @@ def scenes() -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, Any]]]:
         low, high = boxes[image, slot].chunk(2, 1)
         bboxes = torch.cat([(low + high) / 2, high - low], 1) / SIDE
         theirs.append({"img": images, "batch_idx": image, "cls": labels[image, slot, None], "bboxes": bboxes})
-        ours.append((images, {"boxes_xyxy": boxes, "labels": labels}))
+        ours.append((images, {"boxes_xyxy": boxes, "labels": labels, "ids": []}))
     return theirs, ours
 
 
@@ -113,15 +114,13 @@ class Fixed:
         return iter(self.batches[start:])
 
 
-class NoDistillation:
+class NoDistillation(torch.nn.Module):
     kd_scale = 1.0
-
-    def train(self) -> None: ...
 
     def lambdas(self, epoch: int) -> dict[str, float]:
         return {}
 
-    def __call__(self, *args: Any) -> dict[str, Tensor]:
+    def forward(self, *args: Any) -> dict[str, Tensor]:
         return {}
 
 
@@ -149,7 +148,9 @@ def test_twenty_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Fixed(ours)
     progress = Progress()
     for progress.epoch in range(EPOCHS):
-        train_one_epoch(student, NoDistillation(), loader, optimizer, scaler, ema, RECIPE, progress, autocast)
+        train_one_epoch(
+            student, student, NoDistillation(), loader, optimizer, scaler, ema, RECIPE, progress, autocast, Stop()
+        )
 
     momentum = {n: optimizer.state[p]["momentum_buffer"] for n, p in student.named_parameters() if p.requires_grad}
     mine = {"weights": student.state_dict(), "average": ema.average.state_dict(), "momentum": momentum}

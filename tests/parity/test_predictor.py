@@ -12,7 +12,7 @@ from witness import witness
 
 from kdmini.data.loader import ValLoader
 from kdmini.data.render import letterbox
-from kdmini.data.store import shrink
+from kdmini.data.store import Store, shrink
 from kdmini.data.voc import VOC, VOC_NAMES
 from kdmini.yolo11.model import YOLO11
 from tests.conftest import ROOT
@@ -92,7 +92,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip(f"no photographs in {PHOTOGRAPHS}")
     folder = tmp_path_factory.mktemp("predictor")
     dataset = VOC(str(PHOTOGRAPHS), ["all"])
-    loader = ValLoader(dataset, SIDE, batch=len(dataset), workers=1)
+    loader = ValLoader(Store(dataset, SIDE, workers=1), batch=len(dataset))
     [(images, targets, to_native)] = loader
     files = [PHOTOGRAPHS / "JPEGImages" / f"{target['id'].split('/')[-1]}.jpg" for target in targets]
     assert len(files) > 30 and all(file.is_file() for file in files)

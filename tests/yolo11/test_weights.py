@@ -1,19 +1,12 @@
 """Weight files: what is read, what is carried over, and that nothing in a hostile file ever runs."""
 
-import builtins
 import contextlib
 import hashlib
-import importlib
 import io
-import operator
-import os
 import pickle
 import re
 import resource
-import runpy
-import socket
 import struct
-import subprocess
 import sys
 import types
 import zipfile
@@ -30,6 +23,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 from kdmini.contracts import UserError
 from kdmini.yolo11 import weights
 from kdmini.yolo11.model import YOLO11
+from tests.faults.hostile import BOMBS, PAYLOADS, Reduced, payloads, text
 
 COCO = [n for n in SSD300_VGG16_Weights.COCO_V1.meta["categories"] if n not in ("N/A", "__background__")]
 VOC = [
@@ -113,16 +107,6 @@ def rezipped(path: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
         for name, content in entries.items():
             archive.writestr(name, content)
     return path
-
-
-class Reduced:
-    """Pickles as a call of `function` with `args`."""
-
-    def __init__(self, function: Any, *args: Any):
-        self.call = function, args
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 MODULES = {
@@ -447,32 +431,10 @@ def test_own_file_with_nonsense_in_it_is_refused(tmp_path: Path, changes: dict[s
 # --- hostile files
 
 
-def payloads(canary: Path) -> dict[str, Reduced]:
-    code = f"open({str(canary)!r}, 'w')"
-    return {
-        "os.system": Reduced(os.system, f"touch {canary}"),
-        "eval": Reduced(eval, code),
-        "exec": Reduced(exec, code),
-        "open": Reduced(open, str(canary), "w"),
-        "subprocess": Reduced(subprocess.Popen, ["touch", str(canary)]),
-        "getattr chain": Reduced(getattr, Reduced(importlib.import_module, "os"), "system"),
-        "attrgetter": Reduced(operator.attrgetter("system"), Reduced(importlib.import_module, "os")),
-        "called result": Reduced(
-            operator.methodcaller("system", f"touch {canary}"), Reduced(importlib.import_module, "os")
-        ),
-        "runpy": Reduced(runpy.run_path, str(canary)),
-        "socket": Reduced(socket.create_connection, ("127.0.0.1", 9)),
-        "nested pickle": Reduced(pickle.loads, pickle.dumps(Reduced(os.system, f"touch {canary}"))),
-        "torch.load": Reduced(torch.load, str(canary)),
-        "__import__": Reduced(builtins.__import__, "antigravity"),
-        "harmless": Reduced(print, "x"),
-    }
-
-
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-@pytest.mark.parametrize("name", payloads(Path("CANARY")))
+@pytest.mark.parametrize("name", [*PAYLOADS, "harmless"])
 def test_a_payload_is_refused_wherever_it_stands(tmp_path: Path, canary: Path, name: str, protocol: int) -> None:
-    payload = payloads(canary)[name]
+    payload = (payloads(canary) | {"harmless": Reduced(print, "x")})[name]
     for content in (
         payload,
         {"model": payload, "license": "x"},
@@ -529,30 +491,6 @@ def test_broken_pickles_are_refused(tmp_path: Path, canary: Path) -> None:
         refused(zipped(tmp_path / "f.pt", good[:cut]))
     for pickled in (b".", b"\x80\x02.", b"\x80\x02e.", b"\x80\x02Nb.", b"\x80\x02h\x07.", b"\x80\x02(t.", b"\xff"):
         refused(zipped(tmp_path / "f.pt", pickled))
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def doubled(times: int) -> bytes:
-    """A list that holds the one before it twice, and so on: 2 ** times elements when written out."""
-    code = b"]"
-    for n in map(chr, range(times)):
-        code = b"](" + code + f"q{n}h{n}e".encode()
-    return code
-
-
-BOMBS = {
-    "doubled lists": doubled(60),
-    "deep tuples": b")" + b"\x85" * 50_000,
-    "deep lists": b"]" * 20_000 + b"a" * 19_999,
-    "dict in itself": b"}q\0X\1\0\0\0ah\0s",
-    "list in itself": b"]q\0h\0a",
-    "far place in the memo": b"Nr\xff\xff\xff\xff",
-    "4 GiB of text": b"X\xff\xff\xff\xff",
-    "2 GiB of integer": b"\x8b\xff\xff\xff\x7f",
-}
 
 
 @pytest.mark.parametrize("bomb", BOMBS)

@@ -1,4 +1,4 @@
-"""Fetch and verify PASCAL VOC: `python -m kdmini.data.download --root data [--sets 2007 2012]`.
+"""Fetch and verify PASCAL VOC: `python -m kdmini.extras.download --root data [--sets 2007 2012]`.
 
 The folders end up in ROOT/VOCdevkit. The photographs are from Flickr, under its terms.
 """
@@ -120,7 +120,7 @@ def missing(folder: Path, release: Release) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdmini.data.download", description="Fetch and verify PASCAL VOC.")
+    parser = argparse.ArgumentParser(prog="python -m kdmini.extras.download", description="Fetch and verify PASCAL VOC.")
     parser.add_argument("--root", type=Path, required=True, help="folder that will hold VOCdevkit/")
     parser.add_argument("--sets", nargs="+", choices=sorted(RELEASES), default=sorted(RELEASES), help="default: all")
     arguments = parser.parse_args(argv)

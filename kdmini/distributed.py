@@ -1,0 +1,118 @@
+"""Several processes, one for each device, on one machine or several, started by torchrun.
+
+Every process ("rank") takes its share of each batch. BatchNorm and the normaliser of the loss are local to a rank;
+gradients are averaged. Without torchrun there is one rank, and nothing here does anything.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from functools import partialmethod
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def start(device: torch.device, timeout: float) -> torch.device:
+    """Meets the other ranks -> the device of this one. timeout: minutes to wait for a rank before giving up."""
+    if not launched():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+    if rank():  # rank 0 speaks for all; errors go to stderr from every rank
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        setattr(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))  # noqa: B010 - as tqdm's pages have it
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def lost_a_rank(error: RuntimeError) -> str:
+    """What to tell where the error came from waiting for another rank; empty where it did not."""
+    if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+        return ""
+    reason = str(error).split("] ", 1)[-1].split(". ")[0]  # without the place in gloo's code, and its advice
+    return f"lost another rank, which failed, left, was killed or was silent for `timeout` minutes ({reason})"
+
+
+def finish() -> None:
+    """Waits until every rank is done, so that none takes the others for lost while rank 0 still writes."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def replicate(model: Any) -> Any:
+    """-> what to call in the model's place: a backward pass through it averages the gradients as they become ready."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the setting has another name from 2.15 on
+        return DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
+
+
+def averaging(replica: nn.Module, now: bool) -> AbstractContextManager:
+    """Around forward and backward pass: gradients are averaged over the ranks now, or only added up until they are."""
+    return nullcontext() if now or world() == 1 else replica.no_sync()  # type: ignore[operator]
+
+
+def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean over the ranks, in one message. No gradient counts as 0, for another rank may have one."""
+    if world() > 1 and (many := [p for p in parameters if p.requires_grad]):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in many]
+        flat = total(torch.cat([grad.reshape(-1) for grad in grads])) / world()
+        for p, part in zip(many, flat.split([p.numel() for p in many]), strict=True):
+            p.grad = part.view_as(p)
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over the ranks, with a gradient that is right once the ranks' gradients have been averaged."""
+    if world() == 1:
+        return values
+    summed = values.detach().clone()
+    dist.all_reduce(summed)
+    own = values * world()
+    return summed + (own - own.detach()) if values.requires_grad else summed
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers."""
+    if world() == 1:
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """In place: what rank 0 has."""
+    for tensor in tensors if world() > 1 else ():
+        dist.broadcast(tensor, 0)
+
+
+def deal(mine: list[Any]) -> list[Any]:
+    """The items of all ranks, in turn: rank 0's first, rank 1's first, ..., rank 0's second, ..."""
+    if world() == 1:
+        return mine
+    lists: list[Any] = [None] * world()
+    dist.all_gather_object(lists, mine)
+    return [item for items in zip_longest(*lists) for item in items if item is not None]
