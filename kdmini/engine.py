@@ -156,15 +156,14 @@ def train_one_epoch(
         tally.add({**task, **kd}, skipped, targets["ids"])
         progress.step = step + 1
         leaving |= recipe.save_every > 0 and progress.step % recipe.save_every == 0
-        if progress.step % READ_EVERY == 0 or progress.step == steps:
-            bar.set_postfix_str(f"{tally.read(scaler, stop)} | lambda: {lambdas or '-'}")
+        leaving |= distributed.world() == 1 and stop.signum > 0
+        if progress.step % READ_EVERY == 0 or progress.step == steps or (leaving and update):
+            shown = tally.read(scaler, stop)
+            speed = progress.step * recipe.batch / progress.seconds
+            bar.set_postfix_str(f"{shown} | lambda: {lambdas or '-'} | {speed:.0f} img/s")
             leaving |= stop.agreed > 0  # a signal to any rank: all leave at the same step
-        elif distributed.world() == 1:
-            leaving |= stop.signum > 0
         if leaving and update:
             break
-    if tally.waiting:
-        bar.set_postfix_str(f"{tally.read(scaler, stop)} | lambda: {lambdas or '-'}")
     bar.close()
 
 
@@ -202,14 +201,13 @@ class Tally:
         now = time.perf_counter()
         progress.seconds, self.since = progress.seconds + now - self.since, now
 
+        faults = (f"{name} not finite, last on {', '.join(ids)}" for name, ids in self.broken.items())
+        what = "; ".join(faults) or "all losses finite"
         if progress.skipped >= MAX_SKIPPED:
-            what = "; ".join(f"{name} not finite, last on {', '.join(ids)}" for name, ids in self.broken.items())
-            raise UserError(
-                f"{progress.skipped} updates in a row had no finite gradient ({what or 'all losses finite'}): "
-                "lower train.lr0, or train.amp=false"
-            )
+            remedy = "lower train.lr0, or train.amp=false"
+            raise UserError(f"{progress.skipped} updates in a row had no finite gradient ({what}): {remedy}")
         if scaler.is_enabled() and scaler.get_scale() < 1:
-            raise UserError("the scale of the fp16 gradients fell below 1, they overflow: use train.amp=bf16 or false")
+            raise UserError(f"the scale of the fp16 gradients fell below 1 ({what}): use train.amp=bf16 or false")
         shown = " ".join(f"{name} {value:.3f}" for name, value in progress.means().items())
         return f"{shown} | skipped {progress.left_out}" if progress.left_out else shown
 

@@ -120,7 +120,9 @@ def missing(folder: Path, release: Release) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdmini.extras.download", description="Fetch and verify PASCAL VOC.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kdmini.extras.download", description="Fetch and verify PASCAL VOC."
+    )
     parser.add_argument("--root", type=Path, required=True, help="folder that will hold VOCdevkit/")
     parser.add_argument("--sets", nargs="+", choices=sorted(RELEASES), default=sorted(RELEASES), help="default: all")
     arguments = parser.parse_args(argv)
