@@ -39,27 +39,26 @@ def main() -> None:
         path = Path(args.resume) / "config.yaml" if args.resume else args.config
         settings = config.load(path, args.overrides) | ({"run": args.resume} if args.resume else {})
         config.call(train_detector, settings, str(path), settings=settings, resume=bool(args.resume))
-    except (UserError, torch.OutOfMemoryError) as error:
-        if args.debug:
+    except (UserError, RuntimeError, SystemExit) as error:
+        told = in_one_line(error, settings)
+        if args.debug or not told:
             raise
-        told = str(error) if isinstance(error, UserError) else out_of_memory(settings)
         sys.exit(f"error: rank {distributed.rank()}: {told}" if distributed.launched() else f"error: {told}")
-    except SystemExit as left:
-        if distributed.world() > 1 and not left.code:  # torchrun would take it for the end of the run
-            sys.exit(f"error: rank {distributed.rank()}: left before the end of the run")
-        raise
-    except RuntimeError as error:
-        if args.debug or not (told := distributed.lost_a_rank(error)):
-            raise
-        sys.exit(f"error: rank {distributed.rank()}: {told}")
 
 
-def out_of_memory(settings: dict[str, Any]) -> str:
-    batch, imgsz = settings["train"]["batch"], settings["data"].get("imgsz", "640 (the default)")
-    return (
-        f"out of memory on the device with train.batch={batch} at data.imgsz={imgsz}: lower one of them, or set "
-        "train.amp=true or data.storage=mapped; the checkpoints written so far are whole"
-    )
+def in_one_line(error: BaseException, settings: dict[str, Any]) -> str:
+    """What to tell of an error; empty for one that nobody has foreseen, which is shown in full."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, SystemExit):  # without a code, torchrun would take it for the end of the run
+        return "left before the end of the run" if distributed.world() > 1 and not error.code else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        batch, imgsz = settings["train"]["batch"], settings["data"].get("imgsz", "640 (the default)")
+        return (
+            f"out of memory on the device with train.batch={batch} at data.imgsz={imgsz}: lower one of them, or set "
+            "train.amp=true or data.storage=mapped; the checkpoints written so far are whole"
+        )
+    return distributed.lost_a_rank(error)
 
 
 def train_detector(
@@ -175,7 +174,6 @@ def train_detector(
         folder.log({"epoch": epoch, **record})
         progress.next_epoch()
         save()
-    distributed.finish()
     conclude(folder, progress)
 
 
@@ -184,6 +182,7 @@ def finished(progress: engine.Progress, recipe: Recipe) -> bool:
 
 
 def conclude(folder: RunFolder, progress: engine.Progress) -> None:
+    distributed.finish()
     print(f"finished: best epoch {progress.best_epoch + 1}, {progress.best:.4f}; weights in {folder.best}")
     print(f"evaluate: python eval.py --config {folder.config} --weights {folder.best}")
 
@@ -274,6 +273,8 @@ def describe(
     """Prints what is about to happen, and warns where a setting may surprise."""
     millions = sum(p.numel() for p in student.parameters()) / 1e6
     print(f"student: {type(student).__name__}, {millions:.2f} M parameters, {len(student.names)} classes, on {device}")
+    if device.type == "cpu" and not torch.cuda.is_available():
+        print("device: torch finds no CUDA device, so this runs on the CPU")
     if teacher:
         millions = sum(p.numel() for p in teacher.parameters()) / 1e6
         print(f"teacher: {type(teacher).__name__}, {millions:.2f} M parameters, frozen")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from kdmini.contracts import UserError
+
 
 def launched() -> bool:
     """Whether torchrun started this process."""
@@ -30,7 +32,9 @@ def start(device: torch.device, timeout: float) -> torch.device:
     if not launched():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, count = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if int(os.environ["LOCAL_RANK"]) >= count:
+            raise UserError(f"torchrun starts more processes than the {count} GPUs here; lower --nproc-per-node")
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
@@ -49,7 +53,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def lost_a_rank(error: RuntimeError) -> str:
+def lost_a_rank(error: BaseException) -> str:
     """What to tell where the error came from waiting for another rank; empty where it did not."""
     if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         return ""

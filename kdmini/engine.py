@@ -71,8 +71,6 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu":
-            print("device: torch finds no CUDA device, so this runs on the CPU")
     if not re.fullmatch(r"cpu|cuda(:1?\d)?", name):
         raise UserError(f"device: {name!r} is none to run on; use auto, cpu, cuda or cuda:1")
     device = torch.device(name)
