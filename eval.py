@@ -67,7 +67,7 @@ def evaluate(
         if not section.get("weights"):
             raise UserError(f"{name}: no weights to evaluate; give --weights FILE")
 
-    offered = {key: data[key] for key in ("root", "on_bad") if data.get(key)}
+    offered = {"root": data["root"]} if data.get("root") else {}
     val_set = config.build(data["val"], "data.val", **offered)
     detectors = {}
     for name, section in sections.items():

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 train.py --config configs/voc.yaml
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -183,13 +184,16 @@ def finished(progress: engine.Progress, recipe: Recipe) -> bool:
 
 def conclude(folder: RunFolder, progress: engine.Progress) -> None:
     distributed.finish()
+    if math.isinf(progress.best):
+        return print("finished: the metric was never a number, so there is no best.pt")
     print(f"finished: best epoch {progress.best_epoch + 1}, {progress.best:.4f}; weights in {folder.best}")
     print(f"evaluate: python eval.py --config {folder.config} --weights {folder.best}")
 
 
 def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raises UserError where the config has changed since in a way that changes what is computed; else warns."""
-    if fault := checkpoint.misfit({"config": {}, "progress": engine.Progress().state_dict()}, saved):
+    about = {key: saved[key] for key in ("config", "progress") if key in saved}
+    if fault := checkpoint.misfit({"config": {}, "progress": engine.Progress().state_dict()}, about):
         raise UserError(f"{path} is no checkpoint of a run: {fault}; delete it")
     told = config.changed(saved["config"], {**settings, "processes": distributed.world()})
     exact = {key for key in told if key in FREE or key.split(".")[-1] == "root"}
@@ -223,7 +227,7 @@ def make_sets(
     subset of that many images of each set. on_bad: what to do about files that cannot be used."""
     check_size(imgsz)
     strengths = config.call(Augment, augment or {}, "data.augment")
-    offered = {"on_bad": on_bad, **({"root": root} if root else {})}
+    offered = {"root": root} if root else {}
     train_set, val_set = config.build(train, "data.train", **offered), config.build(val, "data.val", **offered)
     overlap: set[Any] = getattr(train_set, "photographs", set()) & getattr(val_set, "photographs", set())
     if overlap and not allow_overlap:

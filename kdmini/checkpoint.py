@@ -103,7 +103,8 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def restore(content: Mapping[str, Any], parts: Mapping[str, Stateful], path: Path) -> None:
     """Puts every part in the state of the checkpoint. Raises UserError where the two do not have the same form."""
-    fresh = {**{name: part.state_dict() for name, part in parts.items()}, "rng": torch.get_rng_state(), "cuda_rng": []}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    fresh = {**states, "rng": torch.get_rng_state(), "cuda_rng": [], "config": {}}
     if fault := misfit(fresh, content):
         raise UserError(f"{path} is not of this run: {fault}; resume with the code and the files it was begun with")
     for name, part in parts.items():
@@ -114,7 +115,7 @@ def restore(content: Mapping[str, Any], parts: Mapping[str, Stateful], path: Pat
 
 
 def misfit(fresh: Any, saved: Any, where: str = "") -> str:
-    """The first thing that `fresh` has and `saved` lacks or has in another form, in words; empty if nothing.
+    """The first thing that only one of the two has, or has in another form, in words; empty if nothing.
 
     For load_state_dict is not always strict: an optimiser would go on without the momentum that is missing.
     """
@@ -127,6 +128,8 @@ def misfit(fresh: Any, saved: Any, where: str = "") -> str:
     if isinstance(fresh, dict):
         if lost := [key for key in fresh if key not in saved]:
             return f"{where} lacks {lost[0]!r}".lstrip()
+        if fresh and (more := [key for key in saved if key not in fresh]):  # an empty dict may have become fuller
+            return f"{where} has {more[0]!r} too".lstrip()
         return next(filter(None, (misfit(fresh[key], saved[key], f"{where}.{key}".lstrip(".")) for key in fresh)), "")
     return ""
 

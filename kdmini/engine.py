@@ -44,7 +44,7 @@ class Progress:
 
     epoch: int = 0  # epochs done
     step: int = 0  # batches done of the epoch in hand
-    best: float = -1.0
+    best: float = -math.inf
     best_epoch: int = 0
     skipped: int = 0  # updates without a finite gradient, in a row until now
     # of the epoch in hand

@@ -25,7 +25,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from kdmini.contracts import Target, UserError
-from kdmini.data.store import OnBad, tell
 
 VOC_NAMES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -63,31 +62,24 @@ class VOC:
         belongs to root itself; the name `all` stands for every annotation file, listed or not.
     names: the classes, in the order of the labels; the twenty of VOC by default.
     exclude: splits whose photographs are left out, under whatever id they appear.
-    on_bad: images whose files are missing or wrong are reported together: an error, or they are left out.
 
     A photograph that several splits name is taken once. Target ids are "VOC2012/2007_000027".
-    Raises UserError for whatever is missing or wrong. An unknown class is always an error: it is `names` that is wrong.
+    Raises UserError for a split or a class that does not exist; for an image whose files are missing or wrong, when it
+    is asked for: so whoever reads all of them can tell of all that is wrong at once.
     """
 
-    def __init__(
-        self,
-        root: str,
-        splits: list[str],
-        names: list[str] | None = None,
-        exclude: list[str] | None = None,
-        on_bad: OnBad = "stop",
-    ):
+    def __init__(self, root: str, splits: list[str], names: list[str] | None = None, exclude: list[str] | None = None):
         self.names = list(VOC_NAMES if names is None else names)
         if not self.names or len(set(self.names)) < len(self.names):
             raise UserError(f"`names` is empty or names a class twice: {self.names}")
-        self.records: list[Record] = []
-        self.photographs: set[tuple[str, str]] = set()  # what they are known by in every set: see `photograph`
+        self.records: list[Record | UserError] = []
         self.wrong_size: set[int] = set()  # indices of images whose <size> is not that of the pixels
         self.dropped: dict[int, int] = {}  # index -> boxes without a pixel inside the image
 
         # not resolve(): a folder that is a link keeps its own name
         chosen = self._choose(Path(root).expanduser().absolute(), splits, exclude or [])
-        self._read(chosen, " + ".join(splits), on_bad)
+        self.photographs = {photograph(*image) for image in chosen}  # by what they are known in every set
+        self._read(chosen)
 
     def _choose(self, root: Path, splits: list[str], exclude: list[str]) -> list[tuple[Path, str]]:
         """-> folder and name of each image of the splits: each photograph once, none of the excluded ones."""
@@ -106,13 +98,12 @@ class VOC:
             raise UserError(f"{root}: no image is left of splits {splits} without {exclude}; check `splits`, `exclude`")
         return chosen
 
-    def _read(self, chosen: list[tuple[Path, str]], splits: str, on_bad: OnBad) -> None:
-        """Parse all annotations, and tell of all problems at once."""
+    def _read(self, chosen: list[tuple[Path, str]]) -> None:
+        """Parse all annotations."""
         folders = {folder for folder, _ in chosen}
         images = {folder: files(folder / "JPEGImages", IMAGES) for folder in folders}
         annotations = {folder: files(folder / "Annotations", ANNOTATIONS) for folder in folders}
         label_of = {name: label for label, name in enumerate(self.names)}
-        problems: list[str] = []
         unknown: list[tuple[str, str]] = []  # file and class of each object
         for folder, name in tqdm(chosen, "annotations", unit="file", leave=False, disable=len(chosen) <= 2000):
             try:
@@ -120,12 +111,11 @@ class VOC:
                 path = choose(annotations[folder], folder / "Annotations" / f"{name}.xml")
                 annotation = read_annotation(Path(path))
             except UserError as error:
-                problems.append(str(error))
+                self.records.append(error)
                 continue
             unknown += [(path, class_name) for class_name in annotation.classes if class_name not in label_of]
             labels = np.array([label_of.get(class_name, -1) for class_name in annotation.classes], np.int64)
             self.records.append(Record(f"{folder.name}/{name}", image, annotation, labels))
-            self.photographs.add(photograph(folder, name))
 
         if unknown:
             path, first = unknown[0]
@@ -134,7 +124,6 @@ class VOC:
                 f"{path}: unknown class {first!r}, the nearest known is {nearest(first, self.names)!r}; list the "
                 f"classes in `names:` (unknown: {', '.join(f'{name!r} {count:,}x' for name, count in counts.items())})"
             )
-        tell(problems, len(chosen), on_bad, splits)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -142,11 +131,13 @@ class VOC:
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
         """-> image (H, W, 3) uint8 RGB, and its objects, clipped to the image; under 1 px they are dropped."""
         record = self.records[index]
+        if isinstance(record, UserError):
+            raise record
         image = decode(record.image)
         height, width = image.shape[:2]
         annotation = record.annotation
         if annotation.size not in (None, (width, height)):
-            self._accept_size(index, width, height)
+            self._accept_size(index, record, width, height)
         boxes_xyxy = annotation.boxes_xyxy.clip(0, np.array([width, height, width, height], np.float32))
         keep = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= 1).all(1)
         if not keep.all():
@@ -155,9 +146,9 @@ class VOC:
             boxes_xyxy=boxes_xyxy[keep], labels=record.labels[keep], difficult=annotation.difficult[keep], id=record.id
         )
 
-    def _accept_size(self, index: int, width: int, height: int) -> None:
+    def _accept_size(self, index: int, record: Record, width: int, height: int) -> None:
         """The pixels are right and <size> is not, unless EXIF says that the boxes belong to a turned image."""
-        path, size = self.records[index].image, self.records[index].annotation.size
+        path, size = record.image, record.annotation.size
         if size == (height, width) and turned(path):
             sides = f"{width}x{height}, turned by EXIF, but {height}x{width} in its XML"
             raise UserError(f"{path}: {sides}, so boxes would lie wrong; store it turned and without EXIF")

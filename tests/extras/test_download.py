@@ -10,9 +10,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from kdmini.contracts import UserError
+from kdmini.data.voc import VOC
 from kdmini.extras import download as voc_download
 from kdmini.extras.download import RELEASES, Archive, Release, download
-from kdmini.data.voc import VOC
 
 DEAD = "http://127.0.0.1:9"  # the discard port: refused at once
 

@@ -23,11 +23,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-# what a config names is imported here, once, and not by every child
-import kdmini.data.voc
-import kdmini.distill.attention
-import kdmini.metrics
-import kdmini.yolo11.model  # noqa: F401
 import train
 from kdmini import checkpoint, engine, runlog, signals
 from kdmini.optim import EMA

@@ -1,7 +1,6 @@
 """Hostile, damaged and unsuitable weight files, and wrong configs, through the command line."""
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -29,12 +28,6 @@ from tests.faults.children import Done, exit_code, run, script
 from tests.faults.hostile import BOMBS, Reduced, bare, fragments, spliced
 from tests.faults.record import survived
 
-# what a run imports only when it gets there, imported once before the children fork: a second for each of them
-WARM = (
-    *("torch._dynamo", "torch.cuda", "pycocotools.cocoeval"),
-    *("kdmini.data.voc", "kdmini.distill.attention", "kdmini.metrics", "kdmini.yolo11.model"),
-)
-
 
 class Finished(NamedTuple):
     config: Path
@@ -48,8 +41,6 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Finished:
     """A run of one epoch, and its config."""
-    for name in WARM:
-        importlib.import_module(name)
     folder = tmp_path_factory.mktemp("finished")
     text = CONFIG.format(run=folder / "run", shapes=shapes, tiny=TINY)
     (folder / "config.yaml").write_text(text.replace("epochs: 4", "epochs: 1").replace("workers: 2", "workers: 0"))

@@ -413,9 +413,17 @@ def test_the_table_of_witnesses_in_the_readme_has_the_rows_that_were_measured() 
     assert rows(readme) == rows(measured.read_text()) != set()
 
 
-def test_the_table_of_faults_in_the_readme_is_what_was_measured() -> None:
+def test_the_table_of_faults_in_the_readme_promises_no_more_than_was_measured() -> None:
     measured = ROOT / "tests/faults/TABLE.md"
     if not measured.exists():
         pytest.skip("`make faults` has not written its table here")
+
+    def lost(text: str) -> dict[str, str]:  # in the worst of the attempts, which chance may spare
+        cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        return {row[0]: row[2] for row in cells}
+
     readme = (ROOT / "README.md").read_text().partition("<!-- faults -->")[2].partition("<!-- /faults -->")[0]
-    assert readme.strip() == measured.read_text().strip() != ""
+    promised, found = lost(readme), lost(measured.read_text())
+    assert len(promised) > 40
+    assert {fault: what for fault, what in found.items() if what != "nothing" and promised.get(fault) != what} == {}
+    assert found.keys() <= promised.keys()
