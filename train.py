@@ -154,7 +154,7 @@ def train_detector(
                 if stop.agreed:  # a rank that alone knows of its signal does not wait for the others
                     distributed.finish()
 
-        # all of the epoch is on the disk: an evaluation that is cut off is made again
+        # the epoch is on the disk: an evaluation that is cut off, or not yet in a checkpoint, is made again
         record = {f"lambda/{name}": value for name, value in distillation.lambdas(epoch).items()}
         record |= {**progress.means(), "lr": recipe.at((epoch + 1) * len(loader) - 1, len(loader)).lr}
         record |= {"skipped": progress.left_out, "images/s": len(loader) * recipe.batch / progress.seconds}
@@ -174,7 +174,8 @@ def train_detector(
                     save_best(folder.best, ema.average, names, sets.imgsz, epoch, fitness)
         folder.log({"epoch": epoch, **record})
         progress.next_epoch()
-        save()
+        if finished(progress, recipe):
+            save()
     conclude(folder, progress)
 
 

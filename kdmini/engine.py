@@ -132,7 +132,7 @@ def train_one_epoch(
                 preds = replica(images)
                 task: Losses = student.loss(preds, targets)
                 kd: Losses = distillation(images, preds, targets, epoch)
-            n = len(images) * distributed.world()
+            n = len(images) * distributed.world()  # of all ranks, whose gradients will be averaged
             task_scale = n if recipe.loss_scale == "batch" else 1 / setting.accumulate
             kd_scale = n if distillation.kd_scale == "batch" else distillation.kd_scale
             loss: Any = task_scale * sum(task.values()) + kd_scale * sum(kd.values())

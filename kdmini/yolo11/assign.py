@@ -8,7 +8,6 @@ Legend: N images, G objects (padded), A anchor points, K classes.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdmini.boxes import ciou
@@ -38,7 +37,8 @@ def assign(scores: Tensor, boxes_xyxy: Tensor, points: Tensor, targets: Targets)
     owner = owned.int().argmax(1)  # (N, A)
     label = labels.clamp(min=0).gather(1, owner)
     boxes = objects_xyxy.gather(1, owner.unsqueeze(-1).expand(-1, -1, 4))
-    return Assignment(boxes, F.one_hot(label, scores.shape[2]) * score.unsqueeze(-1))
+    # scatter, as one_hot would look at its input's values and so wait for the device
+    return Assignment(boxes, torch.zeros_like(scores).scatter_(2, label.unsqueeze(-1), score.unsqueeze(-1)))
 
 
 def centre_inside(points: Tensor, objects_xyxy: Tensor) -> Tensor:

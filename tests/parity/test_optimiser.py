@@ -147,10 +147,11 @@ def test_twenty_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     autocast, scaler = precision(RECIPE.amp, torch.device("cpu"))
     loader = Fixed(ours)
     progress = Progress()
-    for progress.epoch in range(EPOCHS):
+    while progress.epoch < EPOCHS:
         train_one_epoch(
             student, student, NoDistillation(), loader, optimizer, scaler, ema, RECIPE, progress, autocast, Stop()
         )
+        progress.next_epoch()
 
     momentum = {n: optimizer.state[p]["momentum_buffer"] for n, p in student.named_parameters() if p.requires_grad}
     mine = {"weights": student.state_dict(), "average": ema.average.state_dict(), "momentum": momentum}
