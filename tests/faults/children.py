@@ -37,6 +37,7 @@ class Child:
             os.dup2(file, 1), os.dup2(file, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it came ignored, and a run respects that
             code = exit_code(work)
             sys.stdout.flush(), sys.stderr.flush()
         finally:
