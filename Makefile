@@ -53,8 +53,9 @@ $(ORACLE)/.installed: pyproject.toml Makefile
 		object-detection-metrics==0.4.post1 shapely
 	touch $@
 
+# what things cost, beside the references if `make parity` has installed them: a quarter of an hour
 bench: setup
-	$(RUN) -m bench.step
+	for part in loader evaluation full step; do PYTHONPATH=$(ORACLE)/newest $(RUN) -m bench.$$part || exit 1; done
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -26,15 +26,12 @@ def main() -> None:
     parser.add_argument("--weights", help="a file for the student; without it, the config's student.weights")
     parser.add_argument("--teacher", action="store_true", help="score the config's teacher too, side by side")
     parser.add_argument("--save", metavar="FOLDER", help="write the detections there, as NAME.json")
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_args()
     try:
         settings = config.load(args.config, args.overrides)
         config.call(evaluate, settings, args.config, weights=args.weights, with_teacher=args.teacher, save=args.save)
     except UserError as error:
-        if args.debug:
-            raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,6 +1,6 @@
 """Train a detector, with or without a teacher.
 
-python train.py --config configs/voc.yaml [key.path=value ...]
+python train.py --config configs/voc.yaml [--check] [key.path=value ...]
 python train.py --resume runs/voc [key.path=value ...]
 torchrun --nproc-per-node 2 train.py --config configs/voc.yaml
 """
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kdmini import checkpoint, config, distributed, engine, signals
+from kdmini.check import STEPS, examine, report
 from kdmini.contracts import Dataset, UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_batch, check_size
 from kdmini.data.store import Store
@@ -31,18 +32,22 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help="a YAML file, such as configs/voc.yaml")
     source.add_argument("--resume", metavar="RUN", help="a run folder to continue")
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument(
+        "--check", action="store_true", help="two steps and a table that proves that distillation is on"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_args()
+    if args.check and args.resume:
+        parser.error("--check goes with --config")
     signals.exit_on_signals()
     settings: dict[str, Any] = {}
     try:
         path = Path(args.resume) / "config.yaml" if args.resume else args.config
         settings = config.load(path, args.overrides) | ({"run": args.resume} if args.resume else {})
-        config.call(train_detector, settings, str(path), settings=settings, resume=bool(args.resume))
+        config.call(train_detector, settings, str(path), settings=settings, resume=bool(args.resume), check=args.check)
     except (UserError, RuntimeError, SystemExit) as error:
         told = in_one_line(error, settings)
-        if args.debug or not told:
+        if not told:
             raise
         sys.exit(f"error: rank {distributed.rank()}: {told}" if distributed.launched() else f"error: {told}")
 
@@ -65,6 +70,7 @@ def in_one_line(error: BaseException, settings: dict[str, Any]) -> str:
 def train_detector(
     settings: dict[str, Any],
     resume: bool,
+    check: bool,
     run: str,
     data: dict[str, Any],
     student: Any,
@@ -74,19 +80,25 @@ def train_detector(
     distill: Any = None,
     seed: int = 0,
     device: str = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    deterministic: bool = False,
     timeout: float = 10.0,
 ) -> None:
-    """One run. The parameters after `resume` are the sections of the config, each a call: see config.py.
+    """One run. The parameters after `check` are the sections of the config, each a call: see config.py.
 
+    compile: rendering, student, teacher and terms by torch.compile; it takes minutes on a CPU, so `auto` is CUDA only.
+    deterministic: the same run gives the same bits on CUDA too, more slowly.
     timeout: minutes that one of several processes waits for another before it gives up.
     """
     recipe = config.call(Recipe, train, "train")
     torch.manual_seed(seed)
+    engine.choose_algorithms(deterministic)
     place = distributed.start(engine.pick_device(device), timeout)
+    compiled = place.type == "cuda" if compile == "auto" else compile
     autocast, scaler = engine.precision(recipe.amp, place)
     rank, world = distributed.rank(), distributed.world()
     check_batch(recipe.batch, world)
-    folder, progress = RunFolder(run, resume, lead=rank == 0), engine.Progress()
+    folder, progress = RunFolder(run, resume, lead=rank == 0 and not check), engine.Progress()
     saved: dict[str, Any] = {}
     if resume:
         saved_at, saved = checkpoint.newest(folder.checkpoints)
@@ -97,8 +109,9 @@ def train_detector(
 
     sets = config.call(make_sets, data, "data")
     names = sets.train.names
+    storing = {**sets.store, "compiled": compiled} | ({"limit": STEPS * recipe.batch} if check else {})
 
-    # the order matters: build, load weights, copy for the EMA, attach taps (a copy would take the hooks along)
+    # the order matters: build, load weights, copy for the EMA, attach taps (a copy would take the hooks along), compile
     student = config.build(student, "student", names=names).to(place, memory_format=torch.channels_last)
     ema = EMA(student, recipe.ema_decay, recipe.ema_tau)
     if not distill:
@@ -109,25 +122,26 @@ def train_detector(
         make_distillation, distill, "distill", student=student, teacher=teacher, imgsz=sets.imgsz
     )
     distillation.to(place)
+    if compiled:
+        student.compile(dynamic=False)
+        distillation.compile(dynamic=False)
     optimizer = make_sgd([student, distillation], recipe)  # align modules and terms learn too, the teacher does not
 
-    store = Store(sets.train, sets.imgsz, place, name="train", **sets.store)
+    store = Store(sets.train, sets.imgsz, place, name="train", **storing)
     loader = TrainLoader(store, recipe.batch, recipe.epochs, sets.augment, seed, rank, world)
-    val_loader = ValLoader(Store(sets.val, sets.imgsz, place, name="val", **sets.store), recipe.batch, rank, world)
+    val_loader = ValLoader(Store(sets.val, sets.imgsz, place, name="val", **storing), recipe.batch, rank, world)
 
-    parts = {
-        "student": student,
-        "ema": ema,
-        "distillation": distillation,
-        "optimizer": optimizer,
-        "scaler": scaler,
-        "progress": progress,
-    }
-    describe(student, teacher, distillation, loader, recipe, place)
+    parts: dict[str, Any] = {"student": student, "ema": ema, "distillation": distillation}
+    parts |= {"optimizer": optimizer, "scaler": scaler, "progress": progress}
+    describe(student, teacher, distillation, loader, recipe)
     if resume:
         checkpoint.restore(saved, parts, saved_at)
         print(f"resumed from {saved_at}: {progress.epoch} of {recipe.epochs} epochs and {progress.step} steps done")
         folder.rewind(progress.epoch)
+    if check:
+        score = config.build(metric, "metric", names=names)
+        loop = (loader, optimizer, scaler, ema, recipe, engine.Progress(), autocast, signals.Stop())
+        return report(examine(student, teacher, distillation, loop, val_loader, score))
     replica = distributed.replicate(student)
 
     def save() -> None:
@@ -158,21 +172,25 @@ def train_detector(
         record = {f"lambda/{name}": value for name, value in distillation.lambdas(epoch).items()}
         record |= {**progress.means(), "lr": recipe.at((epoch + 1) * len(loader) - 1, len(loader)).lr}
         record |= {"skipped": progress.left_out, "images/s": len(loader) * recipe.batch / progress.seconds}
+        scores: dict[str, float] = {}
         if (epoch + 1) % recipe.val_every == 0 or epoch + 1 == recipe.epochs:
             distributed.broadcast_(ema.average.buffers())  # BatchNorm's, for the weights are the same on all ranks
             score = config.build(metric, "metric", names=names)
             scores = engine.evaluate(ema.average, val_loader, score, autocast)
-            record |= scores
             if teacher and folder.lead:
                 record |= engine.attention_distances(student, distillation, val_loader, autocast)
             fitness = float(scores[score.fitness])
-            shown = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
-            print(f"epoch {epoch + 1}: {shown}" + (" best" if fitness > progress.best else ""))
             if fitness > progress.best:
                 progress.best, progress.best_epoch = fitness, epoch
                 if folder.lead:
                     save_best(folder.best, ema.average, names, sets.imgsz, epoch, fitness)
-        folder.log({"epoch": epoch, **record})
+        shown = {**progress.means(), **scores, **{key: record[key] for key in record if key.startswith("distance/raw")}}
+        told = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
+        print(
+            f"epoch {epoch + 1}: {told}"
+            + (" best" if scores and (progress.best, progress.best_epoch) == (fitness, epoch) else "")
+        )
+        folder.log({"epoch": epoch, **record, **scores})
         progress.next_epoch()
         if finished(progress, recipe):
             save()
@@ -189,6 +207,7 @@ def conclude(folder: RunFolder, progress: engine.Progress) -> None:
         return print("finished: the metric was never a number, so there is no best.pt")
     print(f"finished: best epoch {progress.best_epoch + 1}, {progress.best:.4f}; weights in {folder.best}")
     print(f"evaluate: python eval.py --config {folder.config} --weights {folder.best}")
+    print(f"look:     python -m kdmini.extras.visualize {folder.path}")
 
 
 def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -198,7 +217,7 @@ def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any])
         raise UserError(f"{path} is no checkpoint of a run: {fault}; delete it")
     told = config.changed(saved["config"], {**settings, "processes": distributed.world()})
     exact = {key for key in told if key in FREE or key.split(".")[-1] == "root"}
-    if refused := [told[key] for key in told if key not in exact | {"device", "processes"}]:
+    if refused := [told[key] for key in told if key not in exact | {"device", "compile", "deterministic", "processes"}]:
         raise UserError(f"{path}: {'; '.join(refused[:5])}: set it back, or begin another run")
     for key in told.keys() - {"run"}:
         print(f"warning: {told[key]}" + ("" if key in exact else "; not bit for bit what the run would have been"))
@@ -267,18 +286,12 @@ def make_distillation(
     return Distillation(student, teacher, weighted, pairs, shapes, align, kd_scale)
 
 
-def describe(
-    student: Any,
-    teacher: nn.Module | None,
-    distillation: Distillation,
-    loader: TrainLoader,
-    recipe: Recipe,
-    device: torch.device,
-) -> None:
+def describe(student: Any, teacher: Any, distillation: Distillation, loader: TrainLoader, recipe: Recipe) -> None:
     """Prints what is about to happen, and warns where a setting may surprise."""
     millions = sum(p.numel() for p in student.parameters()) / 1e6
-    print(f"student: {type(student).__name__}, {millions:.2f} M parameters, {len(student.names)} classes, on {device}")
-    if device.type == "cpu" and not torch.cuda.is_available():
+    classes = f"{len(student.names)} classes, on {loader.device}"
+    print(f"student: {type(student).__name__}, {millions:.2f} M parameters, {classes}")
+    if loader.device.type == "cpu" and not torch.cuda.is_available():
         print("device: torch finds no CUDA device, so this runs on the CPU")
     if teacher:
         millions = sum(p.numel() for p in teacher.parameters()) / 1e6

@@ -1,20 +1,26 @@
-"""What a distillation step costs: the student alone, the research notes' form, and kdmini's.
+"""What a distillation step costs: forward and backward of the student, the teacher, the terms.
 
-python -m bench.step [--imgsz 320] [--batch 4] [--rounds 9]
+python -m bench.step [--imgsz 320] [--batch 16] [--rounds 9] [--eager] [--device cuda]
 
-Variants take turns in one process, on one thread; process CPU time; median and quartiles over the rounds.
-The notes' form: teacher with BatchNorm and head, alignment with bias, attention as published, everything NCHW.
+Random weights, the same in every variant, and random images. The notes' form is written out below: teacher with
+BatchNorm and head, alignment with bias, attention as published, everything NCHW. Its loss is kdmini's to 1e-5, and
+its taps are; that is checked before anything is timed. `--eager` leaves out what is compiled, which takes minutes on
+a CPU. A batch of fewer than 16 would leave 1x1 convolutions to another, slower routine on a single thread. With
+`PYTHONPATH=.oracle/newest`, where `make parity` installs it, ultralytics' own distillation takes its turns.
 """
 
 import argparse
-import platform
-import time
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bench import measure
+from bench.peer import PeerStep
+from kdmini.contracts import Targets
 from kdmini.data.voc import VOC_NAMES
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
@@ -24,91 +30,141 @@ from kdmini.yolo11.model import YOLO11
 TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]
 
 
-def student_alone(images: torch.Tensor, targets: dict) -> Callable[[], None]:
-    student = YOLO11(VOC_NAMES, "s").to(memory_format=torch.channels_last).train()
+class Student:
+    """The student with its detection loss, and nothing else; `step` is one forward and backward pass."""
 
-    def step() -> None:
-        backward(student, sum(student.loss(student(images), targets).values()))
+    def __init__(self, images: Tensor, targets: Targets, nchw: bool = False):
+        torch.manual_seed(0)
+        memory = torch.contiguous_format if nchw else torch.channels_last
+        self.images, self.targets = images, targets
+        self.student = YOLO11(VOC_NAMES, "s").to(images.device, memory_format=memory).train()
+        self.teacher = YOLO11(VOC_NAMES, "m").to(images.device, memory_format=memory).eval().requires_grad_(False)
 
-    return step
+    def loss(self) -> Tensor:
+        return sum(self.student.loss(self.student(self.images), self.targets).values())  # type: ignore[return-value]
+
+    def step(self) -> None:
+        with precision(self.images):
+            loss = self.loss()
+        loss.backward()
+        self.student.zero_grad()
 
 
-def notes_form(images: torch.Tensor, targets: dict) -> Callable[[], None]:
-    student, teacher = YOLO11(VOC_NAMES, "s").train(), YOLO11(VOC_NAMES, "m").eval().requires_grad_(False)
-    shapes = tap_shapes(student, teacher, dict(zip(TAPS, TAPS, strict=True)), images.shape[-1])
-    align = nn.ModuleList(
-        nn.Sequential(nn.Conv2d(cs, ct, 1), nn.BatchNorm2d(ct, affine=False)) for cs, ct, _, _ in shapes.values()
-    )
-    student_taps, teacher_taps = Taps(student, TAPS), Taps(teacher, TAPS)
+class Notes(Student):
+    """Distillation as the research notes spell it out."""
 
-    def attention(feat: torch.Tensor) -> torch.Tensor:
+    def __init__(self, images: Tensor, targets: Targets):
+        super().__init__(images, targets, nchw=True)
+        shapes = tap_shapes(self.student, self.teacher, dict(zip(TAPS, TAPS, strict=True)), images.shape[-1])
+        torch.manual_seed(1)
+        self.align = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(cs, ct, 1, bias=False), nn.BatchNorm2d(ct, affine=False))
+            for cs, ct, _, _ in shapes.values()
+        ).to(images.device)
+        for layer in self.align:
+            layer[0].bias = nn.Parameter(torch.zeros(layer[0].out_channels, device=images.device))
+        self.student_taps, self.teacher_taps = Taps(self.student, TAPS), Taps(self.teacher, TAPS)
+
+    @staticmethod
+    def attention(feat: Tensor) -> Tensor:
         energy = torch.pow(torch.abs(feat), 2).sum(dim=1)
         return energy / (torch.norm(energy, p=2, dim=(1, 2), keepdim=True) + 1e-8)
 
-    def step() -> None:
-        loss = sum(student.loss(student(images), targets).values())
-        with torch.no_grad():
-            teacher(images)
-        pairs = zip(align, student_taps.take().values(), teacher_taps.take().values(), strict=True)
+    @torch.no_grad()
+    def look(self) -> None:
+        with precision(self.images):
+            self.teacher(self.images)
+        self.seen = self.teacher_taps.take()
+
+    def loss(self) -> Tensor:
+        loss = super().loss()
+        self.look()
+        pairs = zip(self.align, self.student_taps.take().values(), self.seen.values(), strict=True)
         for layer, ours, theirs in pairs:
-            loss = loss + torch.norm(attention(layer(ours)) - attention(theirs), p=2) / len(images)
-        backward(student, loss)
-
-    return step
-
-
-def kdmini_form(images: torch.Tensor, targets: dict) -> Callable[[], None]:
-    student = YOLO11(VOC_NAMES, "s").to(memory_format=torch.channels_last).train()
-    teacher = YOLO11(VOC_NAMES, "m").to(memory_format=torch.channels_last)
-    pairs = dict(zip(TAPS, TAPS, strict=True))
-    shapes = tap_shapes(student, teacher, pairs, images.shape[-1])
-    distillation = Distillation(student, teacher, {"attention": Weighted(AttentionTransfer(), 1.0)}, pairs, shapes)
-
-    def step() -> None:
-        preds = student(images)
-        kd = distillation(images, preds, targets, 0)
-        backward(student, sum(student.loss(preds, targets).values()) + sum(kd.values()))
-
-    return step
+            difference = self.attention(layer(ours)) - self.attention(theirs)
+            loss = loss + torch.norm(difference, p=2) / len(self.images)
+        return loss
 
 
-def backward(student: nn.Module, loss: torch.Tensor) -> None:
-    loss.backward()
-    student.zero_grad()
+class Ours(Student):
+    """Distillation as train.py runs it."""
+
+    def __init__(self, images: Tensor, targets: Targets, compiled: bool = False):
+        super().__init__(images, targets)
+        pairs = dict(zip(TAPS, TAPS, strict=True))
+        shapes = tap_shapes(self.student, self.teacher, pairs, images.shape[-1])
+        torch.manual_seed(1)
+        terms = {"attention": Weighted(AttentionTransfer(), 1.0)}
+        self.distillation = Distillation(self.student, self.teacher, terms, pairs, shapes).to(images.device)
+        if compiled:
+            self.student.compile(dynamic=False)
+            self.distillation.compile(dynamic=False)
+
+    def look(self) -> None:
+        with precision(self.images):
+            self.seen = self.distillation.look(self.images).feats  # type: ignore[union-attr]
+
+    def loss(self) -> Tensor:
+        preds = self.student(self.images)
+        kd = self.distillation(self.images, preds, self.targets, 0)
+        return sum({**self.student.loss(preds, self.targets), **kd}.values())  # type: ignore[return-value]
+
+
+def precision(images: Tensor) -> AbstractContextManager:
+    """On a GPU every variant runs in bfloat16 where autocast puts it."""
+    return torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda)
+
+
+def check_equal(notes: Notes, ours: Ours) -> None:
+    """Raises AssertionError unless loss and taps agree to 1e-5, in float32."""
+    theirs, mine = notes.loss().item(), ours.loss().item()
+    assert abs(theirs - mine) < 1e-5 * theirs, f"the notes' loss is {theirs}, kdmini's {mine}"
+    ours.look()
+    for tap, feat in notes.seen.items():
+        apart = (feat - ours.seen[tap]).abs().max() / feat.abs().max()
+        assert apart < 1e-5, f"{tap} differs by {apart}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imgsz", type=int, default=320)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    images = torch.rand(args.batch, 3, args.imgsz, args.imgsz)
-    corners = torch.rand(args.batch, 8, 2, 2).sort(2).values.flatten(2) * args.imgsz
-    targets = {"boxes_xyxy": corners, "labels": torch.randint(0, 20, (args.batch, 8))}
-    variants = {make.__name__: make(images, targets) for make in (student_alone, notes_form, kdmini_form)}
 
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(args.rounds + 1):
-        for name, step in variants.items():
-            started = time.process_time()
-            step()
-            if round_:  # the first round warms up
-                seconds[name].append(time.process_time() - started)
+    torch.manual_seed(2)
+    images = torch.rand(args.batch, 3, args.imgsz, args.imgsz, device=args.device)
+    corners = torch.rand(args.batch, 8, 2, 2, device=args.device).sort(2).values.flatten(2) * args.imgsz
+    labels = torch.randint(0, 20, (args.batch, 8), device=args.device)
+    targets: Targets = {"boxes_xyxy": corners, "labels": labels, "ids": [""] * args.batch}
+    print(f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n")
 
-    print(
-        f"torch {torch.__version__}, {platform.machine()}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds"
-    )
-    print(f"{'':14}{'ms an image':>12}{'to student alone: median (quartiles)':>40}")
-    for name, values in seconds.items():
-        low, middle, high = np.percentile(np.array(values) / np.array(seconds["student_alone"]), (25, 50, 75))
-        cost = 1000 * np.median(values) / args.batch
-        print(f"{name:14}{cost:12.1f}{f'{middle:.2f} ({low:.2f}, {high:.2f})':>40}")
-    ratio = np.array(seconds["notes_form"]) / np.array(seconds["kdmini_form"])
-    low, middle, high = np.percentile(ratio, (25, 50, 75))
-    print(f"kdmini against the notes' form: {middle:.2f}x ({low:.2f}, {high:.2f})")
+    notes, ours = Notes(images, targets), Ours(images, targets)
+    if args.device == "cpu":
+        check_equal(notes, ours)
+    steps: dict[str, Callable] = {"the notes' form": notes.step, "kdmini": ours.step}
+    looks: dict[str, Callable] = {"the notes' form: BatchNorm, head": notes.look, "kdmini: folded, no head": ours.look}
+    if not args.eager:
+        compiled = Ours(images, targets, compiled=True)
+        if args.device == "cpu":
+            check_equal(notes, compiled)
+        steps["kdmini, compiled"] = compiled.step
+        looks["kdmini, compiled"] = compiled.look
+    steps["the student alone"] = Student(images, targets).step
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            steps["ultralytics' distillation"] = PeerStep(images, targets, Path(scratch)).step
+        except ImportError as error:
+            print(f"ultralytics takes no part ({error}): PYTHONPATH=.oracle/newest, after `make parity`")
+        seconds = measure.take_turns(steps, args.rounds, args.device)
+    print(measure.table(seconds, "the notes' form", args.batch, "image"))
+    if "ultralytics' distillation" in seconds:
+        print("\n" + measure.table(seconds, "ultralytics' distillation", args.batch, "image"))
+    print("\nThe teacher alone:\n")
+    seen = measure.take_turns(looks, args.rounds, args.device)
+    print(measure.table(seen, "the notes' form: BatchNorm, head", args.batch, "image"))
 
 
 if __name__ == "__main__":

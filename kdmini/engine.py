@@ -4,6 +4,7 @@ Legend: N images, S image size.
 """
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -63,8 +64,7 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in asdict(self):
-            setattr(self, name, state[name])
+        vars(self).update(state)
 
 
 def pick_device(name: str) -> torch.device:
@@ -78,6 +78,14 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"device: {name} was asked for, but torch finds {count} CUDA devices; use auto or cpu")
     return device
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """On CUDA: the fastest convolutions, tried out at the first step, or those that repeat bit for bit."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.amp.GradScaler]:
@@ -113,14 +121,8 @@ def train_one_epoch(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     lambdas = " ".join(f"{name} {value:.3g}" for name, value in distillation.lambdas(epoch).items())
     tally, leaving, since_update = Tally(progress), False, 0
-    bar = tqdm(
-        loader.epoch(epoch, progress.step),
-        f"epoch {epoch + 1}/{recipe.epochs}",
-        steps,
-        initial=progress.step,
-        unit="step",
-        dynamic_ncols=True,
-    )
+    batches, title = loader.epoch(epoch, progress.step), f"epoch {epoch + 1}/{recipe.epochs}"
+    bar = tqdm(batches, title, steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=None)
     for step, (images, targets) in enumerate(bar, progress.step):
         setting = recipe.at(epoch * steps + step, steps)
         apply_setting(optimizer, setting)
@@ -158,7 +160,8 @@ def train_one_epoch(
         if progress.step % READ_EVERY == 0 or progress.step == steps or (leaving and update):
             shown = tally.read(scaler, stop)
             speed = progress.step * recipe.batch / progress.seconds
-            bar.set_postfix_str(f"{shown} | lambda: {lambdas or '-'} | {speed:.0f} img/s")
+            memory = f" {torch.cuda.max_memory_reserved() / 1e9:.1f} GB" if images.is_cuda else ""
+            bar.set_postfix_str(f"{shown} | lambda {lambdas or '-'} | lr {setting.lr:.2g} | {speed:.0f} img/s{memory}")
             leaving |= stop.agreed > 0  # a signal to any rank: all leave at the same step
         if leaving and update:
             break
@@ -221,7 +224,9 @@ def evaluate(model: Detector, loader: ValBatches, metric: Metric, autocast: Auto
     """
     model.eval()
     found = []
-    for images, targets, to_native in tqdm(loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True):
+    for images, targets, to_native in tqdm(
+        loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True, disable=None
+    ):
         with autocast():
             preds = model(images)
         detections = model.decode(preds, score=0.001, iou=0.7, max_det=300)
@@ -247,9 +252,4 @@ def attention_distances(
             found = distillation.distances(student, images)
         sums = {name: value + sums.get(name, 0) for name, value in found.items()}
         count += len(images)
-    means = {f"distance/{name}": value.item() / count for name, value in sums.items()}
-    totals = {
-        f"distance/{kind}": sum(value for name, value in means.items() if name.startswith(f"distance/{kind}/"))
-        for kind in ("aligned", "raw")
-    }
-    return {**totals, **means} if means else {}
+    return {f"distance/{name}": value.item() / count for name, value in sums.items()}

@@ -91,16 +91,11 @@ def make_sgd(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.SGD:
                 kind = "biases" if name.endswith("bias") else "norms" if parameter.ndim <= 1 else "weights"
                 groups[kind].append(parameter)
     decay = recipe.weight_decay * recipe.batch * recipe.accumulate / recipe.nbs
-    optimizer = torch.optim.SGD(
-        [
-            {"params": parameters, "name": kind, "weight_decay": decay if kind == "weights" else 0.0}
-            for kind, parameters in groups.items()
-        ],
-        lr=recipe.lr0,
-        momentum=recipe.momentum,
-        nesterov=True,
-        fused=True,
-    )
+    settings: list[Any] = [
+        {"params": parameters, "name": kind, "weight_decay": decay if kind == "weights" else 0.0}
+        for kind, parameters in groups.items()
+    ]
+    optimizer = torch.optim.SGD(settings, recipe.lr0, recipe.momentum, nesterov=True, fused=True)
     for parameter in (p for group in groups.values() for p in group):
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

@@ -176,6 +176,15 @@ def test_a_run_in_half_precision_stays_finite_and_keeps_float32_weights(
     assert bool(state["scaler"]) == (amp == "fp16")
 
 
+def test_deterministic_runs_repeat_bit_for_bit_and_leave_the_setting_behind(config_file: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run(train_script, "--config", config_file, "train.epochs=1", f"run={tmp_path / name}", "deterministic=true")
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    assert_equal(newest(tmp_path / "one")["ema"], newest(tmp_path / "two")["ema"])
+    run(train_script, "--config", config_file, "train.epochs=1")
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+
+
 def test_training_stops_when_nothing_improves(config_file: Path, tmp_path: Path, capsys) -> None:
     run(
         train_script,

@@ -4,15 +4,16 @@ So a batch depends neither on workers nor on where a run was interrupted.
 Legend: N images, S image size, G objects (padded).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdmini.contracts import Detections, Target, Targets, UserError
-from kdmini.data.render import Layout, choose, letterbox, mirror, mosaic, render, render_boxes, zoom
+from kdmini.data.render import Layout, choose, letterbox, mirror, mosaic, render, render_boxes, to_device, zoom
 from kdmini.data.store import Store
 
 
@@ -95,34 +96,27 @@ class ValLoader:
         """Batches of this rank."""
         return len(self.starts)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[Target], "Inverse"]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Target], Callable[[list[Detections]], list[Detections]]]]:
         """-> images (N, 3, S, S) RGB 0..1, targets in pixels of the files, and the way back to those pixels."""
         for start in self.starts:
             indices = np.arange(start, min(start + self.batch, len(self.store)))
             layout = letterbox(self.store, indices, self.imgsz)
             native = self.store.native[indices][:, ::-1]  # (N, 2) W, H
-            to_native = native / self.store.sizes[indices][:, ::-1]
-            inverse = Inverse(to_native / layout.a[:, 0], layout.b[:, 0], native)
+            scale = native / self.store.sizes[indices][:, ::-1] / layout.a[:, 0]
+            inverse = partial(to_native, scale, layout.b[:, 0], native)
             images = render(self.store, layout, self.imgsz).to(self.device, non_blocking=True)
             yield images, [self.store.targets[i] for i in indices], inverse
 
 
-@dataclass(frozen=True)
-class Inverse:
-    """From the letterboxed images back to the files: native = (x - corner) * scale, clipped to the picture."""
-
-    scale: np.ndarray  # (N, 2) x, y
-    corner: np.ndarray  # (N, 2) x, y
-    native: np.ndarray  # (N, 2) width, height
-
-    def __call__(self, detections: list[Detections]) -> list[Detections]:
-        out: list[Detections] = []
-        for found, scale, corner, native in zip(detections, self.scale, self.corner, self.native, strict=True):
-            corners = found["boxes_xyxy"].reshape(-1, 2, 2)
-            offset, factor, limit = (torch.as_tensor(x.copy()).to(corners) for x in (corner, scale, native))
-            corners = torch.minimum(((corners - offset) * factor).clamp(min=0), limit)
-            out.append({**found, "boxes_xyxy": corners.reshape(-1, 4)})
-        return out
+def to_native(scale: np.ndarray, corner: np.ndarray, native: np.ndarray, found: list[Detections]) -> list[Detections]:
+    """From the letterboxed images back to the files: (x - corner) * scale, clipped to the picture; (N, 2) x, y each."""
+    out: list[Detections] = []
+    for one, *numbers in zip(found, scale, corner, native, strict=True):
+        corners = one["boxes_xyxy"].reshape(-1, 2, 2)
+        factor, offset, limit = (torch.as_tensor(x.copy()).to(corners) for x in numbers)
+        corners = torch.minimum(((corners - offset) * factor).clamp(min=0), limit)
+        out.append({**one, "boxes_xyxy": corners.reshape(-1, 4)})
+    return out
 
 
 def check_size(imgsz: int) -> None:
@@ -146,11 +140,7 @@ def pad(rendered: list[tuple[np.ndarray, np.ndarray]], ids: list[str], device: t
     for n, (boxes, classes) in enumerate(rendered):
         boxes_xyxy[n, : len(boxes)] = boxes
         labels[n, : len(classes)] = classes
-    return {
-        "boxes_xyxy": torch.from_numpy(boxes_xyxy).to(device, non_blocking=True),
-        "labels": torch.from_numpy(labels).to(device, non_blocking=True),
-        "ids": ids,
-    }
+    return {"boxes_xyxy": to_device(boxes_xyxy, device), "labels": to_device(labels, device), "ids": ids}
 
 
 def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:

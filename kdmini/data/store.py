@@ -2,7 +2,7 @@
 
 A pixel is an int32 that holds the bytes R, G, B, 0 (lowest first), so that one gather fetches a whole pixel.
 Offsets into the buffer are int64: VOC2012 alone has 3.2e9 pixels.
-Legend: M images of the store.
+Legend: M images of the store, B objects in them.
 """
 
 import os
@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,6 +44,7 @@ class Store:
         ~/.cache/kdmini; it vanishes with the process, so it can neither be stale nor be left behind);
         `auto` is resident when they fill less than half of the device's free memory.
     limit: keep a fixed random subset of that many images.
+    compiled: batches are rendered from it by torch.compile, which takes seconds once for each size of a batch.
     on_bad: an image that cannot be decoded is reported when all have been tried: an error, or it is left out.
     """
 
@@ -56,8 +58,9 @@ class Store:
         limit: int | None = None,
         on_bad: OnBad = "stop",
         name: str = "images",
+        compiled: bool = False,
     ):
-        self.imgsz, self.device = imgsz, torch.device(device)
+        self.imgsz, self.device, self.compiled = imgsz, torch.device(device), compiled
         indices = subset(len(dataset), limit)
         if not indices:
             raise UserError(f"{name}: the dataset has no images")
@@ -84,6 +87,23 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @cached_property
+    def objects(self) -> "Objects":
+        easy = [~target["difficult"] for target in self.targets]
+        scale = (self.sizes / self.native)[:, [1, 0, 1, 0]]  # (M, 4)
+        boxes = [t["boxes_xyxy"][e] * s for t, e, s in zip(self.targets, easy, scale, strict=True)]
+        labels = [t["labels"][e] for t, e in zip(self.targets, easy, strict=True)]
+        first = np.cumsum([0, *map(len, labels)])
+        return Objects(np.concatenate(boxes).reshape(-1, 2, 2), np.concatenate(labels), first)
+
+
+class Objects(NamedTuple):
+    """The objects to train on, of all images in a row; image m has those from first[m] to first[m + 1]."""
+
+    corners: np.ndarray  # (B, corner, xy) stored pixels
+    labels: np.ndarray  # (B,)
+    first: np.ndarray  # (M + 1,)
 
 
 def subset(length: int, limit: int | None) -> list[int]:
@@ -115,7 +135,7 @@ def decode_all(
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         # portions bound what waits in memory for a slow disk
         portions = (pool.map(picture, indices[start : start + 256]) for start in range(0, len(indices), 256))
-        for result in tqdm(chain.from_iterable(portions), f"decode {name}", len(indices), unit="img"):
+        for result in tqdm(chain.from_iterable(portions), f"decode {name}", len(indices), unit="img", disable=None):
             if isinstance(result, Picture):
                 yield result
             else:

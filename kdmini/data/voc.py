@@ -105,7 +105,7 @@ class VOC:
         annotations = {folder: files(folder / "Annotations", ANNOTATIONS) for folder in folders}
         label_of = {name: label for label, name in enumerate(self.names)}
         unknown: list[tuple[str, str]] = []  # file and class of each object
-        for folder, name in tqdm(chosen, "annotations", unit="file", leave=False, disable=len(chosen) <= 2000):
+        for folder, name in tqdm(chosen, "annotations", unit="file", leave=False, disable=len(chosen) <= 2000 or None):
             try:
                 image = choose(images[folder], folder / "JPEGImages" / f"{name}.jpg")
                 path = choose(annotations[folder], folder / "Annotations" / f"{name}.xml")

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdmini.contracts import Detector, Feats, Losses, Targets, Term, UserError, View
+from kdmini.contracts import Feats, Losses, Targets, Term, UserError, View
 from kdmini.distill.align import Align, Mode, Shapes
 from kdmini.distill.attention import map_distance
 from kdmini.distill.schedule import check_segments, piecewise_linear
@@ -52,10 +52,25 @@ class Distillation(nn.Module):
         self.taps = dict(taps)
         self.student_taps = Taps(student, list(taps))
         self.needs_preds = any("preds" in entry.term.uses for entry in terms.values())
+        self.run_terms: Callable[..., Losses] = self.values
         # in a tuple, so that the teacher is no submodule: not saved, not optimised, not set to train()
-        self.teacher = None if teacher is None else (freeze(teacher), Taps(teacher, list(taps.values())))
+        self.teacher: tuple[Callable, Taps] | None = None
+        if teacher is not None:
+            run = teacher if self.needs_preds else getattr(teacher, "features", teacher)
+            freeze(teacher)
+            self.teacher = run, Taps(teacher, list(taps.values()))
         if self.needs_preds and teacher is not None and teacher.names != student.names:  # type: ignore[union-attr]
             raise UserError("a term that reads preds needs a teacher with the student's classes, in the same order")
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the teacher, and align modules and terms together; after the taps, before the first step.
+
+        Arguments are those of torch.compile.
+        """
+        if self.teacher is not None:
+            run, hooks = self.teacher
+            self.teacher = torch.compile(run, *args, **kwargs), hooks
+        self.run_terms = torch.compile(self.values, *args, **kwargs)
 
     def lambdas(self, epoch: int) -> dict[str, float]:
         return {name: piecewise_linear(schedule, epoch) for name, schedule in self.schedules.items()}
@@ -66,37 +81,44 @@ class Distillation(nn.Module):
         factors = {name: self.weights[name] * value for name, value in self.lambdas(epoch).items()}
         if not any(factors.values()):
             return {}
-        teacher = self.look(images)
+        names = tuple(name for name, factor in factors.items() if factor)
+        values = self.run_terms(names, feats, self.look(images), preds, images, targets)
+        return {name: factors[name] * value for name, value in values.items()}
+
+    def values(
+        self, names: tuple[str, ...], feats: Feats, teacher: View | None, preds: Any, images: Tensor, targets: Targets
+    ) -> Losses:
+        """The named terms, not yet weighted; feats as tapped. In one function, so that it can be compiled whole."""
         student = View(self.align(feats) if teacher else feats, preds, images)
-        return {name: f * self.terms[name](student, teacher, targets) for name, f in factors.items() if f}
+        return {name: self.terms[name](student, teacher, targets) for name in names}
 
     @torch.no_grad()
     def look(self, images: Tensor) -> View | None:
         """The teacher's view of the images, under the student's tap names; without its head where no term reads it."""
         if self.teacher is None:
             return None
-        teacher, hooks = self.teacher
-        run: Callable = teacher if self.needs_preds else getattr(teacher, "features", teacher)
+        run, hooks = self.teacher
         preds = run(images)
         feats = hooks.take()
         return View({tap: feats[name] for tap, name in self.taps.items()}, preds, images)
 
     @torch.no_grad()
-    def distances(self, student: Detector, images: Tensor) -> dict[str, Tensor]:
-        """Unweighted L2 distances of the attention maps, summed over images: {"aligned/TAP", "raw/TAP": scalar}.
+    def distances(self, student: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """Unweighted L2 distances of the attention maps, summed over images: {"aligned/TAP", "raw/TAP": scalar},
+        and over the taps: {"aligned", "raw": scalar}.
 
         Both with the align modules and without: a trained align module can take up the loss in the student's place.
         """
-        student(images)
+        student.forward(images)  # not compiled once more, for evaluation, to look at a few batches
         feats, teacher = self.student_taps.take(), self.look(images)
-        if teacher is None:
+        if teacher is None or not self.taps:
             return {}
         views = {"aligned": self.align(feats), "raw": feats}
-        return {
-            f"{kind}/{tap}": map_distance(view[tap], teacher.feats[tap]).sum()
-            for kind, view in views.items()
-            for tap in self.taps
-        }
+        found: dict[str, Tensor] = {}
+        for kind, view in views.items():
+            each = {f"{kind}/{tap}": map_distance(view[tap], teacher.feats[tap]).sum() for tap in self.taps}
+            found |= {kind: torch.stack([*each.values()]).sum(), **each}
+        return found
 
 
 def freeze(teacher: nn.Module) -> nn.Module:

@@ -35,11 +35,12 @@ class Taps:
         return keep
 
     def take(self) -> Feats:
-        """-> {name: (N, C, H, W)} of the last forward pass, and forgets it. Raises where a tap did not fire."""
+        """-> {name: (N, C, H, W)} of the last forward pass, and forgets it. UserError where a tap did not fire."""
         feats, self._feats = self._feats, {}
         silent = [name for name in self.names if name not in feats]
         if silent:
-            raise RuntimeError(f"taps {silent} did not fire in this forward pass")
+            where = f"distill.taps: {', '.join(silent)} did not fire in a forward pass"
+            raise UserError(f"{where}; name submodules that the detector calls, and no part of its head")
         return feats
 
     def remove(self) -> None:

@@ -1,6 +1,9 @@
-"""Fetch and verify PASCAL VOC: `python -m kdmini.extras.download --root data [--sets 2007 2012]`.
+"""Fetch and verify PASCAL VOC and the public YOLO11 weights.
 
-The folders end up in ROOT/VOCdevkit. The photographs are from Flickr, under its terms.
+python -m kdmini.extras.download --root data [--sets 2007 2012]      VOC, to data/VOCdevkit
+python -m kdmini.extras.download --weights yolo11s.pt yolo11m.pt     to ~/.cache/kdmini, or KDMINI_CACHE
+
+The photographs are from Flickr, under its terms; the weights are AGPL-3.0.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from kdmini.contracts import UserError
-from kdmini.fetch import fetch
+from kdmini.extras.fetch import fetch
 
 
 class Archive(NamedTuple):
@@ -55,6 +58,21 @@ RELEASES = {
         {"trainval": 11_540},
     ),
 }
+
+PUBLISHED = "https://github.com/ultralytics/assets/releases/download/v8.3.0/"
+WEIGHTS = {  # name -> bytes, sha256
+    "yolo11n.pt": (5_613_764, "0ebbc80d4a7680d14987a577cd21342b65ecfd94632bd9a8da63ae6417644ee1"),
+    "yolo11s.pt": (19_313_732, "85a76fe86dd8afe384648546b56a7a78580c7cb7b404fc595f97969322d502d5"),
+    "yolo11m.pt": (40_684_120, "d5ffc1a674953a08e11a8d21e022781b1b23a19b730afc309290bd9fb5305b95"),
+}
+
+
+def download_weights(names: Iterable[str], site: str = PUBLISHED) -> None:
+    """Each to the cache, where a config finds it by its name; raises UserError."""
+    cache = Path(os.environ.get("KDMINI_CACHE") or "~/.cache/kdmini").expanduser()
+    for name in names:
+        size, sha256 = WEIGHTS[name]
+        print(f"{fetch(site + name, cache / name, f'sha256:{sha256}', size)}: complete, {size:,} bytes")
 
 
 def download(root: Path, sets: Iterable[str], releases: dict[str, Release] = RELEASES) -> None:
@@ -120,14 +138,17 @@ def missing(folder: Path, release: Release) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdmini.extras.download", description="Fetch and verify PASCAL VOC."
-    )
-    parser.add_argument("--root", type=Path, required=True, help="folder that will hold VOCdevkit/")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, help="folder that will hold VOCdevkit/")
     parser.add_argument("--sets", nargs="+", choices=sorted(RELEASES), default=sorted(RELEASES), help="default: all")
+    parser.add_argument("--weights", nargs="+", choices=sorted(WEIGHTS), metavar="NAME", default=[])
     arguments = parser.parse_args(argv)
+    if not arguments.root and not arguments.weights:
+        parser.error("give --root, for VOC, or --weights, or both")
     try:
-        download(arguments.root, arguments.sets)
+        download_weights(arguments.weights)
+        if arguments.root:
+            download(arguments.root, arguments.sets)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -23,16 +23,9 @@ import torch
 from torch import Tensor
 
 from kdmini.contracts import UserError
-from kdmini.fetch import fetch
 
 Scale = str | tuple[float, ...]  # n, s, m, l, x, or (depth, width, max channels)
 
-RELEASE = "https://github.com/ultralytics/assets/releases/download/v8.3.0/"
-PUBLIC = {  # name -> bytes, sha256
-    "yolo11n.pt": (5_613_764, "0ebbc80d4a7680d14987a577cd21342b65ecfd94632bd9a8da63ae6417644ee1"),
-    "yolo11s.pt": (19_313_732, "85a76fe86dd8afe384648546b56a7a78580c7cb7b404fc595f97969322d502d5"),
-    "yolo11m.pt": (40_684_120, "d5ffc1a674953a08e11a8d21e022781b1b23a19b730afc309290bd9fb5305b95"),
-}
 SCALE_OF = {(16, 1): "n", (32, 1): "s", (64, 1): "m", (64, 2): "l", (96, 2): "x"}  # channels of layer 0, blocks in 2
 
 COCO_NAME = {  # of the VOC classes that are called otherwise there
@@ -90,23 +83,21 @@ class Refused(Exception):
 
 
 def find(path: str | Path) -> Path:
-    """Where a weight file is. A public name alone is also looked for in ./weights and in the cache
-    (KDMINI_CACHE, else ~/.cache/kdmini), and is downloaded to the cache. Raises UserError."""
+    """Where a weight file is; a name without a folder is also looked for in ./weights and in the cache (KDMINI_CACHE,
+    else ~/.cache/kdmini). Raises UserError."""
     wanted = Path(path).expanduser()
     if wanted.is_dir():
         raise UserError(f"weights {str(path)!r} is a folder: name a file in it")
-    if wanted.exists():
-        return wanted
-    if str(wanted) not in PUBLIC:
-        raise UserError(
-            f"weights {str(path)!r} do not exist: name a file that does, or one of {', '.join(PUBLIC)} "
-            "without a folder, which are downloaded"
-        )
-    if (beside := Path("weights") / wanted).is_file():
-        return beside
-    size, sha256 = PUBLIC[str(wanted)]
     cache = Path(os.environ.get("KDMINI_CACHE") or "~/.cache/kdmini").expanduser()
-    return fetch(f"{RELEASE}{wanted}", cache / wanted, f"sha256:{sha256}", size)
+    places = [wanted, Path("weights") / wanted, cache / wanted] if wanted.name == str(wanted) else [wanted]
+    for place in places:
+        if place.is_file():
+            return place
+    name = f" --weights {wanted}" if re.fullmatch(r"yolo11[nsm]\.pt", str(wanted)) else ""
+    raise UserError(
+        f"weights {str(path)!r} are not there ({', '.join(map(str, places))}): name a file that exists, "
+        f"or fetch the public ones with `python -m kdmini.extras.download{name}`"
+    )
 
 
 def read(path: str | Path) -> WeightFile:
@@ -242,21 +233,21 @@ def unzip(data: bytes) -> dict[str, bytearray]:
     return entries
 
 
+FOREIGN = {  # how a file that is no zip begins -> what it seems to be
+    rb"$": "is empty (0 bytes): obtain it again",
+    rb"(?i)\s*<(!doctype|html)": "is a web page (HTML), perhaps of a failed download: obtain the file again",
+    rb"(?s).{257}ustar|\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.": "is in a format from before PyTorch 1.6: load it "
+    "where it is from and save it with a newer one",
+    rb"\x80": "is a bare pickle, which is never opened: give a .pt file that torch.save wrote",
+    rb"(?s).{8}\{": "is a safetensors file: give the YOLO11 .pt file",
+    rb"\x08[\x01-\x20][\x12:]": "is an ONNX model: give the .pt file it was exported from",
+}
+
+
 def foreign(data: bytes) -> str:
     """What a file that is no zip seems to be."""
-    if not data:
-        return "is empty (0 bytes): obtain it again"
-    if data[:512].lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "is a web page (HTML), perhaps of a failed download: obtain the file again"
-    if data[257:262] == b"ustar" or data.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
-        return "is in a format from before PyTorch 1.6: load it where it is from and save it with a newer one"
-    if data[:1] == b"\x80":
-        return "is a bare pickle, which is never opened: give a .pt file that torch.save wrote"
-    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
-        return "is a safetensors file: give the YOLO11 .pt file"
-    if re.match(rb"\x08[\x01-\x20][\x12:]", data):
-        return "is an ONNX model: give the .pt file it was exported from"
-    return f"is no weight file (it begins with {data[:8]!r}): give a YOLO11 .pt file"
+    known = (what for begins, what in FOREIGN.items() if re.match(begins, data))
+    return next(known, f"is no weight file (it begins with {data[:8]!r}): give a YOLO11 .pt file")
 
 
 @dataclass(eq=False)

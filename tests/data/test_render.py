@@ -363,7 +363,7 @@ def test_recolour_equals_colorsys():
     factors = 1 + np.array([0.5, 0.9, 0.8]) * rng.uniform(-1, 1, (8, 3))
     factors[0] = 1
     images = torch.from_numpy(rgb.T.reshape(3, 16, 32)).float()
-    found = recolour(images.expand(8, 3, 16, 32), torch.from_numpy(factors).float())
+    found = torch.stack(recolour(images.expand(8, 3, 16, 32).unbind(1), torch.from_numpy(factors).float()), 1)
     assert found.shape == (8, 3, 16, 32)
     for n, (h, s, v) in enumerate(factors):
         for colour, out in zip(rgb, found[n].reshape(3, -1).T.numpy(), strict=True):
@@ -381,5 +381,5 @@ def test_render_recolours_each_image_with_its_own_factors():
     before = render(store, plain, 32)
     after = render(store, replace(plain, colour=factors), 32)
     for n in range(2):
-        alone = recolour(before[n : n + 1], torch.from_numpy(factors[n : n + 1]).float())
+        alone = torch.stack(recolour(before[n : n + 1].unbind(1), torch.from_numpy(factors[n : n + 1]).float()), 1)
         assert torch.equal(after[n], alone[0]) and not torch.equal(after[n], before[n])

@@ -13,6 +13,7 @@ from kdmini.contracts import UserError
 from kdmini.data.voc import VOC
 from kdmini.extras import download as voc_download
 from kdmini.extras.download import RELEASES, Archive, Release, download
+from kdmini.yolo11.weights import find
 
 DEAD = "http://127.0.0.1:9"  # the discard port: refused at once
 
@@ -180,3 +181,25 @@ def test_the_real_table_and_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     with pytest.raises(SystemExit, match=r"^error: .*VOC2012 is incomplete"):
         voc_download.main(["--root", str(tmp_path), "--sets", "2012"])
+
+
+def test_weights_are_checked_and_go_where_a_config_finds_them(tmp_path, server, monkeypatch, capsys):
+    monkeypatch.setenv("KDMINI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    content = b"weights" * 1000
+    sha256 = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(voc_download, "WEIGHTS", {"yolo11s.pt": (len(content), sha256)})
+    (server.folder / "yolo11s.pt").write_bytes(content)
+    voc_download.download_weights(["yolo11s.pt"], f"{server.url}/")
+    assert find("yolo11s.pt").read_bytes() == content and "complete, 7,000 bytes" in capsys.readouterr().out
+    (tmp_path / "cache/yolo11s.pt").unlink()
+    (server.folder / "yolo11s.pt").write_bytes(content[::-1])
+    with pytest.raises(UserError, match="another file came"):
+        voc_download.download_weights(["yolo11s.pt"], f"{server.url}/")
+    assert not (tmp_path / "cache/yolo11s.pt").exists()
+
+
+def test_nothing_to_download_is_told(capsys):
+    with pytest.raises(SystemExit):
+        voc_download.main([])
+    assert "--root" in capsys.readouterr().err

@@ -27,18 +27,19 @@ MAY_IMPORT = {
     "contracts": (),
     "boxes": (),
     "config": (),
-    "fetch": (),
     "optim": (),
     "checkpoint": (),
     "runlog": (),
     "distributed": (),
     "signals": (),
     "metrics": ("boxes",),
-    "yolo11": ("boxes", "fetch"),  # a detector never learns that it is distilled
-    "data": ("boxes", "fetch"),
+    "yolo11": ("boxes",),  # a detector never learns that it is distilled
+    "data": ("boxes",),
     "distill": ("distributed",),  # a term works for any detector
     "engine": ("optim", "metrics", "distributed", "signals"),  # models, data and terms arrive as arguments
+    "check": ("engine", "optim", "signals"),
     "train": (
+        "check",
         "config",
         "engine",
         "data.loader",
@@ -218,6 +219,12 @@ def test_the_core_does_without_extras() -> None:
         assert not [name for name in imports(path.read_text(), module) if name.startswith("kdmini.extras")], module
 
 
+def test_the_core_opens_no_connection_of_its_own() -> None:
+    network = {"socket", "ssl", "urllib", "http", "ftplib", "requests", "asyncio"}
+    for module, path in CORE.items():
+        assert not {name.split(".")[0] for name in imports(path.read_text(), module)} & network, module
+
+
 def test_modules_are_imported_by_name_in_one_place() -> None:
     """What is imported dynamically is what the config names, or this page would not see it."""
     users = [name for name, path in MODULES.items() if re.search(r"import_module|__import__|runpy", path.read_text())]
@@ -231,9 +238,9 @@ def test_third_party_packages_are_the_few_that_are_declared() -> None:
         assert packages - set(sys.stdlib_module_names) - {"kdmini"} <= THIRD_PARTY | extra, module
 
 
-def test_ultralytics_is_the_oracle_of_the_parity_tests_alone() -> None:
+def test_ultralytics_is_the_oracle_of_the_parity_tests_and_the_peer_of_the_benchmarks_alone() -> None:
     for path in everything():
-        if path.suffix == ".py" and "parity" not in path.parts:
+        if path.suffix == ".py" and "parity" not in path.parts and path != ROOT / "bench" / "peer.py":
             names = {name.split(".")[0] for name in imports(path.read_text(), path.stem)}
             assert "ultralytics" not in names, path
     for path in (ROOT / "tests" / "parity").glob("*.py"):  # and even there in a process of its own

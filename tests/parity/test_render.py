@@ -139,7 +139,9 @@ def test_colour() -> None:
     factors = 1 + np.array([0.5, 0.9, 0.8]) * rng.uniform(-1, 1, (12, 3))
     factors[0] = 1
     images = torch.from_numpy(rgb.T.reshape(3, 16, 32)).float().expand(12, 3, 16, 32)
-    found = recolour(images, torch.from_numpy(factors).float()).flatten(2).mT.numpy()  # (12, 512, 3)
+    found = (
+        torch.stack(recolour(images.unbind(1), torch.from_numpy(factors).float()), 1).flatten(2).mT.numpy()
+    )  # (12, 512, 3)
     for n, (h, s, v) in enumerate(factors):
         expected = []
         for colour in rgb:

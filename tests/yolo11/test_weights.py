@@ -269,26 +269,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_public_name_is_looked_for_here_then_in_weights_then_in_the_cache(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    monkeypatch.setattr(weights, "fetch", lambda *args: asked.append(args) or args[1])
-    assert weights.find("yolo11s.pt") == here / "cache" / "yolo11s.pt"
-    url = "https://github.com/ultralytics/assets/releases/download/v8.3.0/yolo11s.pt"
-    digest = "sha256:85a76fe86dd8afe384648546b56a7a78580c7cb7b404fc595f97969322d502d5"
-    assert asked == [(url, here / "cache" / "yolo11s.pt", digest, 19_313_732)]
-    for found in (Path("weights/yolo11s.pt"), Path("yolo11s.pt")):
+def test_a_name_alone_is_looked_for_here_then_in_weights_then_in_the_cache(here: Path) -> None:
+    for found in (here / "cache/yolo11s.pt", Path("weights/yolo11s.pt"), Path("yolo11s.pt")):
         found.parent.mkdir(exist_ok=True)
         found.touch()
         assert weights.find("yolo11s.pt") == found
-    assert len(asked) == 1
+    (here / "cache/runs").mkdir()
+    (here / "cache/runs/best.pt").touch()
+    with pytest.raises(UserError, match="are not there"):
+        weights.find("runs/best.pt")  # a path is meant as it stands
 
 
-@pytest.mark.parametrize("missing", ["best.pt", "runs/yolo11s.pt", "yolo11z.pt"])
+@pytest.mark.parametrize("missing", ["best.pt", "runs/yolo11s.pt", "yolo11z.pt", "yolo11s.pt"])
 def test_a_missing_file_is_named(here: Path, missing: str) -> None:
-    with pytest.raises(UserError, match=rf"'{re.escape(missing)}' do not exist.*yolo11n\.pt"):
+    with pytest.raises(UserError, match=rf"'{re.escape(missing)}' are not there.*kdmini\.extras\.download") as told:
         weights.find(missing)
+    assert ("--weights yolo11s.pt" in str(told.value)) == (missing == "yolo11s.pt")
 
 
 def test_a_folder_is_refused(here: Path) -> None:

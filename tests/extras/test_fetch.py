@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kdmini.contracts import UserError
-from kdmini.fetch import digest_of, fetch
+from kdmini.extras.fetch import digest_of, fetch
 
 DATA = bytes(range(256)) * 2000
 DIGEST = "sha256:" + hashlib.sha256(DATA).hexdigest()
@@ -157,7 +157,7 @@ def test_offline_says_where_to_put_the_file(path: Path) -> None:
 
 
 def test_a_server_that_falls_silent_times_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdmini.fetch.TIMEOUT_S", 0.1)
+    monkeypatch.setattr("kdmini.extras.fetch.TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
         fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/f", path, DIGEST)
 

@@ -1,0 +1,139 @@
+"""What an epoch costs beside its bare models: the loop, the loader, the optimiser, the evaluation.
+
+python -m bench.full [--imgsz 320] [--batch 4] [--steps 6] [--rounds 9] [--compile]
+python -m bench.full --device cuda --imgsz 640 --batch 64 --steps 40 --compile
+
+YOLO11m teaches YOLO11s at random weights on generated noise of the size of VOC's photographs, held in memory. In turn:
+an epoch as train.py runs it, from the rendered batch to the averaged weights; and as many steps of forward, loss,
+teacher, terms and backward on one batch that exists. What the first takes more is the loop's. On an H100 or an A100 the
+share of the roofline is told: the images/s at which every tensor that cannot be avoided is moved once.
+"""
+
+import argparse
+import io
+from contextlib import redirect_stderr
+
+import numpy as np
+import torch
+
+from bench import measure
+from bench.step import TAPS, Ours, Student
+from kdmini import engine
+from kdmini.contracts import Target
+from kdmini.data.loader import Augment, TrainLoader, ValLoader
+from kdmini.data.store import Store
+from kdmini.data.voc import VOC_NAMES
+from kdmini.metrics import DetectionMetric
+from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.signals import Stop
+
+# images/s at 640 with the teacher folded and without its head, all fused: bytes moved per image over peak bandwidth
+ROOFLINE = {"H100": 2005, "A100": 870}
+
+
+class Noise:
+    """A dataset of `count` pictures of 500 x 375 pixels with two or three objects."""
+
+    def __init__(self, count: int):
+        self.count, self.names = count, list(VOC_NAMES)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
+        rng = np.random.default_rng(index)
+        objects = 2 + index % 2
+        corners = np.sort(rng.uniform(0, (500, 375), (objects, 2, 2)), 1)
+        target: Target = {
+            "boxes_xyxy": corners.reshape(-1, 4).astype(np.float32),
+            "labels": rng.integers(0, len(self.names), objects),
+            "difficult": np.zeros(objects, bool),
+            "id": str(index),
+        }
+        return rng.integers(0, 256, (375, 500, 3), np.uint8), target
+
+
+class Epoch:
+    """An epoch by engine.train_one_epoch, and its bare models."""
+
+    def __init__(self, imgsz: int, batch: int, steps: int, compiled: bool, device: torch.device):
+        with redirect_stderr(io.StringIO()):  # a progress bar
+            store = Store(Noise(batch * steps), imgsz, device, storage="resident", compiled=compiled)
+        self.recipe = Recipe(epochs=1000, batch=batch, nbs=batch)
+        self.loader = TrainLoader(store, batch, self.recipe.epochs, Augment(close_mosaic=0))
+        self.val_loader = ValLoader(store, batch)
+        images, targets = next(self.loader.epoch(0))
+        # the average is of a student without taps, which a copy would take along
+        self.ema = EMA(Student(images, targets).student, self.recipe.ema_decay, self.recipe.ema_tau)
+        self.bare = Ours(images, targets, compiled)
+        self.optimizer = make_sgd([self.bare.student, self.bare.distillation], self.recipe)
+        self.autocast, self.scaler = engine.precision(True, device)
+        self.progress = engine.Progress(epoch=self.recipe.warmup(steps))
+
+    def run(self) -> None:
+        student, distillation = self.bare.student, self.bare.distillation
+        with redirect_stderr(io.StringIO()):
+            engine.train_one_epoch(
+                student,
+                student,
+                distillation,
+                self.loader,
+                self.optimizer,
+                self.scaler,
+                self.ema,
+                self.recipe,
+                self.progress,
+                self.autocast,
+                Stop(),
+            )
+        self.progress.step = 0
+
+    def run_bare(self) -> None:
+        for _ in range(len(self.loader)):
+            self.bare.step()
+
+    def render(self) -> None:
+        for _ in self.loader.epoch(0):
+            pass
+
+    def evaluate(self) -> None:
+        with redirect_stderr(io.StringIO()):
+            engine.evaluate(self.ema.average, self.val_loader, DetectionMetric(list(VOC_NAMES)), self.autocast)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--imgsz", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+
+    device = engine.pick_device(args.device)
+    engine.choose_algorithms(deterministic=False)
+    kind = "compiled" if args.compile else "eager"
+    print(
+        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.steps} steps an epoch, "
+        f"{args.rounds} rounds, {kind}, {len(TAPS)} taps\n"
+    )
+    epoch = Epoch(args.imgsz, args.batch, args.steps, args.compile, device)
+    seconds = measure.take_turns({"bare models": epoch.run_bare, "epoch": epoch.run}, args.rounds, args.device)
+    rest = measure.take_turns({"batches alone": epoch.render, "evaluation": epoch.evaluate}, args.rounds, args.device)
+    images = args.batch * args.steps
+    print(measure.table(seconds, "bare models", images, "image"))
+    for name, values in rest.items():
+        print(f"{name}: {1000 * np.median(values) / images:.3g} ms an image")
+    low, middle, high = np.percentile(seconds["epoch"] / seconds["bare models"] - 1, (25, 50, 75))
+    print(f"the loop adds {middle:.1%} ({low:.1%}, {high:.1%})")
+    if device.type == "cuda":
+        speed = images / np.median(seconds["epoch"])
+        print(f"{speed:.0f} images/s; peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        for card, limit in ROOFLINE.items():
+            if card in torch.cuda.get_device_name():
+                print(f"{speed / (limit * (640 / args.imgsz) ** 2):.0%} of the roofline of a {card}")
+
+
+if __name__ == "__main__":
+    main()

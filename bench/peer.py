@@ -1,0 +1,156 @@
+"""ultralytics (AGPL-3.0), taking part in the comparisons where it can be imported: its loader, its distillation, its
+evaluation, called as its own trainer calls them. Nothing of kdmini needs it.
+
+Every entry raises ImportError where it is not installed; whatever it writes, it writes to `scratch`.
+"""
+
+import io
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kdmini.contracts import Detections, Targets
+from kdmini.data.loader import Augment
+from kdmini.data.store import subset
+from kdmini.data.voc import VOC, VOC_NAMES
+
+
+def version(scratch: Path) -> str:
+    """Before anything else of it is imported: it reads its settings from the environment at that moment."""
+    os.environ |= {"YOLO_CONFIG_DIR": str(scratch), "MPLCONFIGDIR": str(scratch), "YOLO_VERBOSE": "false"}
+    os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
+    from ultralytics import __version__
+
+    return f"ultralytics {__version__}"
+
+
+class PeerStep:
+    """Forward and backward of YOLO11s taught by YOLO11m with its built-in distillation, on one batch."""
+
+    def __init__(self, images: Tensor, targets: Targets, scratch: Path):
+        self.name = version(scratch)
+        from ultralytics.cfg import get_cfg
+        from ultralytics.nn.distill_model import DistillationModel
+        from ultralytics.nn.tasks import DetectionModel
+
+        def build(scale: str) -> DetectionModel:
+            model = DetectionModel(f"yolo11{scale}.yaml", nc=len(VOC_NAMES), verbose=False).to(images.device)
+            model.args = get_cfg(overrides={"imgsz": images.shape[-1]})
+            return model
+
+        torch.manual_seed(0)
+        self.model = DistillationModel(build("m"), build("s")).train()
+        n, g = targets["labels"].shape
+        left_top, right_bottom = (targets["boxes_xyxy"] / images.shape[-1]).flatten(0, 1).split(2, 1)
+        self.batch = {
+            "img": images,
+            "batch_idx": torch.arange(n, device=images.device).repeat_interleave(g).float(),
+            "cls": targets["labels"].reshape(-1, 1).float(),
+            "bboxes": torch.cat([(left_top + right_bottom) / 2, right_bottom - left_top], 1),
+        }
+
+    def step(self) -> None:
+        image = self.batch["img"]
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=image.is_cuda):
+            loss, _ = self.model(self.batch)
+        loss.sum().backward()
+        self.model.zero_grad()
+
+
+def peer_loaders(
+    dataset: VOC, images: int, imgsz: int, batch: int, augment: Augment, scratch: Path
+) -> dict[str, Callable[[], Iterator[Tensor]]]:
+    """-> an epoch of its augmented batches (N, 3, S, S) in 0..1, decoding each time, and from cache=ram."""
+    name = version(scratch)
+    import cv2
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data.dataset import YOLODataset
+
+    cv2.setNumThreads(0)
+    random.seed(0)
+    write_yolo(dataset, images, scratch)
+    strengths = ("mosaic", "translate", "scale", "fliplr", "hsv_h", "hsv_s", "hsv_v")
+    recipe = get_cfg(overrides={strength: getattr(augment, strength) for strength in strengths})
+
+    def epoch_of(cache: str | bool) -> Callable[[], Iterator[Tensor]]:
+        with redirect_stdout(io.StringIO()):  # its progress bar
+            samples = YOLODataset(
+                img_path=str(scratch / "images"),
+                imgsz=imgsz,
+                cache=cache,
+                augment=True,
+                hyp=recipe,
+                batch_size=max(min(batch, images // 16), 1),  # its buffer is of eight batches: half the dataset here
+                data={"names": dict(enumerate(dataset.names)), "channels": 3},
+            )
+        assert len(samples) == images and samples.cache == (cache or None)
+        # in order, so that no file is still in the buffer when its turn comes
+        loader = DataLoader(samples, batch, collate_fn=samples.collate_fn)
+        return lambda: (collated["img"].float() / 255 for collated in loader)
+
+    return {f"{name}, cache off": epoch_of(False), f"{name}, cache=ram": epoch_of("ram")}
+
+
+def write_yolo(dataset: VOC, images: int, folder: Path) -> None:
+    """The images a Store of the dataset has, as links, and their labels as text: class, centre and sides, as shares."""
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    for index in subset(len(dataset), images):
+        picture, target = dataset[index]
+        source = Path(dataset.records[index].image)
+        (folder / "images" / f"{index:06}{source.suffix}").symlink_to(source)
+        low, high = (target["boxes_xyxy"] / (picture.shape[1::-1] * 2)).reshape(-1, 2, 2).swapaxes(0, 1)
+        rows = zip(target["labels"], (low + high) / 2, high - low, target["difficult"], strict=True)
+        lines = [
+            f"{label} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for label, (x, y), (w, h), difficult in rows if not difficult
+        ]
+        (folder / "labels" / f"{index:06}.txt").write_text("".join(lines))
+
+
+class PeerMetric:
+    """Its average precision, without the per-image figures of its validator."""
+
+    def __init__(self, scratch: Path):
+        self.name = version(scratch)
+        from ultralytics.models.yolo.detect import DetectionValidator
+        from ultralytics.utils.metrics import ap_per_class, box_iou
+
+        self.validator = DetectionValidator(save_dir=scratch)
+        self.ap_per_class, self.box_iou = ap_per_class, box_iou
+
+    def compute(self, found: list[Detections], objects: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """objects: boxes_xyxy (G, 4) and labels (G,) of each image."""
+        columns = []
+        for d, (boxes_xyxy, labels) in zip(found, objects, strict=True):
+            iou = self.box_iou(boxes_xyxy, d["boxes_xyxy"])
+            hit = self.validator.match_predictions(d["labels"], labels, iou)
+            columns.append((hit.numpy(), d["scores"].numpy(), d["labels"].numpy(), labels.numpy()))
+        joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
+        ap = self.ap_per_class(*joined, names=dict(enumerate(VOC_NAMES)))[5]  # (K, T)
+        return {"AP50-95": float(ap.mean()), "AP50": float(ap[:, 0].mean()), "AP75": float(ap[:, 5].mean())}
+
+
+class PeerNMS:
+    """Its non-maximum suppression of one image: boxes_xyxy (A, 4), scores (A, K) -> (D, 6)."""
+
+    def __init__(self, scratch: Path):
+        self.name = version(scratch)
+        from ultralytics.utils.nms import non_max_suppression
+
+        self.run = non_max_suppression
+
+    @staticmethod
+    def prediction(boxes_xyxy: Tensor, scores: Tensor) -> Tensor:
+        """-> (1, 4 + K, A), centres and sides, as its head gives it."""
+        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+        return torch.cat([boxes_xyxy[:, :2] + sides / 2, sides, scores], 1).T[None].contiguous()
+
+    def select(self, prediction: Tensor, score: float, iou: float, max_det: int) -> Tensor:
+        return self.run(prediction, score, iou, multi_label=True, max_det=max_det)[0]
