@@ -14,16 +14,17 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable '.[dev]'
+	$(RUN) -m pip install --quiet --editable '.[dev,plots,tb,export]'
 	touch $@
 
-# generated shapes, a teacher (YOLO11s), a student distilled from it (YOLO11n), and one table of both
+# generated shapes, a teacher (YOLO11s), a student distilled from it (YOLO11n), one table of both, and pictures
 demo: setup
 	$(RUN) -m examples.shapes --root data/shapes
 	rm -rf $(RUNS)/demo_teacher $(RUNS)/demo
 	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo_teacher student.scale=s teacher=null distill=null
 	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo teacher.weights=$(RUNS)/demo_teacher/best.pt
 	$(RUN) eval.py --config $(RUNS)/demo/config.yaml --weights $(RUNS)/demo/best.pt --teacher
+	$(RUN) -m kdmini.extras.visualize $(RUNS)/demo
 
 test: setup
 	$(RUN) -m pytest -m 'not parity and not long'

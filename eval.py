@@ -7,11 +7,13 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdmini import config, engine
 from kdmini.contracts import UserError
@@ -79,11 +81,15 @@ def evaluate(
     check_size(storing["imgsz"])
     store = config.call(Store, storing, "data", dataset=val_set, device=place, name="val")
     loader = ValLoader(store, train["batch"])
-    metrics, means = {}, {}
+    metrics, means, costs = {}, {}, {}
     for name, detector in detectors.items():
         metrics[name] = config.build(metric, "metric", names=val_set.names)
+        started = time.perf_counter()
         means[name] = engine.evaluate(detector, loader, metrics[name], autocast)
+        costs[name] = cost(detector, store, (time.perf_counter() - started) / len(store))
     print(table(metrics, means))
+    for name, told in costs.items():
+        print(f"{name}: {told}")
     for name, scored in metrics.items():
         if hasattr(scored, "official"):
             print(f"{name}, by pycocotools: " + ", ".join(f"{k} {v:.4f}" for k, v in scored.official().items()))
@@ -92,6 +98,15 @@ def evaluate(
         for name, scored in metrics.items():
             replace_text(Path(save) / f"{name}.json", json.dumps(scored.detections_json()))
             print(f"detections: {Path(save) / name}.json")
+
+
+@torch.no_grad()
+def cost(detector: Any, store: Store, seconds: float) -> str:
+    """Size and speed in words. A multiply-add is two operations; seconds: of an image, from pixels to scores."""
+    with FlopCounterMode(display=False) as counter:
+        detector(torch.zeros(1, 3, store.imgsz, store.imgsz, device=store.device))
+    millions, giga = sum(p.numel() for p in detector.parameters()) / 1e6, counter.get_total_flops() / 1e9
+    return f"{millions:.2f} M parameters, {giga:.3g} GFLOPs at {store.imgsz} px, {1000 * seconds:.1f} ms an image"
 
 
 def table(metrics: Mapping[str, Any], means: Mapping[str, dict[str, float]]) -> str:
@@ -110,13 +125,11 @@ def table(metrics: Mapping[str, Any], means: Mapping[str, dict[str, float]]) -> 
     for label, values in rows.items():
         objects = next(iter(values.values())).get("objects", math.nan)
         count = f"{objects:9.0f}" if math.isfinite(objects) else " " * 9
-        cells = ("".join(f"{cell(values[name][column]):>9}" for column in columns) for name in metrics)
+        cells = (
+            "".join(f"{values[name][column]:9.3f}".replace("nan", "  -") for column in columns) for name in metrics
+        )
         lines.append(f"{label:{width}}" + count + " |".join(cells))
     return "\n".join(lines)
-
-
-def cell(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 if __name__ == "__main__":

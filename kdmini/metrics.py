@@ -19,6 +19,7 @@ Legend: D detections and G objects of one class, best score first; P pairs of th
 
 import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -91,14 +92,16 @@ class DetectionMetric:
 
     def per_class(self) -> dict[str, dict[str, float]]:
         """-> name -> SCORES and `objects`, their number without the difficult ones; scores NaN where that is 0."""
+        return {name: score_class(detections, objects) for name, detections, objects in self.by_class()}
+
+    def by_class(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """-> name, its DETECTION rows (D,), best score first, and its OBJECT rows (G,) by image."""
         detections, objects = np.concatenate(self._detections), np.concatenate(self._objects)
-        table = {}
         for label, name in enumerate(self.names):
             mine = detections[detections["labels"] == label]
             # Stable: equal scores keep the order of the images, as in pycocotools.
             mine = mine[np.argsort(-mine["scores"], kind="stable")]
-            table[name] = score_class(mine, objects[objects["labels"] == label])
-        return table
+            yield name, mine, objects[objects["labels"] == label]
 
     def official(self) -> dict[str, float]:
         """-> COCO_TABLE by pycocotools itself: slow, and the word of authority. -1 where nothing can be scored.
@@ -153,14 +156,9 @@ def score_class(detections: np.ndarray, objects: np.ndarray) -> dict[str, float]
     curves = np.stack([precision_curve(h, i, count) for h, i in zip(hit, ignored, strict=True)])  # (T, count)
     coco = read_at(COCO_RECALL, curves)  # (T,)
     voc = precision_curve(*match_voc(*pairs, objects["difficult"], len(detections)), count)  # (count,)
-    return {
-        "AP50-95": float(coco.mean()),
-        "AP50": float(coco[0]),
-        "AP75": float(coco[5]),
-        "VOC07": float(read_at(VOC07_RECALL, voc)),
-        "VOC": float(voc.mean()),  # the area: each object found is a step of 1 / count in recall
-        "objects": count,
-    }
+    # the mean of VOC's curve is its area: each object found is a step of 1 / count in recall
+    scores = (coco.mean(), coco[0], coco[5], read_at(VOC07_RECALL, voc), voc.mean())
+    return {**dict(zip(SCORES, map(float, scores), strict=True)), "objects": count}
 
 
 def overlapping_pairs(detections: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

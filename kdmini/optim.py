@@ -62,12 +62,9 @@ class Recipe:
         if step > length or not length:
             return Setting(lr, lr, self.momentum, self.accumulate)
         share = step / length
-        return Setting(
-            lr=share * lr,
-            bias_lr=self.warmup_bias_lr + share * (lr - self.warmup_bias_lr),
-            momentum=self.warmup_momentum + share * (self.momentum - self.warmup_momentum),
-            accumulate=max(round(1 + share * (self.nbs / self.batch - 1)), 1),
-        )
+        bias_lr = self.warmup_bias_lr + share * (lr - self.warmup_bias_lr)
+        momentum = self.warmup_momentum + share * (self.momentum - self.warmup_momentum)
+        return Setting(share * lr, bias_lr, momentum, max(round(1 + share * (self.nbs / self.batch - 1)), 1))
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,10 @@ def test_eval_prints_the_three_metrics_per_class_and_writes_detections(finished:
     out = capsys.readouterr().out
     for word in ("VOC07", "VOC", "AP50-95", "AP75", "all classes", "circle", "cross", "pycocotools", "teacher"):
         assert word in out
+    millions, giga = re.search(
+        r"student: ([\d.]+) M parameters, ([\d.]+) GFLOPs at 64 px, [\d.]+ ms an image", out
+    ).groups()
+    assert float(millions) == pytest.approx(0.33, abs=0.01) and 0 < float(giga) < 1
     student, teacher = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("student", "teacher"))
     assert student == teacher
 

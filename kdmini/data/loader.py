@@ -4,9 +4,8 @@ So a batch depends neither on workers nor on where a run was interrupted.
 Legend: N images, S image size, G objects (padded).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -96,32 +95,39 @@ class ValLoader:
         """Batches of this rank."""
         return len(self.starts)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[Target], Callable[[list[Detections]], list[Detections]]]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Target], "Inverse"]]:
         """-> images (N, 3, S, S) RGB 0..1, targets in pixels of the files, and the way back to those pixels."""
         for start in self.starts:
             indices = np.arange(start, min(start + self.batch, len(self.store)))
             layout = letterbox(self.store, indices, self.imgsz)
             native = self.store.native[indices][:, ::-1]  # (N, 2) W, H
             scale = native / self.store.sizes[indices][:, ::-1] / layout.a[:, 0]
-            inverse = partial(to_native, scale, layout.b[:, 0], native)
+            inverse = Inverse(scale, layout.b[:, 0], native)
             images = render(self.store, layout, self.imgsz).to(self.device, non_blocking=True)
             yield images, [self.store.targets[i] for i in indices], inverse
 
 
-def to_native(scale: np.ndarray, corner: np.ndarray, native: np.ndarray, found: list[Detections]) -> list[Detections]:
-    """From the letterboxed images back to the files: (x - corner) * scale, clipped to the picture; (N, 2) x, y each."""
-    out: list[Detections] = []
-    for one, *numbers in zip(found, scale, corner, native, strict=True):
-        corners = one["boxes_xyxy"].reshape(-1, 2, 2)
-        factor, offset, limit = (torch.as_tensor(x.copy()).to(corners) for x in numbers)
-        corners = torch.minimum(((corners - offset) * factor).clamp(min=0), limit)
-        out.append({**one, "boxes_xyxy": corners.reshape(-1, 4)})
-    return out
+@dataclass(frozen=True)
+class Inverse:
+    """From the letterboxed images back to the files: native = (x - corner) * scale, clipped to the picture."""
+
+    scale: np.ndarray  # (N, 2) x, y
+    corner: np.ndarray  # (N, 2) x, y
+    native: np.ndarray  # (N, 2) width, height
+
+    def __call__(self, detections: list[Detections]) -> list[Detections]:
+        out: list[Detections] = []
+        for found, *numbers in zip(detections, self.scale, self.corner, self.native, strict=True):
+            corners = found["boxes_xyxy"].reshape(-1, 2, 2)
+            scale, corner, limit = (torch.as_tensor(x.copy()).to(corners) for x in numbers)
+            corners = torch.minimum(((corners - corner) * scale).clamp(min=0), limit)
+            out.append({**found, "boxes_xyxy": corners.reshape(-1, 4)})
+        return out
 
 
-def check_size(imgsz: int) -> None:
+def check_size(imgsz: int, name: str = "data.imgsz") -> None:
     if imgsz < 32 or imgsz % 32:
-        raise UserError(f"data.imgsz: {imgsz} is not a multiple of 32, the largest stride")
+        raise UserError(f"{name}: {imgsz} is not a multiple of 32, the largest stride")
 
 
 def check_batch(batch: int, world: int) -> None:

@@ -302,10 +302,10 @@ def read_objects(path: Path, root: ET.Element) -> Iterator[tuple[str, list[float
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
     """The image of a file, known by its content and not by its ending; whatever goes wrong is a UserError."""
     try:
-        with Image.open(path, formats=FORMATS) as image:  # reads the header only
+        with Image.open(path, formats=formats) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,}")
             yield image
@@ -314,12 +314,12 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: not a usable image ({reason}); replace the file") from None
 
 
-def decode(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB, as stored: EXIF turns nothing.
+def decode(path: str | Path, formats: tuple[str, ...] = FORMATS) -> np.ndarray:
+    """An image file as (H, W, 3) uint8 RGB, as stored: EXIF turns nothing. formats: Pillow's names of what is read.
 
     Raises UserError for a file that is missing, cut short, no image, or of more than MAX_PIXELS.
     """
-    with opened(path) as image:
+    with opened(path, formats) as image:
         if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would saturate
             gray = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(gray[:, :, None], 3, axis=2)

@@ -26,5 +26,7 @@ def test_make_demo_trains_distils_and_prints_one_table(tmp_path: Path) -> None:
     first, last = rows[0], rows[-1]
     print(table, {key: (first[key], last[key]) for key in ("distance/raw", "distance/aligned")})
     assert float(last["AP50"]) >= 0.6
+    pictures = {path.stem for path in (tmp_path / "demo/pictures").glob("*.png")}
+    assert pictures == {"curves", "batch", "detections", "precision_recall", "attention", "before_after"}
     for kind in ("aligned", "raw"):
         assert float(last[f"distance/{kind}"]) < 0.8 * float(first[f"distance/{kind}"])

@@ -1,0 +1,69 @@
+"""An exported state_dict loads strictly into the reference implementation, and gives the same outputs there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import oracle
+from torch import nn
+from witness import witness
+
+from kdmini.extras.export import export
+from kdmini.yolo11.model import YOLO11, decode_maps
+from train import save_best
+
+pytestmark = pytest.mark.parity
+
+# argv: scale, classes, folder. The file is read by the format's own package.
+RUN = """
+import sys
+from pathlib import Path
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from ultralytics import __version__
+from ultralytics.nn.tasks import DetectionModel
+
+scale, classes, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+model = DetectionModel(f"yolo11{scale}.yaml", nc=classes, verbose=False).eval()
+model.load_state_dict(load_file(folder / "best.safetensors"), strict=True)
+with torch.no_grad():
+    decoded = model(torch.load(folder / "images.pt", weights_only=True))[0]
+with safe_open(folder / "best.safetensors", "pt") as file:
+    about = file.metadata()
+torch.save({"decoded": decoded, "version": __version__, "about": about}, folder / "found.pt")
+"""
+
+
+@pytest.mark.parametrize("release, scale, classes", [("8.3.250", "n", 20), ("8.3.250", "s", 80), ("newest", "m", 20)])
+def test_the_exported_state_gives_the_same_outputs_there(
+    tmp_path: Path, release: str, scale: str, classes: int
+) -> None:
+    pytest.importorskip("safetensors", reason="kdmini[parity] is not installed")
+    torch.manual_seed(classes)
+    model = YOLO11([f"class {k}" for k in range(classes)], scale)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    with torch.no_grad():  # statistics of a batch: with random ones the deep layers die out
+        model.train()(torch.rand(8, 3, 128, 128))
+    for level in range(3):
+        nn.init.normal_(model.get_parameter(f"model.23.cv3.{level}.2.bias"), -2)
+    save_best(tmp_path / "best.pt", model, model.names, 128, 0, 0.5)
+    export(str(tmp_path / "best.pt"), "safetensors")
+    images = torch.rand(2, 3, 128, 160)
+    torch.save(images, tmp_path / "images.pt")
+    oracle(RUN, scale, classes, tmp_path, version=release)
+
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    with torch.no_grad():
+        boxes, scores = decode_maps(model.eval()(images))
+    ours = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], scores], -1).mT
+    for what, rows in (("boxes", slice(0, 4)), ("scores", slice(4, None))):
+        theirs = found["decoded"][:, rows]
+        difference = (ours[:, rows] - theirs).abs().max() / theirs.abs().max()
+        against = f"ultralytics {found['version']}"
+        witness(f"Exported state_dict: decoded {what}, relative", against, difference, 1e-4, len(images))
+    assert found["about"]["scale"] == scale and found["about"]["imgsz"] == "128"
