@@ -99,7 +99,7 @@ def examine(
     if own:
         yield Row("align and terms, some steps later", "moved" if moved[1] else "as before", moved[1], "no learning")
     if teacher:
-        frozen = not moved[2] and not any(p.requires_grad or id(p) in held for p in teacher.parameters())
+        frozen = not moved[2] and not any(p.requires_grad for p in teacher.parameters())
         fault = "weights or BatchNorm statistics that change, or would: it has to be frozen"
         yield Row("teacher, some steps later", "as before" if frozen else "not frozen", frozen, fault)
         if teacher.names == student.names:

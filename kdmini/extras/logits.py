@@ -11,12 +11,13 @@ Legend: N images, A cells of all levels, K classes, R bins (reg_max), H W cells 
 
 Simplified: w is the teacher's confidence, where Yang et al. weigh by the difference of the scores. `form: softmax` with
 `gamma: 0` is the loss of the research notes: `batchmean` over rows of classes.
-Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), box sides first. `reg_max: 0`: classes alone.
+Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), box sides first. `reg_max: 0`:
+classes alone, or a mapping whose `cls` is the list of class maps, as of ATSS.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,17 +81,20 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     return (values * weight).sum() / weight.sum().clamp(min=EPS)
 
 
-def split(preds: Sequence[Tensor], reg_max: int) -> tuple[Tensor, Tensor]:
+def split(preds: Any, reg_max: int) -> tuple[Tensor, Tensor]:
     """YOLO's raw maps (N, 4R + K, H, W) -> box side logits (N, 4R, A), class logits (N, K, A), in float32 at least."""
     flat = torch.cat([wide(pred).flatten(2) for pred in check_preds(preds, reg_max)], 2)
     return flat[:, : 4 * reg_max], flat[:, 4 * reg_max :]
 
 
-def check_preds(preds: Sequence[Tensor], reg_max: int) -> Sequence[Tensor]:
+def check_preds(preds: Any, reg_max: int) -> Sequence[Tensor]:
     """Raises UserError for what is not a list of maps with more than 4 * reg_max channels."""
+    if isinstance(preds, Mapping) and reg_max == 0:
+        preds = preds.get("cls")
     if not (isinstance(preds, list | tuple) and all(isinstance(p, Tensor) and p.ndim == 4 for p in preds)):
         raise UserError(
-            f"distill: a term reads preds as a list of maps (N, 4R + K, H, W); this is a {type(preds).__name__}"
+            f"distill: a term reads preds as a list of maps (N, 4R + K, H, W), and with `reg_max: 0` a "
+            f"mapping, whose `cls` is a list of class maps; this is a {type(preds).__name__}"
         )
     channels = min(p.shape[1] for p in preds)
     if not 0 <= 4 * reg_max < channels:
