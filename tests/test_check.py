@@ -159,6 +159,14 @@ def test_a_teacher_that_detects_nothing(check) -> None:
     assert rows == ["teacher, held-out images"] and "AP50-95 0.000" in told
 
 
+def test_a_run_in_the_folder_is_neither_in_the_way_nor_touched(config_file: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("another run's")
+    run(train_script, "--config", config_file, "--check", SOME)
+    assert "distillation is on" in capsys.readouterr().out
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {"config.yaml": "another run's"}
+
+
 def test_it_goes_with_a_config(config_file: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         run(train_script, "--resume", "runs/none", "--check")
