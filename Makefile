@@ -56,7 +56,7 @@ $(ORACLE)/.installed: pyproject.toml Makefile
 
 # what things cost, beside the references if `make parity` has installed them: a quarter of an hour
 bench: setup
-	for part in loader evaluation full step; do PYTHONPATH=$(ORACLE)/newest $(RUN) -m bench.$$part || exit 1; done
+	for part in complexity loader evaluation terms full step; do PYTHONPATH=$(ORACLE)/newest $(RUN) -m bench.$$part || exit 1; done
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--teacher", action="store_true", help="score the config's teacher too, side by side")
     parser.add_argument("--save", metavar="FOLDER", help="write the detections there, as NAME.json")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may stand anywhere
     try:
         settings = config.load(args.config, args.overrides)
         config.call(evaluate, settings, args.config, weights=args.weights, with_teacher=args.teacher, save=args.save)

@@ -36,7 +36,7 @@ def main() -> None:
         "--check", action="store_true", help="two steps and a table that proves that distillation is on"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may stand anywhere
     if args.check and args.resume:
         parser.error("--check goes with --config")
     signals.exit_on_signals()
@@ -272,18 +272,18 @@ def make_distillation(
 ) -> Distillation:
     """The `distill` section. A tap is a submodule's name, or [student's name, teacher's name]; other keys are terms."""
     pairs = dict((tap, tap) if isinstance(tap, str) else tap for tap in taps)
-    shapes = tap_shapes(student, teacher, pairs, imgsz) if teacher else {}
+    shapes = tap_shapes(student, teacher or student, pairs, imgsz) if pairs else {}
     weighted = {}
     for name, entry in terms.items():
         if not isinstance(entry, dict) or "build" not in entry:
             raise UserError(f"distill.{name}: neither taps, align, kd_scale nor a term; a term has a `build:` key")
         rest = {key: value for key, value in entry.items() if key not in ("weight", "schedule")}
-        term = config.build(rest, f"distill.{name}", shapes=shapes)
+        term = config.build(rest, f"distill.{name}", shapes=shapes, names=student.names)
         if teacher is None and getattr(term, "needs_teacher", True):
             raise UserError(f"distill.{name}: needs a teacher; add the section `teacher`, or set distill=null")
         place = {key: entry[key] for key in ("weight", "schedule") if key in entry}
         weighted[name] = config.call(Weighted, place, f"distill.{name}", term=term)
-    return Distillation(student, teacher, weighted, pairs, shapes, align, kd_scale)
+    return Distillation(student, teacher, weighted, pairs, shapes if teacher else {}, align, kd_scale)
 
 
 def describe(student: Any, teacher: Any, distillation: Distillation, loader: TrainLoader, recipe: Recipe) -> None:

@@ -100,8 +100,9 @@ class Detector(Protocol):
 
 
 class Term(Protocol):
-    """An nn.Module; its parameters are optimised and saved. Its constructor may name `shapes`,
-    {tap: (student C, teacher C, H, W)} before alignment. Optional: `needs_teacher = False`."""
+    """An nn.Module; its parameters are optimised and saved. Its constructor may name `names`, the student's, and
+    `shapes`, {tap: (student C, teacher C, H, W)} before alignment; without a teacher, the student's C stands twice.
+    Optional: `needs_teacher = False`."""
 
     uses: set[str]  # {"feats"}, {"preds"} or both: decides what the teacher has to run
 
