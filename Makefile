@@ -14,7 +14,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable '.[dev,plots,tb,export]'
+	$(RUN) -m pip install --quiet --editable '.[dev,plots,tb,export,sweep]'
 	touch $@
 
 # generated shapes, a teacher (YOLO11s), a student distilled from it (YOLO11n), one table of both, and pictures
