@@ -186,6 +186,7 @@ def train_detector(
                     save_best(folder.best, ema.average, names, sets.imgsz, epoch, fitness)
         shown = {**progress.means(), **scores, **{key: record[key] for key in record if key.startswith("distance/raw")}}
         told = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
+        told += f" skipped {progress.left_out}" if progress.left_out else ""
         print(
             f"epoch {epoch + 1}: {told}"
             + (" best" if scores and (progress.best, progress.best_epoch) == (fitness, epoch) else "")
@@ -206,8 +207,8 @@ def conclude(folder: RunFolder, progress: engine.Progress) -> None:
     if math.isinf(progress.best):
         return print("finished: the metric was never a number, so there is no best.pt")
     print(f"finished: best epoch {progress.best_epoch + 1}, {progress.best:.4f}; weights in {folder.best}")
-    print(f"evaluate: python eval.py --config {folder.config} --weights {folder.best}")
-    print(f"look:     python -m kdmini.extras.visualize {folder.path}")
+    evaluate = f"python eval.py --config {folder.config} --weights {folder.best}"
+    print(f"evaluate: {evaluate}\nlook:     python -m kdmini.extras.visualize {folder.path}")
 
 
 def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:

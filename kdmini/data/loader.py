@@ -44,9 +44,8 @@ class TrainLoader:
         self, store: Store, batch: int, epochs: int, augment: Augment, seed: int = 0, rank: int = 0, world: int = 1
     ):
         check_batch(batch, world)
-        self.store, self.imgsz, self.device = store, store.imgsz, store.device
+        self.store, self.imgsz, self.device, self.rank, self.world = store, store.imgsz, store.device, rank, world
         self.batch, self.epochs, self.augment, self.seed = batch, epochs, augment, seed
-        self.rank, self.world = rank, world
         if len(store) < batch:
             raise UserError(f"train.batch: {batch} is more than the {len(store)} training images")
 
