@@ -19,7 +19,7 @@ from kdmini import config, engine
 from kdmini.contracts import UserError
 from kdmini.data.loader import ValLoader, check_size
 from kdmini.data.store import Store
-from kdmini.runlog import replace_text
+from kdmini.runlog import write_whole
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def evaluate(
     if save:
         Path(save).mkdir(parents=True, exist_ok=True)
         for name, scored in metrics.items():
-            replace_text(Path(save) / f"{name}.json", json.dumps(scored.detections_json()))
+            write_whole(Path(save) / f"{name}.json", json.dumps(scored.detections_json()))
             print(f"detections: {Path(save) / name}.json")
 
 
@@ -125,9 +125,7 @@ def table(metrics: Mapping[str, Any], means: Mapping[str, dict[str, float]]) -> 
     for label, values in rows.items():
         objects = next(iter(values.values())).get("objects", math.nan)
         count = f"{objects:9.0f}" if math.isfinite(objects) else " " * 9
-        cells = (
-            "".join(f"{values[name][column]:9.3f}".replace("nan", "  -") for column in columns) for name in metrics
-        )
+        cells = ("".join(f"{values[name][c]:9.3f}".replace("nan", "  -") for c in columns) for name in metrics)
         lines.append(f"{label:{width}}" + count + " |".join(cells))
     return "\n".join(lines)
 

@@ -32,9 +32,8 @@ from kdmini.distill.attention import attention_map, map_distance
 from kdmini.distill.schedule import piecewise_linear
 from kdmini.distill.taps import Taps
 from kdmini.extras.draw import COLOURS, DPI, MARKERS, SMALL, Figure, plain
-from kdmini.extras.load import write_whole
 from kdmini.extras.visualize import Scenes, look, look_at
-from kdmini.runlog import RunFolder
+from kdmini.runlog import RunFolder, write_whole
 from kdmini.yolo11.assign import assign, centre_inside
 from kdmini.yolo11.loss import expected_dist
 from kdmini.yolo11.model import REG_MAX, SOURCES, STRIDES

@@ -110,6 +110,14 @@ class Ours(Student):
         return sum({**self.student.loss(preds, self.targets), **kd}.values())  # type: ignore[return-value]
 
 
+def noise(batch: int, imgsz: int, device: str) -> tuple[Tensor, Targets]:
+    """Random images and eight random boxes in each."""
+    images = torch.rand(batch, 3, imgsz, imgsz, device=device)
+    corners = torch.rand(batch, 8, 2, 2, device=device).sort(2).values.flatten(2) * imgsz
+    labels = torch.randint(0, 20, (batch, 8), device=device)
+    return images, {"boxes_xyxy": corners, "labels": labels, "ids": [""] * batch}
+
+
 def precision(images: Tensor) -> AbstractContextManager:
     """On a GPU every variant runs in bfloat16 where autocast puts it."""
     return torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda)
@@ -135,10 +143,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(2)
-    images = torch.rand(args.batch, 3, args.imgsz, args.imgsz, device=args.device)
-    corners = torch.rand(args.batch, 8, 2, 2, device=args.device).sort(2).values.flatten(2) * args.imgsz
-    labels = torch.randint(0, 20, (args.batch, 8), device=args.device)
-    targets: Targets = {"boxes_xyxy": corners, "labels": labels, "ids": [""] * args.batch}
+    images, targets = noise(args.batch, args.imgsz, args.device)
     print(f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n")
 
     notes, ours = Notes(images, targets), Ours(images, targets)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench import measure
-from bench.step import precision
+from bench.step import noise, precision
 from kdmini import config
 from kdmini.contracts import Targets
 from kdmini.data.voc import VOC_NAMES
@@ -62,10 +62,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    images = torch.rand(args.batch, 3, args.imgsz, args.imgsz, device=args.device)
-    corners = torch.rand(args.batch, 8, 2, 2, device=args.device).sort(2).values.flatten(2) * args.imgsz
-    labels = torch.randint(0, 20, (args.batch, 8), device=args.device)
-    targets: Targets = {"boxes_xyxy": corners, "labels": labels, "ids": [""] * args.batch}
+    images, targets = noise(args.batch, args.imgsz, args.device)
     paths = {"attention": CONFIGS / "demo.yaml"}
     paths |= {path.stem: path for path in sorted((CONFIGS / "extras").glob("*.yaml")) if "YOLO11" in path.read_text()}
     seconds = measure.take_turns(

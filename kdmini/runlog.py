@@ -73,7 +73,7 @@ class RunFolder:
             return
         self._lock()
         self._refuse_another()  # again, now that nobody else can begin one
-        replace_text(self.config, config)
+        write_whole(self.config, config)
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one that was cut off by a kill is left out."""
@@ -96,21 +96,23 @@ class RunFolder:
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         # whole, and not appended: a line that a kill cut off would swallow the next
-        replace_text(self._lines, "".join(json.dumps(record, default=float) + "\n" for record in records))
+        write_whole(self._lines, "".join(json.dumps(record, default=float) + "\n" for record in records))
         columns = list(dict.fromkeys(name for record in records for name in record))
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-        replace_text(self.path / "results.csv", table.getvalue())
+        write_whole(self.path / "results.csv", table.getvalue())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all. Raises UserError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error.strerror}); make room, or write elsewhere") from error
+    finally:
+        if temporary.is_file():  # a signal, too, may have come between
+            temporary.unlink()

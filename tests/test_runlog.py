@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from kdmini.contracts import UserError
-from kdmini.runlog import RunFolder, replace_text
+from kdmini.runlog import RunFolder, write_whole
 
 
 def refused(function, *words):
@@ -135,16 +135,16 @@ def test_rewinding_without_a_log_is_fine(folder):
 
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    replace_text(path, "old")
+    write_whole(path, "old")
 
     def blow(*args):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", blow)
-        refused(lambda: replace_text(path, "new"), str(path), "No space left")
+        refused(lambda: write_whole(path, "new"), str(path), "No space left")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
-    replace_text(path, "new")
+    write_whole(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 

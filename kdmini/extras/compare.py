@@ -6,7 +6,7 @@ rows are also compared with the first, seed by seed: that takes out what a seed 
 """
 
 import argparse
-import os
+import io
 import statistics
 import sys
 import textwrap
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from kdmini import config
 from kdmini.contracts import UserError
-from kdmini.runlog import RunFolder, replace_text
+from kdmini.runlog import RunFolder, write_whole
 
 SCORES = ("VOC07", "VOC", "AP50-95")
 FITNESS = "AP50-95"  # picks the best epoch, as kdmini.metrics does
@@ -207,13 +207,9 @@ def draw(rows: list[list[Run]], path: Path) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}); make room, or name another --out") from error
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_whole(path, content.getvalue())
     return f"curves: {path}"
 
 
@@ -237,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
             text = report(rows)
             print(text)
             arguments.out.mkdir(parents=True, exist_ok=True)
-            replace_text(arguments.out / "compare.md", text)
+            write_whole(arguments.out / "compare.md", text)
             print(draw(rows, arguments.out / "compare.png"))
         except UserError as error:
             sys.exit(f"error: {error}")

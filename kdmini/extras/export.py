@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from kdmini import signals
 from kdmini.contracts import UserError
 from kdmini.data.loader import check_size
-from kdmini.extras.load import load_detector, write_whole
+from kdmini.extras.load import load_detector
+from kdmini.runlog import write_whole
 from kdmini.yolo11.model import YOLO11, decode_maps
 
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors"}

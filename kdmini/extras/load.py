@@ -1,16 +1,16 @@
-"""A weight file by itself -> a detector: what visualize, predict and export begin with, and how they write files.
+"""A weight file by itself -> a detector, and images by themselves: what visualize, predict and export begin with.
 
 The file says its scale, its classes and the image size it was trained at, so that no config is needed.
 """
 
-import os
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from kdmini.contracts import UserError
+from kdmini.contracts import Target
 from kdmini.yolo11 import weights
 from kdmini.yolo11.model import YOLO11
 
@@ -37,14 +37,7 @@ def trained_size(path: Path) -> int:
     return size if type(size) is int and 0 < size <= LARGEST and size % 32 == 0 else USUAL
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all. Raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room, or write elsewhere") from error
-    finally:
-        if temporary.is_file():  # a signal came between
-            temporary.unlink()
+def without_objects(name: str) -> Target:
+    """The target of an image that nobody has annotated."""
+    none = np.zeros(0)
+    return Target(boxes_xyxy=none.reshape(0, 4), labels=none.astype(int), difficult=none.astype(bool), id=name)

@@ -27,7 +27,8 @@ from kdmini.contracts import Detections, Target, UserError
 from kdmini.data.loader import ValLoader, check_size
 from kdmini.data.store import Store
 from kdmini.data.voc import decode
-from kdmini.extras.load import load_detector, write_whole
+from kdmini.extras.load import load_detector, without_objects
+from kdmini.runlog import write_whole
 from kdmini.yolo11.model import decode_maps, select
 
 Image.init()
@@ -53,11 +54,8 @@ class Photographs:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
         path = self.paths[index]
-        none = np.zeros(0)
         try:
-            return pixels(path), Target(
-                boxes_xyxy=none.reshape(0, 4), labels=none.astype(int), difficult=none.astype(bool), id=str(path)
-            )
+            return pixels(path), without_objects(str(path))
         except UserError:
             self.refused.append(path)
             raise
@@ -112,7 +110,7 @@ def predict(
                 about = {"file": str(path), "width": width, "height": height, "picture": names[path]}
                 found.append(about | {"detections": as_json(seen, detector.names)})
                 bar.update()
-    write_whole(out / "predictions.json", json.dumps(found, indent=1, ensure_ascii=False).encode())
+    write_whole(out / "predictions.json", json.dumps(found, indent=1, ensure_ascii=False))
     objects = sum(len(entry["detections"]) for entry in found)
     print(f"{len(found):,} images, {objects:,} objects of score over {score}; pictures and predictions.json in {out}")
     return photographs.refused

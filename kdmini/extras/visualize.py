@@ -37,10 +37,10 @@ from kdmini.data.voc import decode
 from kdmini.distill.attention import attention_map, map_distance
 from kdmini.distill.taps import Taps
 from kdmini.extras import draw
-from kdmini.extras.load import load_detector, write_whole
+from kdmini.extras.load import load_detector, without_objects
 from kdmini.metrics import DetectionMetric, match_voc, overlapping_pairs, precision_curve
 from kdmini.optim import Recipe
-from kdmini.runlog import RunFolder
+from kdmini.runlog import RunFolder, write_whole
 
 Figures = Iterator[tuple[str, draw.Figure]]  # name of the picture, the picture
 TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]  # of a YOLO11, where no distillation names others
@@ -156,14 +156,7 @@ class Photographs:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        none = np.zeros(0)
-        about = Target(
-            boxes_xyxy=none.reshape(0, 4),
-            labels=none.astype(int),
-            difficult=none.astype(bool),
-            id=self.paths[index].stem,
-        )
-        return self.decoded[index], about
+        return self.decoded[index], without_objects(self.paths[index].stem)
 
 
 class Scenes(NamedTuple):

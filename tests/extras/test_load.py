@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from kdmini.contracts import UserError
-from kdmini.extras.load import load_detector, trained_size, write_whole
+from kdmini.extras.load import load_detector, trained_size
+from kdmini.runlog import write_whole
 from kdmini.yolo11.model import YOLO11
 from train import save_best
 
