@@ -10,20 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import train as train_script
-from kdmini import config
 from kdmini.contracts import UserError, View
 from kdmini.extras.affinity import AffinityDistillation, pooling
-from kdmini.optim import Recipe, make_sgd
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT
+from tests.extras.teaching import SMALL, teach
 
 GRID, SIZE = 3, (32, 64)  # positions a side; height and width of the images
 MAPS = {"even": (4, 6, 6), "uneven": (5, 4, 5), "small": (3, 2, 4)}  # C, H, W; of the last, cells are shared out
 CONFIG = ROOT / "configs/extras/affinity.yaml"
-SMALL = [f"student.scale={TINY}", "teacher.scale=[0.5, 0.125, 1024]", "teacher.weights=null"]
-NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
 TARGETS: Any = {
     "boxes_xyxy": torch.tensor(
         [
@@ -347,29 +344,9 @@ def test_it_asks_for_taps() -> None:
 
 def test_the_config_teaches_the_student_and_leaves_the_teacher() -> None:
     """The term alone, without the task, on one batch: it falls."""
-    torch.manual_seed(0)
-    settings = config.load(CONFIG, [*SMALL])
-    student, teacher = (config.build(settings[who], who, names=NAMES) for who in ("student", "teacher"))
-    images = torch.rand(4, 3, 64, 64)
-    for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.momentum = None  # the statistics are those of the images, so that these are seen to the last layer
-    teacher.train()(images)
-    distillation = config.call(
-        train_script.make_distillation, settings["distill"], "distill", student=student, teacher=teacher, imgsz=64
-    )
-    before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    optimizer = make_sgd([student], Recipe(epochs=1, batch=4, nbs=4, lr0=0.2, weight_decay=0))
-    losses = []
-    targets: Any = {"boxes_xyxy": torch.tensor([[[8.0, 8.0, 40.0, 50.0]]] * 4), "labels": torch.ones(4, 1).long()}
-    for _ in range(12):
-        loss = distillation(images, student(images), targets, 0)["affinity"]
-        loss.backward()
-        losses.append(loss.item())
-        nn.utils.clip_grad_norm_(student.parameters(), 10.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    targets = {"boxes_xyxy": torch.tensor([[[8.0, 8.0, 40.0, 50.0]]] * 4), "labels": torch.ones(4, 1).long()}
+    losses = teach(CONFIG, 64, targets, steps=12)
     assert losses[-1] < 0.8 * losses[0]
-    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
 def test_the_config_trains(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,23 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import train as train_script
-from kdmini import config
 from kdmini.contracts import UserError, View
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.extras.frequency import FrequencyAttention, bands
-from kdmini.optim import Recipe, make_sgd
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT
+from tests.extras.teaching import SMALL, teach
 
 NO_TARGETS: Any = {}
 SHAPES = {"fine": (3, 2, 8, 6), "middle": (3, 3, 5, 5), "coarse": (3, 2, 4, 4)}  # the student's channels are its own
 RADIUS: dict[str, float] = {"fine": 0.45, "middle": 0.6}
 LOW = {"fine": 0.3, "middle": 0.0}
 CONFIG = ROOT / "configs/extras/frequency.yaml"
-SMALL = [f"student.scale={TINY}", "teacher.scale=[0.5, 0.125, 1024]", "teacher.weights=null"]
-NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
 STRATEGIES = ["basic", "inverse", "both", "teacher", "student"]
 
 
@@ -253,28 +250,8 @@ def test_it_asks_for_taps() -> None:
 
 def test_the_config_teaches_the_student_and_leaves_the_teacher() -> None:
     """The term alone, without the task, on one batch: it falls."""
-    torch.manual_seed(0)
-    settings = config.load(CONFIG, [*SMALL])
-    student, teacher = (config.build(settings[who], who, names=NAMES) for who in ("student", "teacher"))
-    images = torch.rand(4, 3, 128, 128)
-    for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.momentum = None  # the statistics are those of the images, so that these are seen to the last layer
-    teacher.train()(images)
-    distillation = config.call(
-        train_script.make_distillation, settings["distill"], "distill", student=student, teacher=teacher, imgsz=128
-    )
-    before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    optimizer = make_sgd([student], Recipe(epochs=1, batch=4, nbs=4, lr0=0.2, weight_decay=0))
-    losses = []
-    for _ in range(12):
-        loss = distillation(images, student(images), NO_TARGETS, 0)["frequency"]
-        loss.backward()
-        losses.append(loss.item())
-        nn.utils.clip_grad_norm_(student.parameters(), 10.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = teach(CONFIG, 128, NO_TARGETS, steps=12)
     assert losses[-1] < 0.8 * losses[0]
-    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
 @pytest.mark.parametrize(
