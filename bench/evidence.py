@@ -1,0 +1,202 @@
+"""Does distillation help, and by how much: the same photographs, schedule and seeds, one thing changed a row.
+
+python -m bench.evidence cpu                     # every run that is not done yet, then the table and the picture
+python -m bench.evidence cpu notes --seeds 0     # one of them
+python -m bench.evidence gpu --table             # no training: the table of what bench/evidence/gpu/ holds
+
+Each run is one of train.py, in RUNS/ROW-SEED; a run that was stopped goes on where it was. Its config and results.csv
+go to bench/evidence/PROTOCOL/ROW-SEED/, and the table is made of those alone. Two processes may share the work by
+--seeds, once the teacher and `alone` are there.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import train
+from bench.findings import BASELINE, TEACHER, write
+from bench.measure import machine
+from kdmini import config, signals
+from kdmini.contracts import UserError
+from kdmini.data.loader import Augment
+from kdmini.data.voc import VOC
+from kdmini.metrics import DetectionMetric
+from kdmini.runlog import write_whole
+
+ROOT = Path(__file__).parents[1]
+LEAST_OBJECTS = 50  # of a class, for its AP to say anything
+WEIGHTS = {  # by which a term's gradient was about 0.3 of the task's, on YOLO11n trained alone for four epochs
+    "logits": 0.1,
+    "localisation": 0.2,
+    "channelwise": 0.5,
+    "masked": 8,
+    "pearson": 2,
+    "spatial": 2,
+    "frequency": 4.5,
+    "affinity": 1.2,
+}
+
+
+class Sample(VOC):
+    """Evenly spaced photographs of the splits, `count` of them: always the same."""
+
+    def __init__(self, root: str, splits: list[str], count: int, names: list[str] | None = None):
+        self.count = count
+        super().__init__(root, splits, names)
+
+    def _choose(self, root: Path, splits: list[str], exclude: list[str]) -> list[tuple[Path, str]]:
+        chosen = super()._choose(root, splits, exclude)
+        if not 0 < self.count <= len(chosen):
+            raise UserError(f"data.train.count: {self.count} photographs are asked for; there are {len(chosen):,}")
+        return [chosen[i * len(chosen) // self.count] for i in range(self.count)]
+
+
+class ByClass(DetectionMetric):
+    """Beside the means, AP50-95 of each class that has LEAST_OBJECTS."""
+
+    def compute(self) -> dict[str, float]:
+        classes = {name: scores for name, scores in self.per_class().items() if scores["objects"] >= LEAST_OBJECTS}
+        return {**super().compute(), **{f"AP {name}": scores["AP50-95"] for name, scores in classes.items()}}
+
+
+class Protocol(NamedTuple):
+    teacher: list[str]  # the overrides of bench/evidence/PROTOCOL.yaml that make the teacher
+    rows: dict[str, list[str]]  # and each row; the others are compared with the first
+    seeds: tuple[int, ...]
+
+
+def protocol_of(name: str) -> Protocol:
+    settings = config.load(ROOT / f"bench/evidence/{name}.yaml")
+    photographs = "data.train={build: kdmini.data.voc:VOC, splits: [train]}"  # all of them
+    teacher = [f"student.scale={settings['teacher']['scale']}", "teacher=null", "distill=null", photographs]
+    teacher.append("metric.build=kdmini.metrics:DetectionMetric")
+    rows = rows_of(settings["train"]["epochs"])
+    if name == "gpu":
+        return Protocol(teacher, rows, (0, 1, 2))
+    few = (BASELINE, "notes", "notes_batch", "sample", "sample_strong", "score_weighted", "lambda_constant", "logits")
+    return Protocol([*teacher, "train.epochs=40", "train.val_every=10"], {row: rows[row] for row in few}, (0, 1))
+
+
+def rows_of(epochs: int) -> dict[str, list[str]]:
+    """The overrides of each row, most informative first."""
+    strong = ["distill.attention.reduction=sample", "distill.kd_scale=batch", "distill.attention.weight=0.25"]
+    rows = {
+        BASELINE: ["distill.attention.weight=0"],
+        "notes": [],
+        "notes_batch": ["distill.kd_scale=batch"],
+        "sample": ["distill.attention.reduction=sample"],
+        "sample_strong": strong,
+        "score_weighted": [*extra("score_weighted"), "distill.score_weighted.weight=0.5"],
+    }
+    rows |= {f"align_{mode}": [*strong, f"distill.align={mode}"] for mode in ("none", "frozen", "unequal")}
+    for name, segments in schedules(epochs).items():
+        rows[f"lambda_{name}"] = [*strong, f"distill.attention.schedule={segments}"]
+    rows["taps_neck"] = [*strong, "distill.taps=[model.13, model.16, model.19, model.22]"]
+    rows["taps_p3"] = [*strong, "distill.taps=[model.16]"]
+    rows |= {term: [*extra(term), f"distill.{term}.weight={weight}"] for term, weight in WEIGHTS.items()}
+    return rows | {"self_teacher": ["teacher=null", *extra("self_teacher")]}
+
+
+def extra(term: str) -> list[str]:
+    """The term in place of attention transfer, with taps and settings of configs/extras/TERM.yaml."""
+    return [f"distill={json.dumps(config.load(ROOT / f'configs/extras/{term}.yaml')['distill'])}"]
+
+
+def schedules(epochs: int) -> dict[str, list[list[float]]]:
+    """Lambdas with the mean of the notes': (40 * 1.0 + 60 * 0.15 + 50 * 0.05) / 150."""
+    mean, closing = 0.343, epochs - Augment.close_mosaic
+    falling = [(epochs * i / 10, mean * (1 + math.cos(math.pi * i / 10))) for i in range(11)]
+    until_closing = mean * epochs / closing
+    return {
+        "constant": [[0, mean, epochs, mean]],
+        "cosine": [[*start, *end] for start, end in pairwise(falling)],
+        "mosaic": [[0, until_closing, closing, until_closing]],  # and none while the mosaic is off
+    }
+
+
+def settings_of(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path) -> dict[str, Any]:
+    """The config of a run."""
+    path = ROOT / f"bench/evidence/{name}.yaml"
+    places = [f"run={runs / f'{row}-{seed}'}", f"seed={seed}"]
+    if config.load(path, overrides)["teacher"]:
+        places.append(f"teacher.weights={runs / f'{TEACHER}-0/best.pt'}")
+    return config.load(path, [*overrides, *places])
+
+
+def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path) -> None:
+    """Trains, or goes on, or sees that nothing is left to do; then keeps config and curve."""
+    folder, kept = runs / f"{row}-{seed}", texts(name) / f"{row}-{seed}"
+    print(f"\n{name}, {row}, seed {seed}: {folder}")
+    settings = settings_of(name, overrides, row, seed, runs)
+    kept.mkdir(parents=True, exist_ok=True)
+    if begins := not (folder / "config.yaml").exists():
+        if seed == 0 and row not in (TEACHER, BASELINE):
+            write_whole(kept / "check.txt", check(settings, runs / f"{BASELINE}-0/best.pt"))
+        write_whole(kept / "made.txt", f"commit {commit()}, {machine(settings.get('device', 'cpu'))}\n")
+    start(settings, resume=not begins)
+    usual = settings_of(name, overrides, row, seed, Path(f"runs/evidence/{name}"))  # wherever these runs are
+    write_whole(kept / "config.yaml", config.dump(usual))
+    write_whole(kept / "results.csv", (folder / "results.csv").read_bytes())
+
+
+def check(settings: dict[str, Any], weights: Path) -> str:
+    """What `train.py --check` says, of a student that has been trained: before that, features are so small that their
+    attention maps say nothing, nor do the gradients."""
+    student = {**settings["student"], "weights": str(weights)}
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        try:
+            start({**settings, "student": student}, check=True)
+        except UserError as error:
+            raise UserError(f"{error}:\n{told.getvalue()}") from error
+    return told.getvalue()
+
+
+def start(settings: dict[str, Any], resume: bool = False, check: bool = False) -> None:
+    config.call(train.train_detector, settings, "evidence", settings=settings, resume=resume, check=check)
+
+
+def texts(name: str) -> Path:
+    return ROOT / "bench/evidence" / name
+
+
+def commit() -> str:
+    try:
+        asked = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=["gpu", "cpu"])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="those to run (default: all, and the teacher)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="those to run (default: all of the protocol)")
+    parser.add_argument("--runs", type=Path, help="folder of the run folders (default: runs/evidence/PROTOCOL)")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_intermixed_args(argv)
+    signals.exit_on_signals()
+    name, protocol = args.protocol, protocol_of(args.protocol)
+    if unknown := [row for row in args.rows if row not in (TEACHER, *protocol.rows)]:
+        parser.error(f"no row `{unknown[0]}`: there are {', '.join([TEACHER, *protocol.rows])}")
+    runs = args.runs or Path(f"runs/evidence/{name}")
+    try:
+        for row, overrides in {TEACHER: protocol.teacher, **protocol.rows}.items() if not args.table else ():
+            for seed in (args.seeds or protocol.seeds) if row != TEACHER else (0,):
+                if row in (args.rows or (TEACHER, *protocol.rows)):
+                    run(name, overrides, row, seed, runs)
+        write(texts(name), list(protocol.rows), protocol.seeds)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
