@@ -6,7 +6,8 @@ python -m bench.evidence gpu --table             # no training: the table of wha
 
 Each run is one of train.py, in RUNS/ROW-SEED; a run that was stopped goes on where it was. Its config and results.csv
 go to bench/evidence/PROTOCOL/ROW-SEED/, and the table is made of those alone. Two processes may share the work by
---seeds, once the teacher and `alone` are there.
+--seeds, once the teacher is there. ultralytics' own trainer makes two rows: PYTHONPATH=.oracle/newest, where `make
+parity` installs it.
 """
 
 import argparse
@@ -16,22 +17,30 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 import train
 from bench.findings import BASELINE, TEACHER, write
 from bench.measure import machine
-from kdmini import config, signals
+from bench.peer_training import distil
+from kdmini import config, engine, signals
 from kdmini.contracts import UserError
-from kdmini.data.loader import Augment
+from kdmini.data.loader import Augment, ValLoader
+from kdmini.data.store import Store
 from kdmini.data.voc import VOC
 from kdmini.metrics import DetectionMetric
-from kdmini.runlog import write_whole
+from kdmini.optim import Recipe
+from kdmini.runlog import RunFolder, write_whole
 
 ROOT = Path(__file__).parents[1]
+PEER = "ultralytics"
 LEAST_OBJECTS = 50  # of a class, for its AP to say anything
 WEIGHTS = {  # by which a term's gradient was about 0.3 of the task's, on YOLO11n trained alone for four epochs
     "logits": 0.1,
@@ -81,7 +90,17 @@ def protocol_of(name: str) -> Protocol:
     rows = rows_of(settings["train"]["epochs"])
     if name == "gpu":
         return Protocol(teacher, rows, (0, 1, 2))
-    few = (BASELINE, "notes", "notes_batch", "sample", "sample_strong", "score_weighted", "lambda_constant", "logits")
+    few = (
+        BASELINE,
+        "notes",
+        "notes_batch",
+        "sample",
+        "sample_strong",
+        "score_weighted",
+        "ultralytics_alone",
+        "ultralytics",
+    )
+    few += ("lambda_constant", "logits")
     return Protocol([*teacher, "train.epochs=40", "train.val_every=10"], {row: rows[row] for row in few}, (0, 1))
 
 
@@ -95,6 +114,8 @@ def rows_of(epochs: int) -> dict[str, list[str]]:
         "sample": ["distill.attention.reduction=sample"],
         "sample_strong": strong,
         "score_weighted": [*extra("score_weighted"), "distill.score_weighted.weight=0.5"],
+        f"{PEER}_alone": ["teacher=null", "distill=null"],
+        PEER: ["distill=null"],  # it has its own
     }
     rows |= {f"align_{mode}": [*strong, f"distill.align={mode}"] for mode in ("none", "frozen", "unequal")}
     for name, segments in schedules(epochs).items():
@@ -135,16 +156,41 @@ def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path) ->
     """Trains, or goes on, or sees that nothing is left to do; then keeps config and curve."""
     folder, kept = runs / f"{row}-{seed}", texts(name) / f"{row}-{seed}"
     print(f"\n{name}, {row}, seed {seed}: {folder}")
+    if row.startswith(PEER) and not find_spec(PEER):
+        return print(f"{PEER} is not installed: PYTHONPATH=.oracle/newest, after `make parity`")
     settings = settings_of(name, overrides, row, seed, runs)
     kept.mkdir(parents=True, exist_ok=True)
     if begins := not (folder / "config.yaml").exists():
-        if seed == 0 and row not in (TEACHER, BASELINE):
+        if seed == 0 and settings["distill"] and row != BASELINE:
             write_whole(kept / "check.txt", check(settings, runs / f"{BASELINE}-0/best.pt"))
-        write_whole(kept / "made.txt", f"commit {commit()}, {machine(settings.get('device', 'cpu'))}\n")
-    start(settings, resume=not begins)
+        place = engine.pick_device(settings.get("device", "auto")).type
+        write_whole(kept / "made.txt", f"commit {commit()}, {machine(place, torch.get_num_threads())}\n")
+    if not row.startswith(PEER):
+        start(settings, resume=not begins)
+    elif begins:
+        compete(settings)
     usual = settings_of(name, overrides, row, seed, Path(f"runs/evidence/{name}"))  # wherever these runs are
     write_whole(kept / "config.yaml", config.dump(usual))
     write_whole(kept / "results.csv", (folder / "results.csv").read_bytes())
+
+
+def compete(settings: dict[str, Any]) -> None:
+    """A run of ultralytics' own trainer, with one record, of its student after the last epoch. It cannot be resumed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        state, speed = distil(settings, Path(scratch))
+    sets, recipe = config.call(train.make_sets, settings["data"], "data"), Recipe(**settings["train"])
+    place = engine.pick_device(settings.get("device", "auto"))
+    autocast, _ = engine.precision(recipe.amp, place)
+    student = config.build(settings["student"], "student", names=sets.val.names)
+    student.load_state_dict(state)
+    student.to(place, memory_format=torch.channels_last)
+    loader = ValLoader(Store(sets.val, sets.imgsz, place, name="val", **sets.store), recipe.batch)
+    score = config.build(settings["metric"], "metric", names=sets.val.names)
+    record = {"epoch": recipe.epochs - 1, "images/s": speed, **engine.evaluate(student, loader, score, autocast)}
+    folder = RunFolder(settings["run"])
+    folder.begin(config.dump(settings))
+    train.save_best(folder.best, student, sets.val.names, sets.imgsz, recipe.epochs - 1, record[score.fitness])
+    folder.log(record)
 
 
 def check(settings: dict[str, Any], weights: Path) -> str:

@@ -44,6 +44,7 @@ def table(seconds: Mapping[str, np.ndarray], against: str, items: int, item: str
     return "\n".join(lines)
 
 
-def machine(device: str = "cpu") -> str:
-    place = f"{platform.machine()}, one thread" if device == "cpu" else torch.cuda.get_device_name()
+def machine(device: str = "cpu", threads: int = 1) -> str:
+    count = "one thread" if threads == 1 else f"{threads} threads"
+    place = f"{platform.machine()}, {count}" if device == "cpu" else torch.cuda.get_device_name()
     return f"torch {torch.__version__}, Python {platform.python_version()}, {place}"

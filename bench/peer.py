@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kdmini.contracts import Detections, Targets
 from kdmini.data.loader import Augment
-from kdmini.data.store import subset
+from kdmini.data.store import shrink, subset
 from kdmini.data.voc import VOC, VOC_NAMES
 
 
@@ -98,14 +99,21 @@ def peer_loaders(
     return {f"{name}, cache off": epoch_of(False), f"{name}, cache=ram": epoch_of("ram")}
 
 
-def write_yolo(dataset: VOC, images: int, folder: Path) -> None:
-    """The images a Store of the dataset has, as links, and their labels as text: class, centre and sides, as shares."""
-    (folder / "images").mkdir()
+def write_yolo(dataset: VOC, images: int | None, folder: Path, imgsz: int | None = None) -> None:
+    """The images a Store of the dataset has, as links, and their labels as text: class, centre and sides, as shares.
+
+    imgsz: images with a longer side are written reduced to it, by the Store's reduction, in place of a link.
+    """
+    (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
     for index in subset(len(dataset), images):
         picture, target = dataset[index]
         source = Path(dataset.records[index].image)
-        (folder / "images" / f"{index:06}{source.suffix}").symlink_to(source)
+        reduced = shrink(picture, imgsz) if imgsz else picture
+        if reduced is picture:
+            (folder / "images" / f"{index:06}{source.suffix}").symlink_to(source)
+        else:
+            Image.fromarray(reduced).save(folder / "images" / f"{index:06}.png")
         low, high = (target["boxes_xyxy"] / (picture.shape[1::-1] * 2)).reshape(-1, 2, 2).swapaxes(0, 1)
         rows = zip(target["labels"], (low + high) / 2, high - low, target["difficult"], strict=True)
         lines = [

@@ -240,8 +240,9 @@ def test_third_party_packages_are_the_few_that_are_declared() -> None:
 
 
 def test_ultralytics_is_the_oracle_of_the_parity_tests_and_the_peer_of_the_benchmarks_alone() -> None:
+    peers = (ROOT / "bench" / "peer.py", ROOT / "bench" / "peer_training.py")
     for path in everything():
-        if path.suffix == ".py" and "parity" not in path.parts and path != ROOT / "bench" / "peer.py":
+        if path.suffix == ".py" and "parity" not in path.parts and path not in peers:
             names = {name.split(".")[0] for name in imports(path.read_text(), path.stem)}
             assert "ultralytics" not in names, path
     for path in (ROOT / "tests" / "parity").glob("*.py"):  # and even there in a process of its own
