@@ -67,8 +67,8 @@ def test_every_row_is_a_run_that_can_be_built(name: str) -> None:
     for row, overrides in protocol_of(name).rows.items():
         settings = settings_of(name, overrides, row, 1, Path("runs"))
         assert (settings["seed"], settings["run"]) == (1, f"runs/{row}-1")
-        used = teacher if settings["teacher"] else None
-        config.call(train.make_distillation, settings["distill"], "distill", student=student, teacher=used, imgsz=128)
+        built, used = settings["distill"] or {"taps": []}, teacher if settings["teacher"] else None
+        config.call(train.make_distillation, built, "distill", student=student, teacher=used, imgsz=128)
         seen.append({**settings, "run": ""})
     assert all(seen.count(settings) == 1 for settings in seen)  # no two rows are the same
 
@@ -104,8 +104,8 @@ def test_runs_go_on_and_are_made_once(
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     monkeypatch.setattr(evidence, "LEAST_OBJECTS", 3)
     monkeypatch.chdir(tmp_path)
-    runs, kept = tmp_path / "runs/evidence/gpu", tmp_path / "bench/evidence/gpu"
-    asked = ["gpu", "teacher", "alone", "notes", "--seeds", "0", "1"]
+    runs, kept = tmp_path / "elsewhere", tmp_path / "bench/evidence/gpu"
+    asked = ["gpu", "teacher", "alone", "notes", "--seeds", "0", "1", "--runs", "elsewhere"]
 
     Generous.left = 3
     with pytest.raises(KeyboardInterrupt):
@@ -116,7 +116,7 @@ def test_runs_go_on_and_are_made_once(
 
     capsys.readouterr()
     main(asked)
-    assert f"resumed from {runs.relative_to(tmp_path)}/alone-1" in capsys.readouterr().out
+    assert "resumed from elsewhere/alone-1" in capsys.readouterr().out
     made = {path.name: {file.name for file in path.iterdir()} for path in kept.iterdir()}
     texts = {"config.yaml", "results.csv", "made.txt"}
     assert made == {
@@ -124,8 +124,11 @@ def test_runs_go_on_and_are_made_once(
     }  # fmt: skip
     for name in ("alone-1", "notes-0"):
         assert (kept / name / "results.csv").read_text() == (runs / name / "results.csv").read_text()
-        assert config.load(kept / name / "config.yaml") == config.load(runs / name / "config.yaml")
-    assert "KD / task gradient" in (kept / "notes-0/check.txt").read_text()
+        text = (runs / name / "config.yaml").read_text()
+        assert f"run: elsewhere/{name}\n" in text and "weights: elsewhere/teacher-0/best.pt\n" in text
+        assert (kept / name / "config.yaml").read_text() == text.replace("elsewhere", "runs/evidence/gpu")
+    check = (kept / "notes-0/check.txt").read_text()
+    assert "KD / task gradient" in check and "elsewhere/alone-0/best.pt" in check  # the student trained alone
     page = (tmp_path / "bench/evidence/gpu.md").read_text()
     assert (
         f"{3 * len(protocol_of('gpu').rows) - 4} of {3 * len(protocol_of('gpu').rows)} runs are yet to be made" in page
