@@ -159,9 +159,16 @@ def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path) ->
     if row.startswith(PEER) and not find_spec(PEER):
         return print(f"{PEER} is not installed: PYTHONPATH=.oracle/newest, after `make parity`")
     settings = settings_of(name, overrides, row, seed, runs)
+    begins = not (folder / "config.yaml").exists()
+    checked = begins and seed == 0 and settings["distill"] and row != BASELINE
+    for needed, is_needed in ((TEACHER, settings["teacher"]), (BASELINE, checked)):
+        if is_needed and not (runs / f"{needed}-0/best.pt").exists():
+            raise UserError(
+                f"{row} needs {runs / needed}-0: `python -m bench.evidence {name} {needed} --seeds 0` first"
+            )
     kept.mkdir(parents=True, exist_ok=True)
-    if begins := not (folder / "config.yaml").exists():
-        if seed == 0 and settings["distill"] and row != BASELINE:
+    if begins:
+        if checked:
             write_whole(kept / "check.txt", check(settings, runs / f"{BASELINE}-0/best.pt"))
         place = engine.pick_device(settings.get("device", "auto")).type
         write_whole(kept / "made.txt", f"commit {commit()}, {machine(place, torch.get_num_threads())}\n")

@@ -148,6 +148,18 @@ def test_a_row_that_is_none(argument: str, capsys: pytest.CaptureFixture[str]) -
     assert f"no row `{argument}`: there are teacher, alone, notes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("there", "needed"), [([], "teacher"), (["teacher-0"], "alone")])
+def test_a_row_names_the_row_that_it_needs(tmp_path: Path, there: list[str], needed: str) -> None:
+    for name in there:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pt").touch()
+    with pytest.raises(SystemExit) as left:
+        main(["cpu", "notes", "--seeds", "0", "--runs", str(tmp_path)])
+    assert f"notes needs {tmp_path}/{needed}-0: `python -m bench.evidence cpu {needed} --seeds 0` first" in str(
+        left.value
+    )
+
+
 def keep(folder: Path, run: str, ap: float) -> None:
     """The texts of a run: a record before training, three epochs."""
     (folder / run).mkdir(parents=True)
