@@ -110,12 +110,12 @@ def cost(detector: Any, store: Store, seconds: float) -> str:
 
 
 def table(metrics: Mapping[str, Any], means: Mapping[str, dict[str, float]]) -> str:
-    """One row for all classes, the means, and one for each; the same columns for every detector."""
-    columns = list(next(iter(means.values())))
+    """One row for all classes, the means, and one for each; the columns that every row has, for every detector."""
     rows = {"all classes": {name: dict(m) for name, m in means.items()}}
     for name, metric in metrics.items():
         for label, values in metric.per_class().items() if hasattr(metric, "per_class") else ():
             rows.setdefault(label, {})[name] = values
+    columns = [c for c in next(iter(means.values())) if all(c in v for row in rows.values() for v in row.values())]
     width = max(len(label) for label in rows)
     heads = [f"{name:^{9 * len(columns)}}" for name in metrics]
     lines = [

@@ -3,12 +3,14 @@
 import csv
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+import eval as eval_script
 import train
 from bench import evidence
 from bench.evidence import ByClass, Sample, main, protocol_of, schedules, settings_of
@@ -135,6 +137,13 @@ def test_runs_go_on_and_are_made_once(
     )
     assert "| notes " in page and "aeroplane" in page and "not trained yet" not in page
     assert (tmp_path / "bench/evidence/gpu.png").stat().st_size > 10_000
+
+    its_config, best = str(runs / "alone-0/config.yaml"), str(runs / "alone-0/best.pt")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--config", its_config, "--weights", best])
+    eval_script.main()
+    told = capsys.readouterr().out.splitlines()
+    assert not any("AP aeroplane" in line for line in told)  # a score of its own has no place in the row of a class
+    assert any(line.startswith("aeroplane ") for line in told)
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.pt")}
     main(asked)
