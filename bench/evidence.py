@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 import train
-from bench.findings import BASELINE, TEACHER, write
+from bench.findings import BASELINE, PEER, PEER_BASELINE, TEACHER, write
 from bench.measure import machine
 from bench.peer_training import distil
 from kdmini import config, engine, signals
@@ -40,7 +40,6 @@ from kdmini.optim import Recipe
 from kdmini.runlog import RunFolder, write_whole
 
 ROOT = Path(__file__).parents[1]
-PEER = "ultralytics"
 LEAST_OBJECTS = 50  # of a class, for its AP to say anything
 WEIGHTS = {  # by which a term's gradient was about 0.3 of the task's, on YOLO11n trained alone for four epochs
     "logits": 0.1,
@@ -90,17 +89,8 @@ def protocol_of(name: str) -> Protocol:
     rows = rows_of(settings["train"]["epochs"])
     if name == "gpu":
         return Protocol(teacher, rows, (0, 1, 2))
-    few = (
-        BASELINE,
-        "notes",
-        "notes_batch",
-        "sample",
-        "sample_strong",
-        "score_weighted",
-        "ultralytics_alone",
-        "ultralytics",
-    )
-    few += ("lambda_constant", "logits")
+    few = [BASELINE, "notes", "notes_batch", "sample", "sample_strong", "score_weighted", PEER_BASELINE, PEER]
+    few += ["lambda_constant", "logits"]
     return Protocol([*teacher, "train.epochs=40", "train.val_every=10"], {row: rows[row] for row in few}, (0, 1))
 
 
@@ -114,7 +104,7 @@ def rows_of(epochs: int) -> dict[str, list[str]]:
         "sample": ["distill.attention.reduction=sample"],
         "sample_strong": strong,
         "score_weighted": [*extra("score_weighted"), "distill.score_weighted.weight=0.5"],
-        f"{PEER}_alone": ["teacher=null", "distill=null"],
+        PEER_BASELINE: ["teacher=null", "distill=null"],
         PEER: ["distill=null"],  # it has its own
     }
     rows |= {f"align_{mode}": [*strong, f"distill.align={mode}"] for mode in ("none", "frozen", "unequal")}
@@ -221,9 +211,13 @@ def texts(name: str) -> Path:
 
 
 def commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        asked = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        # what this writes is no change; the configs there are kept with each run
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/evidence")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -12,15 +12,17 @@ from typing import NamedTuple
 from kdmini.extras.compare import OKABE_ITO, markdown, spread
 from kdmini.runlog import write_whole
 
-TEACHER, BASELINE = "teacher", "alone"  # the rows that have names everywhere
+TEACHER, BASELINE, PEER = "teacher", "alone", "ultralytics"  # the rows that have names everywhere
+PEER_BASELINE = f"{PEER}_{BASELINE}"
 SCORES = ("AP50-95", "AP50", "VOC07")
 RAW, ALIGNED = "distance/raw", "distance/aligned"
 BOUND = 2.5  # standard errors of a difference: what two rows of equal worth seldom exceed
 RATIO = re.compile(r"KD / task gradient +([\d.]+)%")
 LEGEND = """Scores are of the last epoch, times 100: mean ± standard deviation over n seeds. `beyond alone` is the
-difference in AP50-95, seed by seed. `KD / task gradient` is `train.py --check` on the student trained alone, at the
-first lambda, which is the largest. The distance is of the attention maps, summed over the taps, on held-out images:
-before training and after it, the latter without the align modules and with them."""
+difference in AP50-95, seed by seed; `ultralytics` is compared with `ultralytics_alone`, whose detection loss it shares.
+`KD / task gradient` is `train.py --check` on the student trained alone, at the first lambda, which is the largest. The
+distance is of the attention maps, summed over the taps, on held-out images: before training and after it, the latter
+without the align modules and with them."""
 NOISE = """
 The seeds of one row differ by {deviation:.2f} (standard deviation, all rows together); {bound} standard errors of a
 difference are the line between `helps`, `hurts` and `within noise`."""
@@ -54,7 +56,7 @@ def read(folder: Path, row: str) -> dict[int, Result]:
 
 def gain(results: Results, row: str, key: str = SCORES[0]) -> list[float]:
     """Points beyond the baseline, seed by seed."""
-    base = results[BASELINE]
+    base = results[PEER_BASELINE if row == PEER else BASELINE]
     return [100 * (run.last[key] - base[seed].last[key]) for seed, run in results[row].items() if seed in base]
 
 
@@ -124,7 +126,7 @@ def draw(results: Results, path: Path) -> None:
         mean = statistics.mean(gained)
         axes.plot([mean], [place], "|", color=OKABE_ITO[5], markersize=18, label="mean" if place == 0 else None)
     axes.set(yticks=range(len(shown)), yticklabels=list(shown), xlabel=f"{SCORES[0]} beyond the student alone, points")
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.legend(fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)

@@ -14,7 +14,7 @@ import eval as eval_script
 import train
 from bench import evidence
 from bench.evidence import ByClass, Sample, main, protocol_of, schedules, settings_of
-from bench.findings import BASELINE, BOUND, bound_of, deviation_of, gain, read, table, verdict, write
+from bench.findings import BASELINE, BOUND, TEACHER, bound_of, deviation_of, gain, read, table, verdict, write
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.voc import VOC, VOC_NAMES
@@ -184,6 +184,7 @@ def keep(folder: Path, run: str, ap: float) -> None:
 
 def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
     points = {BASELINE: [3.0, 3.3, 2.9], "notes": [3.1, 3.2, 3.0], "sample": [4.0, 4.4, 3.9], "logits": [1.0, 1.1, 0.9]}
+    points |= {"ultralytics_alone": [5.0, 5.2, 5.1], "ultralytics": [5.1, 5.4, 5.4]}
     for row, values in points.items():
         for seed, value in enumerate(values):
             keep(tmp_path, f"{row}-{seed}", value / 100)
@@ -196,6 +197,7 @@ def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
     pooled = math.sqrt(np.mean([np.var(values, ddof=1) for values in points.values()]))
     assert deviation_of(results) == pytest.approx(pooled)
     assert gain(results, "sample") == pytest.approx([1.0, 1.1, 1.0])
+    assert gain(results, "ultralytics") == pytest.approx([0.1, 0.2, 0.3])  # its own trainer without a teacher
     bound = BOUND * pooled * math.sqrt(2 / 3)
     for row, expected in (("notes", "within noise"), ("sample", "helps"), ("logits", "hurts")):
         apart = np.mean(points[row]) - np.mean(points[BASELINE])
@@ -223,3 +225,27 @@ def test_a_table_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = (tmp_path / "gpu.md").read_text()
     assert "6 of 6 runs are yet to be made" in text and "nan" not in text and "not trained yet" in text
     assert not (tmp_path / "gpu.png").exists()
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_page_is_what_the_kept_texts_say(name: str, tmp_path: Path) -> None:
+    protocol, kept = protocol_of(name), ROOT / "bench/evidence" / name
+    if kept.exists():
+        shutil.copytree(kept, tmp_path / name)
+    write(tmp_path / name, list(protocol.rows), protocol.seeds)
+    assert (tmp_path / f"{name}.md").read_text() == kept.with_suffix(".md").read_text()
+    for path in kept.glob("*/config.yaml"):
+        row, _, seed = path.parent.name.rpartition("-")
+        overrides = {TEACHER: protocol.teacher, **protocol.rows}[row]
+        assert config.load(path) == settings_of(name, overrides, row, int(seed), Path(f"runs/evidence/{name}"))
+
+
+def test_the_table_of_the_readme_is_that_of_the_page() -> None:
+    def rows(text: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+    shown = rows((ROOT / "README.md").read_text().split("<!-- evidence -->")[1].split("<!-- /evidence -->")[0])
+    page = {name: cells for name, *cells in rows((ROOT / "bench/evidence/cpu.md").read_text().split("\nBy class")[0])}
+    assert len(shown) == len(page)  # a title and a line of dashes each
+    for (name, _, *cells), title in zip(shown[2:], list(page)[2:], strict=True):
+        assert (name, cells) == (f"`{title}`", page[title][:6])
