@@ -240,7 +240,7 @@ def test_the_page_is_what_the_kept_texts_say(name: str, tmp_path: Path) -> None:
         assert config.load(path) == settings_of(name, overrides, row, int(seed), Path(f"runs/evidence/{name}"))
 
 
-def test_the_table_of_the_readme_is_that_of_the_page() -> None:
+def test_the_tables_of_the_documents_are_that_of_the_page() -> None:
     def rows(text: str) -> list[list[str]]:
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
@@ -249,3 +249,6 @@ def test_the_table_of_the_readme_is_that_of_the_page() -> None:
     assert len(shown) == len(page)  # a title and a line of dashes each
     for (name, _, *cells), title in zip(shown[2:], list(page)[2:], strict=True):
         assert (name, cells) == (f"`{title}`", page[title][:6])
+    for _, _, name, found, _ in rows((ROOT / "docs/terms.md").read_text().split("\n## Results")[1])[2:]:
+        gained, told = page.get(name.strip("`"), ["-"] * 5)[3:5]
+        assert found == (f"{gained}, {told}" if gained != "-" else "")
