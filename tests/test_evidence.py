@@ -14,7 +14,7 @@ import eval as eval_script
 import train
 from bench import evidence
 from bench.evidence import ByClass, Sample, main, protocol_of, schedules, settings_of
-from bench.findings import BASELINE, BOUND, TEACHER, bound_of, deviation_of, gain, read, table, verdict, write
+from bench.findings import BASELINE, BOUND, PEER, TEACHER, bound_of, deviation_of, gain, read, table, verdict, write
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.voc import VOC, VOC_NAMES
@@ -238,6 +238,14 @@ def test_the_page_is_what_the_kept_texts_say(name: str, tmp_path: Path) -> None:
         row, _, seed = path.parent.name.rpartition("-")
         overrides = {TEACHER: protocol.teacher, **protocol.rows}[row]
         assert config.load(path) == settings_of(name, overrides, row, int(seed), Path(f"runs/evidence/{name}"))
+
+
+def test_voc_best_is_what_the_evidence_prefers() -> None:
+    rows = {row: made for row, made in protocol_of("cpu").rows.items() if not row.startswith(PEER)}
+    results = {row: read(ROOT / "bench/evidence/cpu", row) for row in rows}
+    gains = {row: np.mean(gained) for row in rows if row != BASELINE and (gained := gain(results, row))}
+    settings = config.load(ROOT / "configs/voc.yaml", rows[max(gains, key=lambda row: gains[row])])
+    assert config.load(ROOT / "configs/voc_best.yaml") == {**settings, "run": "runs/voc_best"}
 
 
 def test_the_tables_of_the_documents_are_that_of_the_page() -> None:
