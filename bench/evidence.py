@@ -4,10 +4,11 @@ python -m bench.evidence cpu                     # every run that is not done ye
 python -m bench.evidence cpu notes --seeds 0     # one of them
 python -m bench.evidence gpu --table             # no training: the table of what bench/evidence/gpu/ holds
 
-Each run is one of train.py, in RUNS/ROW-SEED; a run that was stopped goes on where it was. Its config and results.csv
-go to bench/evidence/PROTOCOL/ROW-SEED/, and the table is made of those alone. Two processes may share the work by
---seeds, once the teacher is there. ultralytics' own trainer makes two rows: PYTHONPATH=.oracle/newest, where `make
-parity` installs it.
+The photographs are those of bench/voc320, which `python -m bench.make_voc320` takes out of VOC; --root says where they
+are. Each run is one of train.py, in RUNS/ROW-SEED; a run that was stopped goes on where it was. Its config and
+results.csv go to bench/evidence/PROTOCOL/ROW-SEED/, and the table is made of those alone. Two processes may share the
+work by --seeds, once the teacher is there. ultralytics' own trainer makes two rows: PYTHONPATH=.oracle/newest, where
+`make parity` installs it.
 """
 
 import argparse
@@ -142,13 +143,16 @@ def settings_of(name: str, overrides: Sequence[str], row: str, seed: int, runs: 
     return config.load(path, [*overrides, *places])
 
 
-def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path) -> None:
-    """Trains, or goes on, or sees that nothing is left to do; then keeps config and curve."""
+def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path, root: Path | None = None) -> None:
+    """Trains, or goes on, or sees that nothing is left to do; then keeps config and curve.
+
+    root: of the photographs, where it is not the protocol's.
+    """
     folder, kept = runs / f"{row}-{seed}", texts(name) / f"{row}-{seed}"
     print(f"\n{name}, {row}, seed {seed}: {folder}")
     if row.startswith(PEER) and not find_spec(PEER):
         return print(f"{PEER} is not installed: PYTHONPATH=.oracle/newest, after `make parity`")
-    settings = settings_of(name, overrides, row, seed, runs)
+    settings = settings_of(name, [*overrides, f"data.root={root}"] if root else overrides, row, seed, runs)
     begins = not (folder / "config.yaml").exists()
     checked = begins and seed == 0 and settings["distill"] and row != BASELINE
     for needed, is_needed in ((TEACHER, settings["teacher"]), (BASELINE, checked)):
@@ -166,7 +170,7 @@ def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path) ->
         start(settings, resume=not begins)
     elif begins:
         compete(settings)
-    usual = settings_of(name, overrides, row, seed, Path(f"runs/evidence/{name}"))  # wherever these runs are
+    usual = settings_of(name, overrides, row, seed, Path(f"runs/evidence/{name}"))  # wherever runs and photographs are
     write_whole(kept / "config.yaml", config.dump(usual))
     write_whole(kept / "results.csv", (folder / "results.csv").read_bytes())
 
@@ -228,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="those to run (default: all, and the teacher)")
     parser.add_argument("--seeds", nargs="+", type=int, help="those to run (default: all of the protocol)")
     parser.add_argument("--runs", type=Path, help="folder of the run folders (default: runs/evidence/PROTOCOL)")
+    parser.add_argument("--root", type=Path, help="folder of the photographs (default: data.root of PROTOCOL.yaml)")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_intermixed_args(argv)
     signals.exit_on_signals()
@@ -239,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         for row, overrides in {TEACHER: protocol.teacher, **protocol.rows}.items() if not args.table else ():
             for seed in (args.seeds or protocol.seeds) if row != TEACHER else (0,):
                 if row in (args.rows or (TEACHER, *protocol.rows)):
-                    run(name, overrides, row, seed, runs)
+                    run(name, overrides, row, seed, runs, args.root)
         write(texts(name), list(protocol.rows), protocol.seeds)
     except UserError as error:
         sys.exit(f"error: {error}")

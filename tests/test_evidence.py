@@ -96,7 +96,7 @@ def test_runs_go_on_and_are_made_once(
         for shape, name in zip(NAMES, VOC_NAMES, strict=False):
             text = text.replace(f"<name>{shape}</name>", f"<name>{name}</name>")
         path.write_text(text)
-    base = yaml.safe_load(CONFIG.format(run="unused", shapes=tmp_path / "set", tiny=TINY))
+    base = yaml.safe_load(CONFIG.format(run="unused", shapes="usual", tiny=TINY))
     base["data"]["train"] = {"build": "bench.evidence:Sample", "splits": ["train"], "count": 16}
     base["data"]["val"] = {"build": "kdmini.data.voc:VOC", "splits": ["val"]}
     base |= {"metric": {"build": "tests.test_evidence:Generous"}, "train": {**base["train"], "epochs": 2}}
@@ -107,7 +107,7 @@ def test_runs_go_on_and_are_made_once(
     monkeypatch.setattr(evidence, "LEAST_OBJECTS", 3)
     monkeypatch.chdir(tmp_path)
     runs, kept = tmp_path / "elsewhere", tmp_path / "bench/evidence/gpu"
-    asked = ["gpu", "teacher", "alone", "notes", "--seeds", "0", "1", "--runs", "elsewhere"]
+    asked = ["gpu", "teacher", "alone", "notes", "--seeds", "0", "1", "--runs", "elsewhere", "--root", "set"]
 
     Generous.left = 3
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +128,9 @@ def test_runs_go_on_and_are_made_once(
         assert (kept / name / "results.csv").read_text() == (runs / name / "results.csv").read_text()
         text = (runs / name / "config.yaml").read_text()
         assert f"run: elsewhere/{name}\n" in text and "weights: elsewhere/teacher-0/best.pt\n" in text
-        assert (kept / name / "config.yaml").read_text() == text.replace("elsewhere", "runs/evidence/gpu")
+        assert (kept / name / "config.yaml").read_text() == text.replace("elsewhere", "runs/evidence/gpu").replace(
+            "root: set\n", "root: usual\n"
+        )
     check = (kept / "notes-0/check.txt").read_text()
     assert "KD / task gradient" in check and "elsewhere/alone-0/best.pt" in check  # the student trained alone
     page = (tmp_path / "bench/evidence/gpu.md").read_text()
