@@ -91,7 +91,7 @@ def protocol_of(name: str) -> Protocol:
     if name == "gpu":
         return Protocol(teacher, rows, (0, 1, 2))
     few = [BASELINE, "notes", "notes_batch", "sample", "sample_strong", "score_weighted", PEER_BASELINE, PEER]
-    few += ["lambda_constant", "logits"]
+    few += ["score_weighted_strong", "lambda_constant", "logits"]
     return Protocol([*teacher, "train.epochs=40", "train.val_every=10"], {row: rows[row] for row in few}, (0, 1))
 
 
@@ -107,6 +107,7 @@ def rows_of(epochs: int) -> dict[str, list[str]]:
         "score_weighted": [*extra("score_weighted"), "distill.score_weighted.weight=0.5"],
         PEER_BASELINE: ["teacher=null", "distill=null"],
         PEER: ["distill=null"],  # it has its own
+        "score_weighted_strong": [*extra("score_weighted"), "distill.score_weighted.weight=6"],  # the weight of PEER
     }
     rows |= {f"align_{mode}": [*strong, f"distill.align={mode}"] for mode in ("none", "frozen", "unequal")}
     for name, segments in schedules(epochs).items():
