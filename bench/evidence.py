@@ -91,7 +91,7 @@ def protocol_of(name: str) -> Protocol:
     if name == "gpu":
         return Protocol(teacher, rows, (0, 1, 2))
     few = [BASELINE, "notes", "notes_batch", "sample", "sample_strong", "score_weighted", PEER_BASELINE, PEER]
-    few += ["score_weighted_strong", "lambda_constant", "logits"]
+    few += ["score_weighted_strong", "sample_strongest", "logits", "lambda_constant"]
     return Protocol([*teacher, "train.epochs=40", "train.val_every=10"], {row: rows[row] for row in few}, (0, 1))
 
 
@@ -108,6 +108,7 @@ def rows_of(epochs: int) -> dict[str, list[str]]:
         PEER_BASELINE: ["teacher=null", "distill=null"],
         PEER: ["distill=null"],  # it has its own
         "score_weighted_strong": [*extra("score_weighted"), "distill.score_weighted.weight=6"],  # the weight of PEER
+        "sample_strongest": [*strong, "distill.attention.weight=3"],  # 12 times that of `strong`, as the row before
     }
     rows |= {f"align_{mode}": [*strong, f"distill.align={mode}"] for mode in ("none", "frozen", "unequal")}
     for name, segments in schedules(epochs).items():
