@@ -184,6 +184,11 @@ def keep(folder: Path, run: str, ap: float) -> None:
         writer.writerows(lines)
 
 
+def cells_of(text: str) -> list[list[str]]:
+    """The lines of its tables."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
 def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
     points = {BASELINE: [3.0, 3.3, 2.9], "notes": [3.1, 3.2, 3.0], "sample": [4.0, 4.4, 3.9], "logits": [1.0, 1.1, 0.9]}
     points |= {"ultralytics_alone": [5.0, 5.2, 5.1], "ultralytics": [5.1, 5.4, 5.4]}
@@ -207,8 +212,7 @@ def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
         assert verdict(gain(results, row), pooled) == expected
     assert verdict([5.0], pooled) == ""  # one seed says nothing
 
-    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in
-            table(results, "python -m bench.evidence cpu").splitlines() if line.startswith("|")}  # fmt: skip
+    rows = {name: cells for name, *cells in cells_of(table(results, "python -m bench.evidence cpu"))}
     assert rows["notes"] == [
         "3.10 ± 0.10 (n=3)", "6.20 ± 0.20 (n=3)", "9.30 ± 0.30 (n=3)", "+0.03 ± 0.12 (n=3)", "within noise", "3.4%",
         "6.00", "2.00", "", "60", "`python -m bench.evidence cpu notes`",
@@ -251,14 +255,13 @@ def test_voc_best_is_what_the_evidence_prefers() -> None:
 
 
 def test_the_tables_of_the_documents_are_that_of_the_page() -> None:
-    def rows(text: str) -> list[list[str]]:
-        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-
-    shown = rows((ROOT / "README.md").read_text().split("<!-- evidence -->")[1].split("<!-- /evidence -->")[0])
-    page = {name: cells for name, *cells in rows((ROOT / "bench/evidence/cpu.md").read_text().split("\nBy class")[0])}
+    shown = cells_of((ROOT / "README.md").read_text().split("<!-- evidence -->")[1].split("<!-- /evidence -->")[0])
+    page = {
+        name: cells for name, *cells in cells_of((ROOT / "bench/evidence/cpu.md").read_text().split("\nBy class")[0])
+    }
     assert len(shown) == len(page)  # a title and a line of dashes each
     for (name, _, *cells), title in zip(shown[2:], list(page)[2:], strict=True):
         assert (name, cells) == (f"`{title}`", page[title][:6])
-    for _, _, name, found, _ in rows((ROOT / "docs/terms.md").read_text().split("\n## Results")[1])[2:]:
+    for _, _, name, found, _ in cells_of((ROOT / "docs/terms.md").read_text().split("\n## Results")[1])[2:]:
         gained, told = page.get(name.strip("`"), ["-"] * 5)[3:5]
         assert found == (f"{gained}, {told}" if gained != "-" else "")
