@@ -115,11 +115,14 @@ def draw(results: Results, path: Path) -> None:
     except ImportError:
         return print("no picture: it takes matplotlib, `pip install 'kdmini[plots]'`")
     shown = {row: gained for row in results if row != BASELINE and (gained := gain(results, row))}
-    deviation, n = deviation_of(results), min(map(len, shown.values()))
+    deviation = deviation_of(results)
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
     axes = figure.subplots()
+    axes.use_sticky_edges = False
     if not math.isnan(deviation):
-        axes.axvspan(-bound_of(deviation, n), bound_of(deviation, n), color="0.9", label="within noise")
+        noise = [bound_of(deviation, len(gained)) for gained in shown.values()]  # less with more seeds
+        left, width = [-bound for bound in noise], [2 * bound for bound in noise]
+        axes.barh(range(len(noise)), width, 1.0, left, color="0.9", label="within noise")
     axes.axvline(0, color="0.5", linewidth=1)
     for place, gained in enumerate(shown.values()):
         axes.plot(gained, [place] * len(gained), "o", color=OKABE_ITO[0], label="a seed" if place == 0 else None)
