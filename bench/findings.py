@@ -79,8 +79,8 @@ def verdict(gained: Sequence[float], deviation: float) -> str:
     return "within noise" if abs(mean) <= bound_of(deviation, len(gained)) else "helps" if mean > 0 else "hurts"
 
 
-def table(results: Results, commands: str) -> str:
-    """commands: what comes before the name of a row to make it."""
+def table(results: Results, commands: str, seeds: Sequence[int]) -> str:
+    """commands: what comes before the name of a row to make it, with these seeds."""
     deviation, body = deviation_of(results), []
     for row, runs in results.items():
         gained = gain(results, row) if row != BASELINE else []
@@ -91,7 +91,8 @@ def table(results: Results, commands: str) -> str:
         cells.append(next((f"{run.ratio:.1%}" for run in runs.values() if run.ratio is not None), ""))
         cells += [f"{statistics.mean(values):.2f}" if values else "" for values in distances]
         cells.append(f"{statistics.median(run.speed for run in runs.values()):.0f}" if runs else "")
-        body.append([row, *cells, f"`{commands} {row}`"])
+        named = f" --seeds {' '.join(map(str, sorted(runs)))}" if set(runs) - set(seeds) else ""
+        body.append([row, *cells, f"`{commands} {row}{named}`"])
     header = ["row", *SCORES, "beyond alone", "verdict", "KD / task gradient"]
     header += ["distance before", "after", "after, aligned", "images/s", "command"]
     noise = "" if math.isnan(deviation) else NOISE.format(deviation=deviation, bound=BOUND)
@@ -147,7 +148,7 @@ def write(folder: Path, rows: Sequence[str], seeds: Sequence[int]) -> None:
         f"Made by `python -m bench.evidence {name} --table`. What all rows share is in [{name}.yaml]({name}.yaml), "
         f"config and curve of each run in [{name}/]({name}). {missing} runs are yet to be made.",
         f"The teacher: {told[0] if told else 'not trained yet'}.",
-        table(results, f"python -m bench.evidence {name}"),
+        table(results, f"python -m bench.evidence {name}", seeds),
     ]
     if any(results.values()):
         text += ["By class, where the set has objects enough:", by_class(results)]

@@ -212,11 +212,13 @@ def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
         assert verdict(gain(results, row), pooled) == expected
     assert verdict([5.0], pooled) == ""  # one seed says nothing
 
-    rows = {name: cells for name, *cells in cells_of(table(results, "python -m bench.evidence cpu"))}
+    rows = {name: cells for name, *cells in cells_of(table(results, "python -m bench.evidence cpu", (0, 1, 2)))}
     assert rows["notes"] == [
         "3.10 ± 0.10 (n=3)", "6.20 ± 0.20 (n=3)", "9.30 ± 0.30 (n=3)", "+0.03 ± 0.12 (n=3)", "within noise", "3.4%",
         "6.00", "2.00", "", "60", "`python -m bench.evidence cpu notes`",
     ]  # fmt: skip
+    added = {name: cells for name, *cells in cells_of(table(results, "make", (0, 1)))}  # the third seed was not planned
+    assert added["notes"] == [*rows["notes"][:-1], "`make notes --seeds 0 1 2`"]
 
 
 @pytest.mark.parametrize("n", [2, 3])
