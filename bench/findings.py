@@ -120,12 +120,11 @@ def draw(results: Results, path: Path) -> None:
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
     axes = figure.subplots()
     axes.use_sticky_edges = False
-    if not math.isnan(deviation):
-        noise = [bound_of(deviation, len(gained)) for gained in shown.values()]  # less with more seeds
-        left, width = [-bound for bound in noise], [2 * bound for bound in noise]
-        axes.barh(range(len(noise)), width, 1.0, left, color="0.9", label="within noise")
     axes.axvline(0, color="0.5", linewidth=1)
     for place, gained in enumerate(shown.values()):
+        if not math.isnan(deviation):
+            bound = bound_of(deviation, len(gained))
+            axes.barh(place, 2 * bound, 1.0, -bound, color="0.9", label="within noise" if place == 0 else None)
         axes.plot(gained, [place] * len(gained), "o", color=OKABE_ITO[0], label="a seed" if place == 0 else None)
         mean = statistics.mean(gained)
         axes.plot([mean], [place], "|", color=OKABE_ITO[5], markersize=18, label="mean" if place == 0 else None)
