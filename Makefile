@@ -4,17 +4,22 @@ VENV ?= .venv
 RUNS ?= runs
 ORACLE ?= .oracle
 RUN = $(VENV)/bin/python
+# the versions with which everything passed; `make test-newest` does without
+CONSTRAINTS ?= --constraint constraints.txt
+NEWEST = .venv-newest
 
-.PHONY: setup demo test faults long parity bench lint
+.PHONY: setup demo test test-newest constraints faults long parity bench lint
 
 setup: $(VENV)/.installed
 
 # torch comes unpinned, in its CUDA build, which runs on CPUs too: torchvision's compiled operators do not load
 # beside a CPU-only torch
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable '.[dev,plots,tb,export,sweep]'
+	$(RUN) -m pip install --quiet $(CONSTRAINTS) --editable '.[dev,plots,tb,export,sweep]' || { \
+		echo 'a version in constraints.txt cannot be had here: installing the newest of everything'; \
+		$(RUN) -m pip install --quiet --editable '.[dev,plots,tb,export,sweep]'; }
 	touch $@
 
 # generated shapes, a teacher (YOLO11s), a student distilled from it (YOLO11n), one table of both, and pictures
@@ -28,6 +33,16 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest --ignore tests/faults -m 'not parity and not long'
+
+# the same with the newest version of every package, in an environment of its own that is made anew
+test-newest:
+	rm -rf $(NEWEST)
+	$(MAKE) test VENV=$(NEWEST) CONSTRAINTS=
+
+# what `make test-newest` has just passed with becomes constraints.txt; wheels of one platform alone are left out
+constraints: test-newest
+	$(NEWEST)/bin/python -m pip install --quiet --editable '.[parity]'
+	$(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' > constraints.txt
 
 # everything that can go wrong, the long tests included; writes the table of the README's "What it survives"
 faults: setup
@@ -43,7 +58,7 @@ parity: setup $(ORACLE)/.installed
 # the references (ultralytics is AGPL-3.0) are compared with, never used: each stays in a folder of its own, outside
 # the environment and without its dependencies
 $(ORACLE)/.installed: pyproject.toml Makefile
-	$(RUN) -m pip install --quiet --editable '.[dev,parity]'
+	$(RUN) -m pip install --quiet $(CONSTRAINTS) --editable '.[dev,parity]'
 	for version in 8.3.0 8.3.250 8.4.0; do \
 		$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/$$version --no-deps \
 			ultralytics==$$version ultralytics-thop py-cpuinfo || exit 1; \

@@ -23,6 +23,8 @@ from kdmini.contracts import UserError
 # YAML 1.1, which PyYAML reads, wants 5.0e-4 and 1.0e+3: it takes 5e-4 and 1e3 for text.
 EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)[eE][-+]?[0-9]+")
 FLOAT_TAG = "tag:yaml.org,2002:float"
+MERGE_TAG = "tag:yaml.org,2002:merge"
+VALUE_TAG, STRING_TAG = "tag:yaml.org,2002:value", "tag:yaml.org,2002:str"
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,6 +40,31 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add((key.tag, key.value))
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts the pairs that `<<` brings in before the node's own, of which the last one of a key is the one that counts.
+
+        So a mapping's own keys win over those of its bases, and an earlier base over a later one, as YAML's merge rule
+        has it: https://yaml.org/type/merge.html. PyYAML 6.0.4 lets the outermost base of a chain win.
+        """
+        node.value = self._merged(node, inside=())
+
+    def _merged(self, node: yaml.Node, inside: tuple[yaml.Node, ...]) -> list[tuple[yaml.Node, yaml.Node]]:
+        """inside: the nodes that are being merged into, to refuse one that would contain itself."""
+        if not isinstance(node, yaml.MappingNode) or node in inside:
+            fault = "merges itself" if node in inside else f"expected a mapping, or a list of them, got a {node.id}"
+            raise yaml.MarkedYAMLError(problem=f"`<<`: {fault}", problem_mark=node.start_mark)
+        own: list[tuple[yaml.Node, yaml.Node]] = []
+        bases: list[yaml.Node] = []
+        for key, value in node.value:
+            if key.tag == MERGE_TAG:
+                bases += value.value if isinstance(value, yaml.SequenceNode) else [value]
+                continue
+            if key.tag == VALUE_TAG:  # a bare `=`, which is a text to us
+                key.tag = STRING_TAG
+            own.append((key, value))
+        inherited = [pair for base in reversed(bases) for pair in self._merged(base, (*inside, node))]
+        return inherited + own
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         number = super().construct_yaml_float(node)

@@ -1,3 +1,4 @@
+import datetime
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -177,10 +178,62 @@ def test_numbers_with_an_exponent(tmp_path):
     assert all(type(text) is str for text in read["b"])
 
 
-def test_repeated_keys_and_merged_keys(tmp_path):
-    merged = "base: &base {a: 1, b: 2}\nmore: {deep: &deep {<<: *base, a: 3}}\nlast: {<<: *deep, b: 4}\n"
-    assert config.load(write(tmp_path, merged))["last"] == {"a": 3, "b": 4}
+def test_repeated_keys(tmp_path):
     refused("case.yaml:3: the key `a` is given twice", config.load, write(tmp_path, "x:\n  a: 1\n  'a': 2\n"))
+    refused("the key `<<` is given twice", config.load, write(tmp_path, "b: &b {a: 1}\nx: {<<: *b, <<: *b}\n"))
+
+
+MERGES = {
+    "own keys win, whether they stand before or after": (
+        "b: &b {a: 1, c: 2}\nx: {a: 3, <<: *b, c: 4}",
+        {"a": 3, "c": 4},
+    ),
+    "a base that merges and overrides": (
+        "b: &b {a: 1, b: 2}\nmore: {deep: &deep {<<: *b, a: 3}}\nx: {<<: *deep, b: 4}",
+        {"a": 3, "b": 4},
+    ),
+    "three levels, each overriding the one before": (
+        "p: &p {a: 1, b: 1, c: 1, d: 1}\nq: &q {<<: *p, b: 2, c: 2, d: 2}\n"
+        "r: &r {<<: *q, c: 3, d: 3}\nx: {<<: *r, d: 4}",
+        {"a": 1, "b": 2, "c": 3, "d": 4},
+    ),
+    "of a list the earlier base wins": (
+        "p: &p {a: 1, b: 1}\nq: &q {a: 2, c: 2}\nx: {<<: [*p, *q], d: 3}",
+        {"a": 1, "b": 1, "c": 2, "d": 3},
+    ),
+    "a list of bases that merge and override": (
+        "p: &p {a: 1, b: 1}\nq: &q {<<: *p, b: 2, c: 2}\nr: &r {<<: *p, c: 3, d: 3}\nx: {<<: [*r, *q]}",
+        {"a": 1, "b": 1, "c": 3, "d": 3},
+    ),
+    "a base that is used twice": ("p: &p {a: 1}\nq: &q {<<: *p, a: 2}\ny: {<<: *q}\nx: {<<: [*p, *q]}", {"a": 1}),
+    "keys of any type": (
+        "b: &b {1: one, 2.5: two, true: yes, null: nothing, '1': text, 2012-01-01: day}\n"
+        "q: &q {<<: *b, 0x1: ONE, 2.50: TWO, on: false}\nx: {<<: *q, ~: NOTHING}",
+        {1: False, 2.5: "TWO", None: "NOTHING", "1": "text", datetime.date(2012, 1, 1): "day"},  # True is 1
+    ),
+    "a bare = is a text": ("b: &b {=: 1}\nx: {<<: *b, a: 2}", {"=": 1, "a": 2}),
+    "an empty base": ("b: &b {}\nx: {<<: *b, a: 1}", {"a": 1}),
+    "a base in place": ("x: {<<: {a: 1, b: 2}, b: 3}", {"a": 1, "b": 3}),
+}
+
+
+@pytest.mark.parametrize("text, merged", MERGES.values(), ids=MERGES)
+def test_merged_keys(tmp_path, text: str, merged: dict):
+    assert config.load(write(tmp_path, text))["x"] == merged
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("x: {<<: 3}", "case.yaml:1: `<<`: expected a mapping, or a list of them, got a scalar"),
+        ("a: {}\nx: {<<: [{}, b]}", "case.yaml:2: `<<`: expected a mapping, or a list of them, got a scalar"),
+        ("x: {<<: [[{}]]}", "got a sequence"),
+        ("x: &x {<<: *x, a: 1}", "case.yaml:1: `<<`: merges itself"),
+        ("x: &x {y: &y {<<: *x}, <<: *y}", "merges itself"),
+    ],
+)
+def test_what_cannot_be_merged(tmp_path, text: str, fault: str):
+    refused(fault, config.load, write(tmp_path, text))
 
 
 ROUND_TRIP: dict[Any, Any] = {
