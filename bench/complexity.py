@@ -1,10 +1,12 @@
-"""What the method costs, by counting: parameters, FLOPs, and memory by batch size. Needs no GPU and no weights.
+"""What the method costs, by counting: parameters, FLOPs, and memory by batch size. Needs no GPU and
+no weights.
 
 python -m bench.complexity [--imgsz 640]
 
-Everything runs on the meta device, where tensors have shapes and no content. A multiply-add is two FLOPs. Three tables:
-YOLO11 n, s and m; the attention maps of m and s, tap by tap, beside the research notes' table (N = 64); and an estimate
-of the memory of a training step. The tables are those of docs/ideas.md.
+Everything runs on the meta device, where tensors have shapes and no content. A multiply-add is two
+FLOPs. Three tables: YOLO11 n, s and m; the attention maps of m and s, tap by tap, beside the
+research notes' table (N = 64); and an estimate of the memory of a training step. The tables are
+those of docs/ideas.md.
 Legend: N images, C channels, H W cells, G objects of an image.
 """
 
@@ -30,12 +32,24 @@ Scale = str | list[float]
 TAPS = {f"model.{layer}": f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)}
 NOTES_BATCH = 64
 # of a layer at N = 64, as the notes have it: millions of FLOPs, MB
-NOTES = {16: (1.31, 1.31), 6: (2.62, 2.62), 13: (2.62, 2.62), 19: (2.62, 2.62), 8: (0.66, 0.66), 22: (0.66, 0.66)}
+NOTES = {
+    16: (1.31, 1.31),
+    6: (2.62, 2.62),
+    13: (2.62, 2.62),
+    19: (2.62, 2.62),
+    8: (0.66, 0.66),
+    22: (0.66, 0.66),
+}
 
 CARDS = (8, 12, 24, 40)  # GiB
 SIZES = (4, 8, 16, 24, 32, 48, 64, 96, 128)  # of a batch
-SHARE, CONTEXT = 0.9, 1.0  # assumed: of the card that can be filled; GiB of CUDA, its libraries and workspaces
-STORED = 16.6e9  # bytes of VOC2012 and the test set of VOC2007, decoded, where they are kept on the card
+SHARE, CONTEXT = (
+    0.9,
+    1.0,
+)  # assumed: of the card that can be filled; GiB of CUDA, its libraries and workspaces
+STORED = (
+    16.6e9  # bytes of VOC2012 and the test set of VOC2007, decoded, where they are kept on the card
+)
 OBJECTS = 40  # G, of a batch of mosaics
 
 
@@ -72,7 +86,14 @@ def counts(imgsz: int) -> str:
     for scale in "nsm":
         for classes in (20, 80):
             model = detector(scale, classes)
-            rows.append((scale, classes, f"{parameters(model):,}", f"{flops(model, image(imgsz)) / 1e9:.1f}"))
+            rows.append(
+                (
+                    scale,
+                    classes,
+                    f"{parameters(model):,}",
+                    f"{flops(model, image(imgsz)) / 1e9:.1f}",
+                )
+            )
     return table(("YOLO11", "classes", "parameters", "GFLOPs"), rows)
 
 
@@ -81,7 +102,9 @@ class Tap(NamedTuple):
 
     name: str
     shape: tuple[int, int, int, int]  # C of s, C of m, H, W
-    map_flops: int  # of one network's map: |F|^2 and the sum over C; the norm of H W cells does not count
+    map_flops: (
+        int  # of one network's map: |F|^2 and the sum over C; the norm of H W cells does not count
+    )
     align_flops: int  # of the 1x1 convolution, forward
     kept: int  # bytes of |F|^2 in float32, which eager code keeps
     moved: int  # bytes: the features of both read once in bf16, both maps written in float32
@@ -96,12 +119,16 @@ def tap_costs(imgsz: int) -> list[Tap]:
         cells = height * width
         with torch.device("meta"):
             align = flops(Align({name: shape}), {name: torch.empty(1, cs, height, width)})
-        costs.append(Tap(name, shape, 2 * ct * cells, align, 4 * ct * cells, 2 * (2 * ct + 4) * cells))
+        costs.append(
+            Tap(name, shape, 2 * ct * cells, align, 4 * ct * cells, 2 * (2 * ct + 4) * cells)
+        )
     return costs
 
 
 def taps_beside_notes(imgsz: int) -> str:
-    """The notes' table, for N = 64 and the maps of one network, with what it says and the factor between."""
+    """The notes' table, for N = 64 and the maps of one network, with what it says and the factor
+    between.
+    """
     rows: list[tuple] = []
     for tap in tap_costs(imgsz):
         cs, ct, height, width = tap.shape
@@ -125,7 +152,9 @@ def taps_per_image(imgsz: int) -> str:
     whole = [flops(detector(scale), image(imgsz)) for scale in "sm"]
     figures = {tap.name: (2 * tap.map_flops, tap.align_flops, tap.moved) for tap in costs}
     figures["all"] = total = tuple(map(sum, zip(*figures.values(), strict=True)))
-    rows: list[tuple] = [(name, *(f"{value / 1e6:.1f}" for value in values)) for name, values in figures.items()]
+    rows: list[tuple] = [
+        (name, *(f"{value / 1e6:.1f}" for value in values)) for name, values in figures.items()
+    ]
     for name, forward in zip(("s", "m"), whole, strict=True):
         shares = (f"{100 * value / forward:.2f} %" for value in total[:2])
         rows.append((f"share of the forward pass of {name}", *shares, ""))
@@ -135,8 +164,8 @@ def taps_per_image(imgsz: int) -> str:
 class Live(TorchDispatchMode):
     """Bytes of the tensors that are alive, now and at most, of those made while it is on.
 
-    A storage counts from the operation that makes it until nobody holds it: autograd's saved tensors, temporaries and
-    gradients alike.
+    A storage counts from the operation that makes it until nobody holds it: autograd's saved
+    tensors, temporaries and gradients alike.
     """
 
     def __init__(self) -> None:
@@ -165,11 +194,14 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def step_peak(count: int, imgsz: int, teacher: Scale | None = "m", student: Scale = "s") -> tuple[int, int]:
-    """-> bytes of a step on `count` images at its peak, and those that do not depend on them: weights and their like.
+def step_peak(
+    count: int, imgsz: int, teacher: Scale | None = "m", student: Scale = "s"
+) -> tuple[int, int]:
+    """-> bytes of a step on `count` images at its peak, and those that do not depend on them:
+    weights and their like.
 
-    Nothing is compiled. Everything is bfloat16, as autocast has it, but for the loss and the maps, which are float32.
-    """
+    Nothing is compiled. Everything is bfloat16, as autocast has it, but for the loss and the maps,
+    which are float32."""
     ours = detector(student)
     terms: dict[str, Weighted] = {}
     pairs: dict[str, str] = {}
@@ -183,12 +215,18 @@ def step_peak(count: int, imgsz: int, teacher: Scale | None = "m", student: Scal
         theirs.bfloat16()
     with torch.device("meta"):
         distillation = Distillation(ours, theirs, terms, pairs, shapes)
-    fixed += 14 * parameters(distillation) + 18 * parameters(ours)  # those, gradient, momentum; the student's average
+    fixed += 14 * parameters(distillation) + 18 * parameters(
+        ours
+    )  # those, gradient, momentum; the student's average
     ours.bfloat16()
     distillation.bfloat16()
     with torch.device("meta"):
         labels = torch.empty(count, OBJECTS, dtype=torch.int64)
-        targets: Targets = {"boxes_xyxy": torch.empty(count, OBJECTS, 4), "labels": labels, "ids": [""] * count}
+        targets: Targets = {
+            "boxes_xyxy": torch.empty(count, OBJECTS, 4),
+            "labels": labels,
+            "ids": [""] * count,
+        }
         with Live() as live:  # the engine's step, in its order
             images = torch.empty(count, 3, imgsz, imgsz).bfloat16()
             preds = ours.train()(images)
@@ -206,7 +244,9 @@ class Need(NamedTuple):
 
 
 def need(imgsz: int, teacher: Scale | None = "m", student: Scale = "s") -> Need:
-    """The line through two batch sizes; what gradients of the weights are alive at the peak is in `fixed` anyway."""
+    """The line through two batch sizes; what gradients of the weights are alive at the peak is in
+    `fixed` anyway.
+    """
     (two, fixed), (four, _) = (step_peak(count, imgsz, teacher, student) for count in (2, 4))
     return Need(fixed, (four - two) // 2)
 
@@ -221,7 +261,9 @@ def sizing(imgsz: int) -> str:
     """Batch sizes by card, estimated."""
     with_teacher, alone = need(imgsz), need(imgsz, teacher=None)
     cases = ((with_teacher, 0), (alone, 0), (with_teacher, STORED))
-    rows: list[tuple] = [(f"{card} GB", *(largest(card, *case) or "-" for case in cases)) for card in CARDS]
+    rows: list[tuple] = [
+        (f"{card} GB", *(largest(card, *case) or "-" for case in cases)) for card in CARDS
+    ]
     told = ", ".join(
         f"{name} {needed.fixed / 1e9:.2f} GB + {needed.per_image / 1e6:.0f} MB an image"
         for name, needed in (("distilled", with_teacher), ("student alone", alone))
@@ -230,7 +272,9 @@ def sizing(imgsz: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--imgsz", type=int, default=640)
     imgsz = parser.parse_args().imgsz
     print(f"{imgsz} pixels, torch {torch.__version__}")

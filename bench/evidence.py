@@ -1,14 +1,16 @@
-"""Does distillation help, and by how much: the same photographs, schedule and seeds, one thing changed a row.
+"""Does distillation help, and by how much: the same photographs, schedule and seeds, one thing
+changed a row.
 
 python -m bench.evidence cpu                     # every run that is not done yet, then the table and the picture
 python -m bench.evidence cpu notes --seeds 0     # one of them
 python -m bench.evidence gpu --table             # no training: the table of what bench/evidence/gpu/ holds
 
-The photographs are those of bench/voc320, which `python -m bench.make_voc320` takes out of VOC; --root says where they
-are. Each run is one of train.py, in RUNS/ROW-SEED; a run that was stopped goes on where it was. Its config and
-results.csv go to bench/evidence/PROTOCOL/ROW-SEED/, and the table is made of those alone. Two processes may share the
-work by --seeds, once the teacher is there. ultralytics' own trainer makes two rows: PYTHONPATH=.oracle/newest, where
-`make parity` installs it.
+The photographs are those of bench/voc320, which `python -m bench.make_voc320` takes out of VOC;
+--root says where they are. Each run is one of train.py, in RUNS/ROW-SEED; a run that was stopped
+goes on where it was. Its config and results.csv go to bench/evidence/PROTOCOL/ROW-SEED/, and the
+table is made of those alone. Two processes may share the work by --seeds, once the teacher is
+there. ultralytics' own trainer makes two rows: PYTHONPATH=.oracle/newest, where `make parity`
+installs it.
 """
 
 import argparse
@@ -64,7 +66,9 @@ class Sample(VOC):
     def _choose(self, root: Path, splits: list[str], exclude: list[str]) -> list[tuple[Path, str]]:
         chosen = super()._choose(root, splits, exclude)
         if not 0 < self.count <= len(chosen):
-            raise UserError(f"data.train.count: {self.count} photographs are asked for; there are {len(chosen):,}")
+            raise UserError(
+                f"data.train.count: {self.count} photographs are asked for; there are {len(chosen):,}"
+            )
         return [chosen[i * len(chosen) // self.count] for i in range(self.count)]
 
 
@@ -72,8 +76,15 @@ class ByClass(DetectionMetric):
     """Beside the means, AP50-95 of each class that has LEAST_OBJECTS."""
 
     def compute(self) -> dict[str, float]:
-        classes = {name: scores for name, scores in self.per_class().items() if scores["objects"] >= LEAST_OBJECTS}
-        return {**super().compute(), **{f"AP {name}": scores["AP50-95"] for name, scores in classes.items()}}
+        classes = {
+            name: scores
+            for name, scores in self.per_class().items()
+            if scores["objects"] >= LEAST_OBJECTS
+        }
+        return {
+            **super().compute(),
+            **{f"AP {name}": scores["AP50-95"] for name, scores in classes.items()},
+        }
 
 
 class Protocol(NamedTuple):
@@ -85,19 +96,39 @@ class Protocol(NamedTuple):
 def protocol_of(name: str) -> Protocol:
     settings = config.load(ROOT / f"bench/evidence/{name}.yaml")
     photographs = "data.train={build: kdmini.data.voc:VOC, splits: [train]}"  # all of them
-    teacher = [f"student.scale={settings['teacher']['scale']}", "teacher=null", "distill=null", photographs]
+    teacher = [
+        f"student.scale={settings['teacher']['scale']}",
+        "teacher=null",
+        "distill=null",
+        photographs,
+    ]
     teacher.append("metric.build=kdmini.metrics:DetectionMetric")
     rows = rows_of(settings["train"]["epochs"])
     if name == "gpu":
         return Protocol(teacher, rows, (0, 1, 2))
-    few = [BASELINE, "notes", "notes_batch", "sample", "sample_strong", "score_weighted", PEER_BASELINE, PEER]
+    few = [
+        BASELINE,
+        "notes",
+        "notes_batch",
+        "sample",
+        "sample_strong",
+        "score_weighted",
+        PEER_BASELINE,
+        PEER,
+    ]
     few += ["score_weighted_strong", "sample_strongest", "logits", "lambda_constant"]
-    return Protocol([*teacher, "train.epochs=40", "train.val_every=10"], {row: rows[row] for row in few}, (0, 1))
+    return Protocol(
+        [*teacher, "train.epochs=40", "train.val_every=10"], {row: rows[row] for row in few}, (0, 1)
+    )
 
 
 def rows_of(epochs: int) -> dict[str, list[str]]:
     """The overrides of each row, most informative first."""
-    strong = ["distill.attention.reduction=sample", "distill.kd_scale=batch", "distill.attention.weight=0.25"]
+    strong = [
+        "distill.attention.reduction=sample",
+        "distill.kd_scale=batch",
+        "distill.attention.weight=0.25",
+    ]
     rows = {
         BASELINE: ["distill.attention.weight=0"],
         "notes": [],
@@ -107,15 +138,26 @@ def rows_of(epochs: int) -> dict[str, list[str]]:
         "score_weighted": [*extra("score_weighted"), "distill.score_weighted.weight=0.5"],
         PEER_BASELINE: ["teacher=null", "distill=null"],
         PEER: ["distill=null"],  # it has its own
-        "score_weighted_strong": [*extra("score_weighted"), "distill.score_weighted.weight=6"],  # the weight of PEER
-        "sample_strongest": [*strong, "distill.attention.weight=3"],  # 12 times that of `strong`, as the row before
+        "score_weighted_strong": [
+            *extra("score_weighted"),
+            "distill.score_weighted.weight=6",
+        ],  # the weight of PEER
+        "sample_strongest": [
+            *strong,
+            "distill.attention.weight=3",
+        ],  # 12 times that of `strong`, as the row before
     }
-    rows |= {f"align_{mode}": [*strong, f"distill.align={mode}"] for mode in ("none", "frozen", "unequal")}
+    rows |= {
+        f"align_{mode}": [*strong, f"distill.align={mode}"]
+        for mode in ("none", "frozen", "unequal")
+    }
     for name, segments in schedules(epochs).items():
         rows[f"lambda_{name}"] = [*strong, f"distill.attention.schedule={segments}"]
     rows["taps_neck"] = [*strong, "distill.taps=[model.13, model.16, model.19, model.22]"]
     rows["taps_p3"] = [*strong, "distill.taps=[model.16]"]
-    rows |= {term: [*extra(term), f"distill.{term}.weight={weight}"] for term, weight in WEIGHTS.items()}
+    rows |= {
+        term: [*extra(term), f"distill.{term}.weight={weight}"] for term, weight in WEIGHTS.items()
+    }
     return rows | {"self_teacher": ["teacher=null", *extra("self_teacher")]}
 
 
@@ -136,7 +178,9 @@ def schedules(epochs: int) -> dict[str, list[list[float]]]:
     }
 
 
-def settings_of(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path) -> dict[str, Any]:
+def settings_of(
+    name: str, overrides: Sequence[str], row: str, seed: int, runs: Path
+) -> dict[str, Any]:
     """The config of a run."""
     path = ROOT / f"bench/evidence/{name}.yaml"
     places = [f"run={runs / f'{row}-{seed}'}", f"seed={seed}"]
@@ -145,7 +189,9 @@ def settings_of(name: str, overrides: Sequence[str], row: str, seed: int, runs: 
     return config.load(path, [*overrides, *places])
 
 
-def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path, root: Path | None = None) -> None:
+def run(
+    name: str, overrides: Sequence[str], row: str, seed: int, runs: Path, root: Path | None = None
+) -> None:
     """Trains, or goes on, or sees that nothing is left to do; then keeps config and curve.
 
     root: of the photographs, where it is not the protocol's.
@@ -154,7 +200,9 @@ def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path, ro
     print(f"\n{name}, {row}, seed {seed}: {folder}")
     if row.startswith(PEER) and not find_spec(PEER):
         return print(f"{PEER} is not installed: PYTHONPATH=.oracle/newest, after `make parity`")
-    settings = settings_of(name, [*overrides, f"data.root={root}"] if root else overrides, row, seed, runs)
+    settings = settings_of(
+        name, [*overrides, f"data.root={root}"] if root else overrides, row, seed, runs
+    )
     begins = not (folder / "config.yaml").exists()
     checked = begins and seed == 0 and settings["distill"] and row != BASELINE
     for needed, is_needed in ((TEACHER, settings["teacher"]), (BASELINE, checked)):
@@ -167,21 +215,30 @@ def run(name: str, overrides: Sequence[str], row: str, seed: int, runs: Path, ro
         if checked:
             write_whole(kept / "check.txt", check(settings, runs / f"{BASELINE}-0/best.pt"))
         place = engine.pick_device(settings.get("device", "auto")).type
-        write_whole(kept / "made.txt", f"commit {commit()}, {machine(place, torch.get_num_threads())}\n")
+        write_whole(
+            kept / "made.txt", f"commit {commit()}, {machine(place, torch.get_num_threads())}\n"
+        )
     if not row.startswith(PEER):
         start(settings, resume=not begins)
     elif begins:
         compete(settings)
-    usual = settings_of(name, overrides, row, seed, Path(f"runs/evidence/{name}"))  # wherever runs and photographs are
+    usual = settings_of(
+        name, overrides, row, seed, Path(f"runs/evidence/{name}")
+    )  # wherever runs and photographs are
     write_whole(kept / "config.yaml", config.dump(usual))
     write_whole(kept / "results.csv", (folder / "results.csv").read_bytes())
 
 
 def compete(settings: dict[str, Any]) -> None:
-    """A run of ultralytics' own trainer, with one record, of its student after the last epoch. It cannot be resumed."""
+    """A run of ultralytics' own trainer, with one record, of its student after the last epoch. It
+    cannot be resumed.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         state, speed = distil(settings, Path(scratch))
-    sets, recipe = config.call(train.make_sets, settings["data"], "data"), Recipe(**settings["train"])
+    sets, recipe = (
+        config.call(train.make_sets, settings["data"], "data"),
+        Recipe(**settings["train"]),
+    )
     place = engine.pick_device(settings.get("device", "auto"))
     autocast, _ = engine.precision(recipe.amp, place)
     student = config.build(settings["student"], "student", names=sets.val.names)
@@ -189,16 +246,23 @@ def compete(settings: dict[str, Any]) -> None:
     student.to(place, memory_format=torch.channels_last)
     loader = ValLoader(Store(sets.val, sets.imgsz, place, name="val", **sets.store), recipe.batch)
     score = config.build(settings["metric"], "metric", names=sets.val.names)
-    record = {"epoch": recipe.epochs - 1, "images/s": speed, **engine.evaluate(student, loader, score, autocast)}
+    record = {
+        "epoch": recipe.epochs - 1,
+        "images/s": speed,
+        **engine.evaluate(student, loader, score, autocast),
+    }
     folder = RunFolder(settings["run"])
     folder.begin(config.dump(settings))
-    train.save_best(folder.best, student, sets.val.names, sets.imgsz, recipe.epochs - 1, record[score.fitness])
+    train.save_best(
+        folder.best, student, sets.val.names, sets.imgsz, recipe.epochs - 1, record[score.fitness]
+    )
     folder.log(record)
 
 
 def check(settings: dict[str, Any], weights: Path) -> str:
-    """What `train.py --check` says, of a student that has been trained: before that, features are so small that their
-    attention maps say nothing, nor do the gradients."""
+    """What `train.py --check` says, of a student that has been trained: before that, features are
+    so small that their attention maps say nothing, nor do the gradients.
+    """
     student = {**settings["student"], "weights": str(weights)}
     with contextlib.redirect_stdout(io.StringIO()) as told:
         try:
@@ -209,7 +273,9 @@ def check(settings: dict[str, Any], weights: Path) -> str:
 
 
 def start(settings: dict[str, Any], resume: bool = False, check: bool = False) -> None:
-    config.call(train.train_detector, settings, "evidence", settings=settings, resume=resume, check=check)
+    config.call(
+        train.train_detector, settings, "evidence", settings=settings, resume=resume, check=check
+    )
 
 
 def texts(name: str) -> Path:
@@ -218,23 +284,37 @@ def texts(name: str) -> Path:
 
 def commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         # what this writes is no change; the configs there are kept with each run
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/evidence")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/evidence"
+        )
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("protocol", choices=["gpu", "cpu"])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="those to run (default: all, and the teacher)")
-    parser.add_argument("--seeds", nargs="+", type=int, help="those to run (default: all of the protocol)")
-    parser.add_argument("--runs", type=Path, help="folder of the run folders (default: runs/evidence/PROTOCOL)")
-    parser.add_argument("--root", type=Path, help="folder of the photographs (default: data.root of PROTOCOL.yaml)")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help="those to run (default: all, and the teacher)"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="those to run (default: all of the protocol)"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the run folders (default: runs/evidence/PROTOCOL)"
+    )
+    parser.add_argument(
+        "--root", type=Path, help="folder of the photographs (default: data.root of PROTOCOL.yaml)"
+    )
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_intermixed_args(argv)
     signals.exit_on_signals()
@@ -243,7 +323,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no row `{unknown[0]}`: there are {', '.join([TEACHER, *protocol.rows])}")
     runs = args.runs or Path(f"runs/evidence/{name}")
     try:
-        for row, overrides in {TEACHER: protocol.teacher, **protocol.rows}.items() if not args.table else ():
+        for row, overrides in (
+            {TEACHER: protocol.teacher, **protocol.rows}.items() if not args.table else ()
+        ):
             for seed in (args.seeds or protocol.seeds) if row != TEACHER else (0,):
                 if row in (args.rows or (TEACHER, *protocol.rows)):
                     run(name, overrides, row, seed, runs, args.root)

@@ -37,7 +37,9 @@ class Result(NamedTuple):
     ratio: float | None  # KD / task gradient, where it was measured
 
 
-Results = Mapping[str, Mapping[int, Result]]  # row -> seed -> what came out; an empty row has no run yet
+Results = Mapping[
+    str, Mapping[int, Result]
+]  # row -> seed -> what came out; an empty row has no run yet
 
 
 def read(folder: Path, row: str) -> dict[int, Result]:
@@ -45,26 +47,43 @@ def read(folder: Path, row: str) -> dict[int, Result]:
     found = {}
     for path in sorted(folder.glob(f"{row}-*/results.csv")):
         with path.open(newline="") as file:
-            records = [{key: float(value) for key, value in line.items() if value} for line in csv.DictReader(file)]
+            records = [
+                {key: float(value) for key, value in line.items() if value}
+                for line in csv.DictReader(file)
+            ]
         check = path.with_name("check.txt")
         ratio = RATIO.search(check.read_text()) if check.exists() else None
         speed = statistics.median(record["images/s"] for record in records if "images/s" in record)
         seed = int(path.parent.name.removeprefix(f"{row}-"))
-        found[seed] = Result(records[0], records[-1], speed, float(ratio[1]) / 100 if ratio else None)
+        found[seed] = Result(
+            records[0], records[-1], speed, float(ratio[1]) / 100 if ratio else None
+        )
     return found
 
 
 def gain(results: Results, row: str, key: str = SCORES[0]) -> list[float]:
     """Points beyond the baseline, seed by seed."""
     base = results[PEER_BASELINE if row == PEER else BASELINE]
-    return [100 * (run.last[key] - base[seed].last[key]) for seed, run in results[row].items() if seed in base]
+    return [
+        100 * (run.last[key] - base[seed].last[key])
+        for seed, run in results[row].items()
+        if seed in base
+    ]
 
 
 def deviation_of(results: Results, key: str = SCORES[0]) -> float:
-    """Standard deviation between the seeds of a row, in points; of all rows, for two seeds say little."""
-    groups = [[100 * run.last[key] for run in runs.values()] for runs in results.values() if len(runs) > 1]
+    """Standard deviation between the seeds of a row, in points; of all rows, for two seeds say
+    little.
+    """
+    groups = [
+        [100 * run.last[key] for run in runs.values()] for runs in results.values() if len(runs) > 1
+    ]
     freedom = sum(len(group) - 1 for group in groups)
-    return math.sqrt(sum(statistics.variance(g) * (len(g) - 1) for g in groups) / freedom) if freedom else math.nan
+    return (
+        math.sqrt(sum(statistics.variance(g) * (len(g) - 1) for g in groups) / freedom)
+        if freedom
+        else math.nan
+    )
 
 
 def bound_of(deviation: float, n: int) -> float:
@@ -76,7 +95,13 @@ def verdict(gained: Sequence[float], deviation: float) -> str:
     if len(gained) < 2 or math.isnan(deviation):
         return ""
     mean = statistics.mean(gained)
-    return "within noise" if abs(mean) <= bound_of(deviation, len(gained)) else "helps" if mean > 0 else "hurts"
+    return (
+        "within noise"
+        if abs(mean) <= bound_of(deviation, len(gained))
+        else "helps"
+        if mean > 0
+        else "hurts"
+    )
 
 
 def table(results: Results, commands: str, seeds: Sequence[int]) -> str:
@@ -86,9 +111,17 @@ def table(results: Results, commands: str, seeds: Sequence[int]) -> str:
         gained = gain(results, row) if row != BASELINE else []
         scores = [[100 * run.last[key] for run in runs.values()] for key in SCORES]
         distances = [[run.first[RAW] for run in runs.values() if RAW in run.first]]
-        distances += [[run.last[key] for run in runs.values() if key in run.last] for key in (RAW, ALIGNED)]
-        cells = [*(spread(values, ".2f") for values in scores), spread(gained, "+.2f"), verdict(gained, deviation)]
-        cells.append(next((f"{run.ratio:.1%}" for run in runs.values() if run.ratio is not None), ""))
+        distances += [
+            [run.last[key] for run in runs.values() if key in run.last] for key in (RAW, ALIGNED)
+        ]
+        cells = [
+            *(spread(values, ".2f") for values in scores),
+            spread(gained, "+.2f"),
+            verdict(gained, deviation),
+        ]
+        cells.append(
+            next((f"{run.ratio:.1%}" for run in runs.values() if run.ratio is not None), "")
+        )
         cells += [f"{statistics.mean(values):.2f}" if values else "" for values in distances]
         cells.append(f"{statistics.median(run.speed for run in runs.values()):.0f}" if runs else "")
         named = f" --seeds {' '.join(map(str, sorted(runs)))}" if set(runs) - set(seeds) else ""
@@ -101,9 +134,16 @@ def table(results: Results, commands: str, seeds: Sequence[int]) -> str:
 
 def by_class(results: Results) -> str:
     records = {row: [run.last for run in runs.values()] for row, runs in results.items() if runs}
-    columns = list(dict.fromkeys(key for row in records.values() for last in row for key in last if key[:3] == "AP "))
+    columns = list(
+        dict.fromkeys(
+            key for row in records.values() for last in row for key in last if key[:3] == "AP "
+        )
+    )
     body = [
-        [row, *(spread([100 * last[key] for last in lasts if key in last], ".1f") for key in columns)]
+        [
+            row,
+            *(spread([100 * last[key] for last in lasts if key in last], ".1f") for key in columns),
+        ]
         for row, lasts in records.items()
     ]
     return markdown(["AP50-95", *(column[3:] for column in columns)], body)
@@ -124,11 +164,35 @@ def draw(results: Results, path: Path) -> None:
     for place, gained in enumerate(shown.values()):
         if not math.isnan(deviation):
             bound = bound_of(deviation, len(gained))
-            axes.barh(place, 2 * bound, 1.0, -bound, color="0.9", label="within noise" if place == 0 else None)
-        axes.plot(gained, [place] * len(gained), "o", color=OKABE_ITO[0], label="a seed" if place == 0 else None)
+            axes.barh(
+                place,
+                2 * bound,
+                1.0,
+                -bound,
+                color="0.9",
+                label="within noise" if place == 0 else None,
+            )
+        axes.plot(
+            gained,
+            [place] * len(gained),
+            "o",
+            color=OKABE_ITO[0],
+            label="a seed" if place == 0 else None,
+        )
         mean = statistics.mean(gained)
-        axes.plot([mean], [place], "|", color=OKABE_ITO[5], markersize=18, label="mean" if place == 0 else None)
-    axes.set(yticks=range(len(shown)), yticklabels=list(shown), xlabel=f"{SCORES[0]} beyond the student alone, points")
+        axes.plot(
+            [mean],
+            [place],
+            "|",
+            color=OKABE_ITO[5],
+            markersize=18,
+            label="mean" if place == 0 else None,
+        )
+    axes.set(
+        yticks=range(len(shown)),
+        yticklabels=list(shown),
+        xlabel=f"{SCORES[0]} beyond the student alone, points",
+    )
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.legend(fontsize="small")
     content = io.BytesIO()
@@ -137,11 +201,16 @@ def draw(results: Results, path: Path) -> None:
 
 
 def write(folder: Path, rows: Sequence[str], seeds: Sequence[int]) -> None:
-    """Reads FOLDER/ROW-SEED/; writes FOLDER.md, prints it, and FOLDER.png where there is something to draw."""
+    """Reads FOLDER/ROW-SEED/; writes FOLDER.md, prints it, and FOLDER.png where there is something
+    to draw.
+    """
     name = folder.name
     results = {row: read(folder, row) for row in rows}
     missing = f"{sum(seed not in runs for runs in results.values() for seed in seeds)} of {len(rows) * len(seeds)}"
-    told = [", ".join(f"{key} {100 * run.last[key]:.2f}" for key in SCORES) for run in read(folder, TEACHER).values()]
+    told = [
+        ", ".join(f"{key} {100 * run.last[key]:.2f}" for key in SCORES)
+        for run in read(folder, TEACHER).values()
+    ]
     text = [
         f"# Evidence: {name}",
         f"Made by `python -m bench.evidence {name} --table`. What all rows share is in [{name}.yaml]({name}.yaml), "

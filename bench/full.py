@@ -3,11 +3,12 @@
 python -m bench.full [--imgsz 320] [--batch 4] [--steps 6] [--rounds 9] [--compile]
 python -m bench.full --device cuda --imgsz 640 --batch 64 --steps 40 --compile
 
-YOLO11m teaches YOLO11s at random weights on generated noise of the size of VOC's photographs, held in memory. In turn:
-an epoch as train.py runs it, from the rendered batch to the averaged weights; and as many steps of forward, loss,
-teacher, terms and backward on one batch that exists. What the first takes more is the loop's. On an H100 or an A100 the
-share of the roofline is told: the images/s at which every tensor that cannot be avoided is moved once.
-"""
+YOLO11m teaches YOLO11s at random weights on generated noise of the size of VOC's photographs, held
+in memory. In turn: an epoch as train.py runs it, from the rendered batch to the averaged weights;
+and as many steps of forward, loss, teacher, terms and backward on one batch that exists. What the
+first takes more is the loop's. On an H100 or an A100 the
+share of the roofline is told: the images/s at which every tensor that cannot be avoided is moved
+once."""
 
 import argparse
 import io
@@ -27,7 +28,8 @@ from kdmini.metrics import DetectionMetric
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.signals import Stop
 
-# images/s at 640 with the teacher folded and without its head, all fused: bytes moved per image over peak bandwidth
+# images/s at 640 with the teacher folded and without its head, all fused: bytes moved per image
+# over peak bandwidth
 ROOFLINE = {"H100": 2005, "A100": 870}
 
 
@@ -58,7 +60,9 @@ class Epoch:
 
     def __init__(self, imgsz: int, batch: int, steps: int, compiled: bool, device: torch.device):
         with redirect_stderr(io.StringIO()):  # a progress bar
-            store = Store(Noise(batch * steps), imgsz, device, storage="resident", compiled=compiled)
+            store = Store(
+                Noise(batch * steps), imgsz, device, storage="resident", compiled=compiled
+            )
         self.recipe = Recipe(epochs=1000, batch=batch, nbs=batch)
         self.loader = TrainLoader(store, batch, self.recipe.epochs, Augment(close_mosaic=0))
         self.val_loader = ValLoader(store, batch)
@@ -98,11 +102,15 @@ class Epoch:
 
     def evaluate(self) -> None:
         with redirect_stderr(io.StringIO()):
-            engine.evaluate(self.ema.average, self.val_loader, DetectionMetric(list(VOC_NAMES)), self.autocast)
+            engine.evaluate(
+                self.ema.average, self.val_loader, DetectionMetric(list(VOC_NAMES)), self.autocast
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
@@ -119,8 +127,12 @@ def main() -> None:
         f"{args.rounds} rounds, {kind}, {len(TAPS)} taps\n"
     )
     epoch = Epoch(args.imgsz, args.batch, args.steps, args.compile, device)
-    seconds = measure.take_turns({"bare models": epoch.run_bare, "epoch": epoch.run}, args.rounds, args.device)
-    rest = measure.take_turns({"batches alone": epoch.render, "evaluation": epoch.evaluate}, args.rounds, args.device)
+    seconds = measure.take_turns(
+        {"bare models": epoch.run_bare, "epoch": epoch.run}, args.rounds, args.device
+    )
+    rest = measure.take_turns(
+        {"batches alone": epoch.render, "evaluation": epoch.evaluate}, args.rounds, args.device
+    )
     images = args.batch * args.steps
     print(measure.table(seconds, "bare models", images, "image"))
     for name, values in rest.items():
@@ -132,7 +144,9 @@ def main() -> None:
         print(f"{speed:.0f} images/s; peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
         for card, limit in ROOFLINE.items():
             if card in torch.cuda.get_device_name():
-                print(f"{speed / (limit * (640 / args.imgsz) ** 2):.0%} of the roofline of a {card}")
+                print(
+                    f"{speed / (limit * (640 / args.imgsz) ** 2):.0%} of the roofline of a {card}"
+                )
 
 
 if __name__ == "__main__":

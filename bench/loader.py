@@ -1,13 +1,15 @@
 """What a training sample costs: kdmini's decoding and rendering against ultralytics' loader.
 
-python -m bench.loader [--root ../shared/data/voc-original] [--imgsz 640] [--rounds 9] [--save FOLDER]
+python -m bench.loader [--root ../shared/data/voc-original] [--imgsz 640] [--rounds 9] [--save
+FOLDER]
 
-Both take the same photographs, with the public recipe's augmentation, to float batches in 0..1 of the same shape;
-annotations are parsed beforehand. With decoding: kdmini builds a Store and renders one epoch of it, and ultralytics
-reads one file a sample and takes the rest of a mosaic from the samples before it, as it does with any dataset larger
-than its buffer. Without: kdmini renders an epoch of a Store that exists, and ultralytics has cache="ram".
-It takes part with `PYTHONPATH=.oracle/newest`, where `make parity` installs it.
-"""
+Both take the same photographs, with the public recipe's augmentation, to float batches in 0..1 of
+the same shape;
+annotations are parsed beforehand. With decoding: kdmini builds a Store and renders one epoch of it,
+and ultralytics reads one file a sample and takes the rest of a mosaic from the samples before it,
+as it does with any dataset larger
+than its buffer. Without: kdmini renders an epoch of a Store that exists, and ultralytics has
+cache="ram". It takes part with `PYTHONPATH=.oracle/newest`, where `make parity` installs it."""
 
 import argparse
 import io
@@ -37,14 +39,22 @@ def kdmini_epochs(dataset: VOC, images: int, imgsz: int, batch: int) -> dict[str
 
     def store(compiled: bool = True) -> Store:
         with redirect_stderr(io.StringIO()):  # its progress bar
-            return Store(dataset, imgsz, workers=1, storage="resident", limit=images, compiled=compiled)
+            return Store(
+                dataset, imgsz, workers=1, storage="resident", limit=images, compiled=compiled
+            )
 
     def epoch(store: Store) -> Iterator[Tensor]:
         number = next(epochs)
-        return (rendered for rendered, _ in TrainLoader(store, batch, number + 1, AUGMENT).epoch(number))
+        return (
+            rendered for rendered, _ in TrainLoader(store, batch, number + 1, AUGMENT).epoch(number)
+        )
 
     existing, eager = store(), store(compiled=False)
-    return {DECODED: lambda: epoch(store()), RESIDENT: lambda: epoch(existing), "kdmini: render": lambda: epoch(eager)}
+    return {
+        DECODED: lambda: epoch(store()),
+        RESIDENT: lambda: epoch(existing),
+        "kdmini: render": lambda: epoch(eager),
+    }
 
 
 def exhaust(epoch: Epoch, shape: tuple[int, ...]) -> None:
@@ -53,27 +63,35 @@ def exhaust(epoch: Epoch, shape: tuple[int, ...]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="../shared/data/voc-original", help="a VOC-layout folder")
     parser.add_argument("--split", default="train")
     parser.add_argument("--limit", type=int, default=40, help="photographs, at most")
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--save", metavar="FOLDER", help="a picture of one batch of each, to look at")
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="a picture of one batch of each, to look at"
+    )
     args = parser.parse_args()
 
     dataset = VOC(args.root, [args.split])
     images = min(args.limit, len(dataset)) // args.batch * args.batch  # whole batches
     if not images:
         parser.error(f"{args.root}, {args.split}: fewer photographs than one batch")
-    print(f"{measure.machine()}, {images} photographs, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n")
+    print(
+        f"{measure.machine()}, {images} photographs, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         epochs = kdmini_epochs(dataset, images, args.imgsz, args.batch)
         try:
             peers = peer_loaders(dataset, images, args.imgsz, args.batch, AUGMENT, Path(scratch))
         except ImportError as error:
-            print(f"ultralytics takes no part ({error}): PYTHONPATH=.oracle/newest, after `make parity`")
+            print(
+                f"ultralytics takes no part ({error}): PYTHONPATH=.oracle/newest, after `make parity`"
+            )
             peers = {}
         epochs |= peers
         if args.save:

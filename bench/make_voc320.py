@@ -3,10 +3,10 @@
 python -m kdmini.extras.download --root data
 python -m bench.make_voc320 --voc data/VOCdevkit --out data/voc320
 
-3,000 photographs to train on and 800 to evaluate on, reduced to a long side of 320 pixels, without difficult objects.
-Which they are stands in bench/voc320/: an id of six digits is of VOC 2007, any other of VOC 2012. Figures measured on
-this set are not comparable with published ones. The photographs are from Flickr, under its terms.
-"""
+3,000 photographs to train on and 800 to evaluate on, reduced to a long side of 320 pixels, without
+difficult objects. Which they are stands in bench/voc320/: an id of six digits is of VOC 2007, any
+other of VOC 2012. Figures measured on this set are not comparable with published ones. The
+photographs are from Flickr, under its terms."""
 
 import argparse
 import os
@@ -39,9 +39,15 @@ def reduced(voc: Path, name: str) -> tuple[Image.Image, str]:
     native = Image.fromarray(decode(folder / "JPEGImages" / f"{name}.jpg"))
     ratio = SIDE / max(native.size)
     picture = native.resize([round(side * ratio) for side in native.size], Image.Resampling.BICUBIC)
-    boxes = np.round(annotation.boxes_xyxy * np.tile(np.divide(picture.size, native.size), 2)).astype(int).tolist()
+    boxes = (
+        np.round(annotation.boxes_xyxy * np.tile(np.divide(picture.size, native.size), 2))
+        .astype(int)
+        .tolist()
+    )
     rows = zip(annotation.classes, boxes, annotation.difficult, strict=True)
-    things = [Thing(class_name, tuple(box), False) for class_name, box, difficult in rows if not difficult]
+    things = [
+        Thing(class_name, tuple(box), False) for class_name, box, difficult in rows if not difficult
+    ]
     return picture, to_xml(name, picture, things)
 
 
@@ -50,7 +56,9 @@ def make(voc: Path, out: Path, ids: Path = IDS) -> None:
     if out.exists():
         raise UserError(f"{out} is there already; name another --out, or delete it")
     if absent := [path for path in (voc / "VOC2007", voc / "VOC2012") if not path.is_dir()]:
-        raise UserError(f"{absent[0]}: no such folder; `python -m kdmini.extras.download --root data` fetches it")
+        raise UserError(
+            f"{absent[0]}: no such folder; `python -m kdmini.extras.download --root data` fetches it"
+        )
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # an earlier run was killed
     try:
@@ -64,15 +72,21 @@ def make(voc: Path, out: Path, ids: Path = IDS) -> None:
             shutil.copy(split, temporary / "ImageSets/Main")
         os.replace(temporary, out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error}); make room or name another --out") from error
+        raise UserError(
+            f"{out}: cannot be written ({error}); make room or name another --out"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{out}: complete; train on it with data.root={out}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--voc", type=Path, required=True, help="the folder with VOC2007/ and VOC2012/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--voc", type=Path, required=True, help="the folder with VOC2007/ and VOC2012/"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:

@@ -1,7 +1,7 @@
 """Side by side: variants in turn, in one process; medians with quartiles.
 
-On the CPU one thread and process CPU time; on a GPU wall clock, up to the end of the work that was queued.
-"""
+On the CPU one thread and process CPU time; on a GPU wall clock, up to the end of the work that was
+queued."""
 
 import platform
 import time
@@ -35,7 +35,9 @@ def clock(device: str) -> float:
 
 
 def table(seconds: Mapping[str, np.ndarray], against: str, items: int, item: str) -> str:
-    """Milliseconds per item, and how many times faster than `against`: median of the rounds' ratios (quartiles)."""
+    """Milliseconds per item, and how many times faster than `against`: median of the rounds' ratios
+    (quartiles).
+    """
     lines = [f"| | ms per {item} | faster than {against}: median (quartiles) |", "|---|---|---|"]
     for name, values in seconds.items():
         low, middle, high = np.percentile(seconds[against] / values, (25, 50, 75))

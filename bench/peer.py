@@ -1,8 +1,8 @@
-"""ultralytics (AGPL-3.0), taking part in the comparisons where it can be imported: its loader, its distillation, its
-evaluation, called as its own trainer calls them. Nothing of kdmini needs it.
+"""ultralytics (AGPL-3.0), taking part in the comparisons where it can be imported: its loader, its
+distillation, its evaluation, called as its own trainer calls them. Nothing of kdmini needs it.
 
-Every entry raises ImportError where it is not installed; whatever it writes, it writes to `scratch`.
-"""
+Every entry raises ImportError where it is not installed; whatever it writes, it writes to
+`scratch`."""
 
 import io
 import os
@@ -24,8 +24,14 @@ from kdmini.data.voc import VOC, VOC_NAMES
 
 
 def version(scratch: Path) -> str:
-    """Before anything else of it is imported: it reads its settings from the environment at that moment."""
-    os.environ |= {"YOLO_CONFIG_DIR": str(scratch), "MPLCONFIGDIR": str(scratch), "YOLO_VERBOSE": "false"}
+    """Before anything else of it is imported: it reads its settings from the environment at that
+    moment.
+    """
+    os.environ |= {
+        "YOLO_CONFIG_DIR": str(scratch),
+        "MPLCONFIGDIR": str(scratch),
+        "YOLO_VERBOSE": "false",
+    }
     os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
     from ultralytics import __version__
 
@@ -33,7 +39,9 @@ def version(scratch: Path) -> str:
 
 
 class PeerStep:
-    """Forward and backward of YOLO11s taught by YOLO11m with its built-in distillation, on one batch."""
+    """Forward and backward of YOLO11s taught by YOLO11m with its built-in distillation, on one
+    batch.
+    """
 
     def __init__(self, images: Tensor, targets: Targets, scratch: Path):
         self.name = version(scratch)
@@ -42,14 +50,18 @@ class PeerStep:
         from ultralytics.nn.tasks import DetectionModel
 
         def build(scale: str) -> DetectionModel:
-            model = DetectionModel(f"yolo11{scale}.yaml", nc=len(VOC_NAMES), verbose=False).to(images.device)
+            model = DetectionModel(f"yolo11{scale}.yaml", nc=len(VOC_NAMES), verbose=False).to(
+                images.device
+            )
             model.args = get_cfg(overrides={"imgsz": images.shape[-1]})
             return model
 
         torch.manual_seed(0)
         self.model = DistillationModel(build("m"), build("s")).train()
         n, g = targets["labels"].shape
-        left_top, right_bottom = (targets["boxes_xyxy"] / images.shape[-1]).flatten(0, 1).split(2, 1)
+        left_top, right_bottom = (
+            (targets["boxes_xyxy"] / images.shape[-1]).flatten(0, 1).split(2, 1)
+        )
         self.batch = {
             "img": images,
             "batch_idx": torch.arange(n, device=images.device).repeat_interleave(g).float(),
@@ -68,7 +80,9 @@ class PeerStep:
 def peer_loaders(
     dataset: VOC, images: int, imgsz: int, batch: int, augment: Augment, scratch: Path
 ) -> dict[str, Callable[[], Iterator[Tensor]]]:
-    """-> an epoch of its augmented batches (N, 3, S, S) in 0..1, decoding each time, and from cache=ram."""
+    """-> an epoch of its augmented batches (N, 3, S, S) in 0..1, decoding each time, and from
+    cache=ram.
+    """
     name = version(scratch)
     import cv2
     from ultralytics.cfg import get_cfg
@@ -88,7 +102,9 @@ def peer_loaders(
                 cache=cache,
                 augment=True,
                 hyp=recipe,
-                batch_size=max(min(batch, images // 16), 1),  # its buffer is of eight batches: half the dataset here
+                batch_size=max(
+                    min(batch, images // 16), 1
+                ),  # its buffer is of eight batches: half the dataset here
                 data={"names": dict(enumerate(dataset.names)), "channels": 3},
             )
         assert len(samples) == images and samples.cache == (cache or None)
@@ -100,10 +116,11 @@ def peer_loaders(
 
 
 def write_yolo(dataset: VOC, images: int | None, folder: Path, imgsz: int | None = None) -> None:
-    """The images a Store of the dataset has, as links, and their labels as text: class, centre and sides, as shares.
+    """The images a Store of the dataset has, as links, and their labels as text: class, centre and
+    sides, as shares.
 
-    imgsz: images with a longer side are written reduced to it, by the Store's reduction, in place of a link.
-    """
+    imgsz: images with a longer side are written reduced to it, by the Store's reduction, in place
+    of a link."""
     (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
     for index in subset(len(dataset), images):
@@ -114,10 +131,14 @@ def write_yolo(dataset: VOC, images: int | None, folder: Path, imgsz: int | None
             (folder / "images" / f"{index:06}{source.suffix}").symlink_to(source)
         else:
             Image.fromarray(reduced).save(folder / "images" / f"{index:06}.png")
-        low, high = (target["boxes_xyxy"] / (picture.shape[1::-1] * 2)).reshape(-1, 2, 2).swapaxes(0, 1)
+        low, high = (
+            (target["boxes_xyxy"] / (picture.shape[1::-1] * 2)).reshape(-1, 2, 2).swapaxes(0, 1)
+        )
         rows = zip(target["labels"], (low + high) / 2, high - low, target["difficult"], strict=True)
         lines = [
-            f"{label} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for label, (x, y), (w, h), difficult in rows if not difficult
+            f"{label} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n"
+            for label, (x, y), (w, h), difficult in rows
+            if not difficult
         ]
         (folder / "labels" / f"{index:06}.txt").write_text("".join(lines))
 
@@ -133,7 +154,9 @@ class PeerMetric:
         self.validator = DetectionValidator(save_dir=scratch)
         self.ap_per_class, self.box_iou = ap_per_class, box_iou
 
-    def compute(self, found: list[Detections], objects: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    def compute(
+        self, found: list[Detections], objects: list[tuple[Tensor, Tensor]]
+    ) -> dict[str, float]:
         """objects: boxes_xyxy (G, 4) and labels (G,) of each image."""
         columns = []
         for d, (boxes_xyxy, labels) in zip(found, objects, strict=True):
@@ -142,7 +165,11 @@ class PeerMetric:
             columns.append((hit.numpy(), d["scores"].numpy(), d["labels"].numpy(), labels.numpy()))
         joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
         ap = self.ap_per_class(*joined, names=dict(enumerate(VOC_NAMES)))[5]  # (K, T)
-        return {"AP50-95": float(ap.mean()), "AP50": float(ap[:, 0].mean()), "AP75": float(ap[:, 5].mean())}
+        return {
+            "AP50-95": float(ap.mean()),
+            "AP50": float(ap[:, 0].mean()),
+            "AP75": float(ap[:, 5].mean()),
+        }
 
 
 class PeerNMS:

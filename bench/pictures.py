@@ -38,13 +38,25 @@ from kdmini.yolo11.assign import assign, centre_inside
 from kdmini.yolo11.loss import expected_dist
 from kdmini.yolo11.model import REG_MAX, SOURCES, STRIDES
 
-NOTES_TABLE = {0: 2.0, 20: 1.0, 40: 0.0, 70: 0.15, 100: 0.0, 105: 0.05, 150: 0.05}  # lambda, as the notes' table has it
+NOTES_TABLE = {
+    0: 2.0,
+    20: 1.0,
+    40: 0.0,
+    70: 0.15,
+    100: 0.0,
+    105: 0.05,
+    150: 0.05,
+}  # lambda, as the notes' table has it
 SCENES, STEPS, LEARNING_RATE = 24, 60, 0.02  # of the experiment with a frozen student
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder with a best.pt and a teacher, such as the demo's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", type=Path, help="a run folder with a best.pt and a teacher, such as the demo's"
+    )
     parser.add_argument("--config", default="configs/voc.yaml", help="whose schedule is drawn")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
     args = parser.parse_args()
@@ -55,19 +67,33 @@ def main() -> None:
             raise UserError(f"{args.run}: has no teacher to compare with; name a run that distils")
         val = config.build(settings["data"]["val"], "data.val")
         torch.manual_seed(0)  # the student begins at random weights
-        student, teacher = (config.build(settings[part], part, names=val.names) for part in ("student", "teacher"))
+        student, teacher = (
+            config.build(settings[part], part, names=val.names) for part in ("student", "teacher")
+        )
         trained = config.build(
-            {**settings["student"], "weights": str(args.run / "best.pt")}, "student", names=val.names
+            {**settings["student"], "weights": str(args.run / "best.pt")},
+            "student",
+            names=val.names,
         )
         scenes = look_at(Store(val, settings["data"]["imgsz"], "cpu", limit=SCENES), SCENES)
         taps = settings["distill"]["taps"]
-        chosen = max(range(len(scenes.targets)), key=lambda n: len(scenes.targets[n]["labels"]))  # the fullest scene
+        chosen = max(
+            range(len(scenes.targets)), key=lambda n: len(scenes.targets[n]["labels"])
+        )  # the fullest scene
         schedule = config.load(args.config)["distill"]["attention"]["schedule"]
         for name, figure in (
             ("taps", layers(list(complexity.TAPS))),
             ("lambda", lambda_over_epochs(schedule, args.config)),
-            ("attention", attention(scenes, chosen, taps, {"teacher": teacher, "student": trained})),
-            ("align", align(RunFolder(args.run, lead=False).records(), scenes.images, taps, student, teacher)),
+            (
+                "attention",
+                attention(scenes, chosen, taps, {"teacher": teacher, "student": trained}),
+            ),
+            (
+                "align",
+                align(
+                    RunFolder(args.run, lead=False).records(), scenes.images, taps, student, teacher
+                ),
+            ),
             ("assigner", assigner(scenes, chosen, trained)),
         ):
             content = io.BytesIO()
@@ -79,7 +105,9 @@ def main() -> None:
 
 
 def layers(taps: Sequence[str]) -> Figure:
-    """Layers 0 to 22 of YOLO11 by number and stride, with their inputs; the taps with their channels in s and m."""
+    """Layers 0 to 22 of YOLO11 by number and stride, with their inputs; the taps with their
+    channels in s and m.
+    """
     names = [f"model.{layer}" for layer in range(len(SOURCES))]
     channels, strides = [], []
     for scale in "sm":
@@ -98,15 +126,32 @@ def layers(taps: Sequence[str]) -> Figure:
             if start >= 0:
                 style = {"arrowstyle": "->", "color": "#777777", "shrinkA": 10, "shrinkB": 10}
                 bend = {} if source == -1 else {"connectionstyle": "arc3,rad=-0.25", "ls": "--"}
-                axis.annotate("", (layer, level[layer]), (start, level[start]), arrowprops=style | bend)
+                axis.annotate(
+                    "", (layer, level[layer]), (start, level[start]), arrowprops=style | bend
+                )
     for layer, name in enumerate(names):
         tapped = name in taps
-        axis.plot(layer, level[layer], "s" if tapped else "o", ms=19, color=COLOURS[1 if tapped else 4], mec="black")
+        axis.plot(
+            layer,
+            level[layer],
+            "s" if tapped else "o",
+            ms=19,
+            color=COLOURS[1 if tapped else 4],
+            mec="black",
+        )
         axis.text(layer, level[layer], str(layer), ha="center", va="center", fontsize=SMALL + 1)
         if tapped:
             text = f"{channels[0][layer]} | {channels[1][layer]}"
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-            axis.text(layer, level[layer] + 0.34, text, ha="center", va="bottom", fontsize=SMALL + 1, bbox=box)
+            axis.text(
+                layer,
+                level[layer] + 0.34,
+                text,
+                ha="center",
+                va="bottom",
+                fontsize=SMALL + 1,
+                bbox=box,
+            )
     axis.axvline(10.5, color="#AAAAAA", ls=":")
     for place, part in ((5, "backbone"), (16.5, "neck")):
         axis.text(place, -0.55, part, ha="center", fontsize=SMALL + 2)
@@ -116,7 +161,9 @@ def layers(taps: Sequence[str]) -> Figure:
         "layer",
         "stride",
     )
-    axis.set_yticks([-math.log2(stride) for stride in (2, 4, 8, 16, 32)], ["2", "4", "8", "16", "32"])
+    axis.set_yticks(
+        [-math.log2(stride) for stride in (2, 4, 8, 16, 32)], ["2", "4", "8", "16", "32"]
+    )
     axis.set(xticks=[], xlim=(-0.7, 22.9), ylim=(-5.5, -0.3))
     return figure
 
@@ -135,7 +182,13 @@ def lambda_over_epochs(schedule: Sequence[Sequence[float]], where: str) -> Figur
             axis.plot(stop, until, "o", mec=COLOURS[0], mfc="white", ms=7, mew=1.5)
     wrong = {t: y for t, y in NOTES_TABLE.items() if abs(y - piecewise_linear(schedule, t)) > 1e-9}
     axis.plot(
-        *zip(*wrong.items(), strict=True), "X", color=COLOURS[5], ms=11, mec="white", zorder=3, label="the notes' table"
+        *zip(*wrong.items(), strict=True),
+        "X",
+        color=COLOURS[5],
+        ms=11,
+        mec="white",
+        zorder=3,
+        label="the notes' table",
     )
     for epoch, value in wrong.items():
         right = piecewise_linear(schedule, epoch)
@@ -152,7 +205,9 @@ def lambda_over_epochs(schedule: Sequence[Sequence[float]], where: str) -> Figur
     return figure
 
 
-def attention(scenes: Scenes, chosen: int, taps: Sequence[str], models: Mapping[str, Any]) -> Figure:
+def attention(
+    scenes: Scenes, chosen: int, taps: Sequence[str], models: Mapping[str, Any]
+) -> Figure:
     """One scene; the maps at the taps in their own cells, a row for each network."""
     image = scenes.images[chosen : chosen + 1]
     feats = {name: look(model, taps, image) for name, model in models.items()}
@@ -164,7 +219,14 @@ def attention(scenes: Scenes, chosen: int, taps: Sequence[str], models: Mapping[
     axes[0, 0].imshow(scenes.pictures[chosen])
     axes[0, 0].set_title("image", fontsize=SMALL + 2)
     axes[1, 0].axis("off")
-    axes[1, 0].text(0.5, 0.5, "dark: 0\nbright: largest\nof the pair", ha="center", va="center", fontsize=SMALL + 1)
+    axes[1, 0].text(
+        0.5,
+        0.5,
+        "dark: 0\nbright: largest\nof the pair",
+        ha="center",
+        va="center",
+        fontsize=SMALL + 1,
+    )
     for column, tap in enumerate(taps):
         maps = [attention_map(feat[column])[0].numpy() for feat in feats.values()]
         for row, (name, shown) in enumerate(zip(feats, maps, strict=True)):
@@ -179,19 +241,33 @@ def attention(scenes: Scenes, chosen: int, taps: Sequence[str], models: Mapping[
     return figure
 
 
-def align(records: Sequence[Mapping], images: Tensor, taps: Sequence[str], student: Any, teacher: Any) -> Figure:
+def align(
+    records: Sequence[Mapping], images: Tensor, taps: Sequence[str], student: Any, teacher: Any
+) -> Figure:
     """Left: the run's distances. Right: a student that stays as it was initialised."""
     figure = Figure(figsize=(10, 3.6), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     logged = [(record["epoch"] + 1, record) for record in records if "distance/raw" in record]
     epochs = [epoch for epoch, _ in logged]
-    of_run = {kind: [record[f"distance/{kind}"] for _, record in logged] for kind in ("raw", "aligned")}
-    for axis, x, lines in ((left, epochs, of_run), (right, range(STEPS + 1), frozen(images, taps, student, teacher))):
+    of_run = {
+        kind: [record[f"distance/{kind}"] for _, record in logged] for kind in ("raw", "aligned")
+    }
+    for axis, x, lines in (
+        (left, epochs, of_run),
+        (right, range(STEPS + 1), frozen(images, taps, student, teacher)),
+    ):
         for number, (kind, y) in enumerate(lines.items()):
-            style = {"color": COLOURS[(0, 5)[number]], "marker": MARKERS[number], "ls": ("-", "--")[number]}
+            style = {
+                "color": COLOURS[(0, 5)[number]],
+                "marker": MARKERS[number],
+                "ls": ("-", "--")[number],
+            }
             axis.plot(x, y, label=kind, markevery=math.ceil(len(y) / 8), lw=2, **style)
     plain(
-        left, "Distillation: the student learns, and so does align", "epoch (0: before training)", "sum over the taps"
+        left,
+        "Distillation: the student learns, and so does align",
+        "epoch (0: before training)",
+        "sum over the taps",
     )
     plain(right, "Student frozen at random weights: align alone learns", "steps of align", "")
     left.set_ylim(bottom=0)
@@ -199,14 +275,22 @@ def align(records: Sequence[Mapping], images: Tensor, taps: Sequence[str], stude
     return figure
 
 
-def frozen(images: Tensor, taps: Sequence[str], student: Any, teacher: Any) -> dict[str, list[float]]:
-    """-> distances, mean over the images and summed over the taps, while Align is trained and nothing else."""
+def frozen(
+    images: Tensor, taps: Sequence[str], student: Any, teacher: Any
+) -> dict[str, list[float]]:
+    """-> distances, mean over the images and summed over the taps, while Align is trained and
+    nothing else.
+    """
     for module in student.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0  # its statistics are then those of these images, and not of nothing
+            module.momentum = (
+                1.0  # its statistics are then those of these images, and not of nothing
+            )
     with torch.no_grad():
         student.train()(images)
-    ours, theirs = (dict(zip(taps, look(model, taps, images), strict=True)) for model in (student, teacher))
+    ours, theirs = (
+        dict(zip(taps, look(model, taps, images), strict=True)) for model in (student, teacher)
+    )
     shapes = {tap: (ours[tap].shape[1], *theirs[tap].shape[1:]) for tap in taps}
     modules = Align(shapes)  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(modules.parameters(), LEARNING_RATE)
@@ -226,7 +310,9 @@ def frozen(images: Tensor, taps: Sequence[str], student: Any, teacher: Any) -> d
 def assigner(scenes: Scenes, chosen: int, student: Any) -> Figure:
     """Left: all anchor points inside a box. Right: those that were chosen, by target score."""
     image, target = scenes.images[chosen : chosen + 1], scenes.targets[chosen]
-    scale, corner = (np.tile(numbers[chosen], 2) for numbers in (scenes.inverse.scale, scenes.inverse.corner))
+    scale, corner = (
+        np.tile(numbers[chosen], 2) for numbers in (scenes.inverse.scale, scenes.inverse.corner)
+    )
     targets: Targets = {
         "boxes_xyxy": torch.from_numpy(target["boxes_xyxy"] / scale + corner)[None].float(),
         "labels": torch.from_numpy(target["labels"])[None],
@@ -235,8 +321,12 @@ def assigner(scenes: Scenes, chosen: int, student: Any) -> Figure:
     preds = student.eval()(image)
     points, stride_of = anchor_points([p.shape[2:] for p in preds], STRIDES, image.device)
     flat = torch.cat([p.flatten(2) for p in preds], 2).transpose(1, 2)
-    found_xyxy = dist_ltrb_to_xyxy(expected_dist(flat[..., : 4 * REG_MAX], REG_MAX), points, stride_of)
-    score = assign(flat[..., 4 * REG_MAX :].sigmoid(), found_xyxy, points, targets).scores[0].amax(-1)
+    found_xyxy = dist_ltrb_to_xyxy(
+        expected_dist(flat[..., : 4 * REG_MAX], REG_MAX), points, stride_of
+    )
+    score = (
+        assign(flat[..., 4 * REG_MAX :].sigmoid(), found_xyxy, points, targets).scores[0].amax(-1)
+    )
     inside = centre_inside(points, targets["boxes_xyxy"])[0].any(0)
 
     figure = Figure(figsize=(10, 5.2), dpi=DPI, layout="constrained")
@@ -261,8 +351,12 @@ def assigner(scenes: Scenes, chosen: int, student: Any) -> Figure:
         for marker, stride in zip(MARKERS, STRIDES, strict=False):
             here = mask & (stride_of[:, 0] == stride)
             style = {**look_of, "c": look_of["c"][here], "marker": marker, "s": 50 + 4 * stride}
-            drawn = axis.scatter(*points[here].T, label=f"stride {stride}", edgecolors="black", **style)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=SMALL + 2)
+            drawn = axis.scatter(
+                *points[here].T, label=f"stride {stride}", edgecolors="black", **style
+            )
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=SMALL + 2
+    )
     figure.colorbar(drawn, ax=axes[1], shrink=0.8).set_label("target score", fontsize=SMALL + 2)
     return figure
 

@@ -2,12 +2,12 @@
 
 python -m bench.step [--imgsz 320] [--batch 16] [--rounds 9] [--eager] [--device cuda]
 
-Random weights, the same in every variant, and random images. The notes' form is written out below: teacher with
-BatchNorm and head, alignment with bias, attention as published, everything NCHW. Its loss is kdmini's to 1e-5, and
-its taps are; that is checked before anything is timed. `--eager` leaves out what is compiled, which takes minutes on
-a CPU. A batch of fewer than 16 would leave 1x1 convolutions to another, slower routine on a single thread. With
-`PYTHONPATH=.oracle/newest`, where `make parity` installs it, ultralytics' own distillation takes its turns.
-"""
+Random weights, the same in every variant, and random images. The notes' form is written out below:
+teacher with BatchNorm and head, alignment with bias, attention as published, everything NCHW. Its
+loss is kdmini's to 1e-5, and its taps are; that is checked before anything is timed. `--eager`
+leaves out what is compiled, which takes minutes on a CPU. A batch of fewer than 16 would leave 1x1
+convolutions to another, slower routine on a single thread. With `PYTHONPATH=.oracle/newest`, where
+`make parity` installs it, ultralytics' own distillation takes its turns."""
 
 import argparse
 import tempfile
@@ -31,14 +31,21 @@ TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]
 
 
 class Student:
-    """The student with its detection loss, and nothing else; `step` is one forward and backward pass."""
+    """The student with its detection loss, and nothing else; `step` is one forward and backward
+    pass.
+    """
 
     def __init__(self, images: Tensor, targets: Targets, nchw: bool = False):
         torch.manual_seed(0)
         memory = torch.contiguous_format if nchw else torch.channels_last
         self.images, self.targets = images, targets
         self.student = YOLO11(VOC_NAMES, "s").to(images.device, memory_format=memory).train()
-        self.teacher = YOLO11(VOC_NAMES, "m").to(images.device, memory_format=memory).eval().requires_grad_(False)
+        self.teacher = (
+            YOLO11(VOC_NAMES, "m")
+            .to(images.device, memory_format=memory)
+            .eval()
+            .requires_grad_(False)
+        )
 
     def loss(self) -> Tensor:
         return sum(self.student.loss(self.student(self.images), self.targets).values())  # type: ignore[return-value]
@@ -55,7 +62,9 @@ class Notes(Student):
 
     def __init__(self, images: Tensor, targets: Targets):
         super().__init__(images, targets, nchw=True)
-        shapes = tap_shapes(self.student, self.teacher, dict(zip(TAPS, TAPS, strict=True)), images.shape[-1])
+        shapes = tap_shapes(
+            self.student, self.teacher, dict(zip(TAPS, TAPS, strict=True)), images.shape[-1]
+        )
         torch.manual_seed(1)
         self.align = nn.ModuleList(
             nn.Sequential(nn.Conv2d(cs, ct, 1, bias=False), nn.BatchNorm2d(ct, affine=False))
@@ -95,7 +104,9 @@ class Ours(Student):
         shapes = tap_shapes(self.student, self.teacher, pairs, images.shape[-1])
         torch.manual_seed(1)
         terms = {"attention": Weighted(AttentionTransfer(), 1.0)}
-        self.distillation = Distillation(self.student, self.teacher, terms, pairs, shapes).to(images.device)
+        self.distillation = Distillation(self.student, self.teacher, terms, pairs, shapes).to(
+            images.device
+        )
         if compiled:
             self.student.compile(dynamic=False)
             self.distillation.compile(dynamic=False)
@@ -134,7 +145,9 @@ def check_equal(notes: Notes, ours: Ours) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
@@ -144,21 +157,27 @@ def main() -> None:
 
     torch.manual_seed(2)
     images, targets = noise(args.batch, args.imgsz, args.device)
-    print(f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n")
+    print(
+        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n"
+    )
 
     notes, ours = Notes(images, targets), Ours(images, targets)
     variants = {"kdmini": ours}
     if not args.eager:
         variants["kdmini, compiled"] = Ours(images, targets, compiled=True)
 
-    # the teacher first: training leaves the process a heap so large that nothing has to ask for memory again
+    # the teacher first: training leaves the process a heap so large that nothing has to ask for
+    # memory again
     looks: dict[str, Callable] = {"the notes' form": notes.look}
     looks |= {name: variant.look for name, variant in variants.items()}
     print("The teacher alone; the notes' form has BatchNorm and head:\n")
     seen = measure.take_turns(looks, args.rounds, args.device)
     print(measure.table(seen, "the notes' form", args.batch, "image"))
 
-    steps: dict[str, Callable] = {"the notes' form": notes.step, "the student alone": Student(images, targets).step}
+    steps: dict[str, Callable] = {
+        "the notes' form": notes.step,
+        "the student alone": Student(images, targets).step,
+    }
     for name, variant in variants.items():
         steps[name] = variant.step
         if args.device == "cpu":
@@ -168,7 +187,9 @@ def main() -> None:
             peer = PeerStep(images, targets, Path(scratch))
             steps[peer.name] = peer.step
         except ImportError as error:
-            print(f"\nultralytics takes no part ({error}): PYTHONPATH=.oracle/newest, after `make parity`")
+            print(
+                f"\nultralytics takes no part ({error}): PYTHONPATH=.oracle/newest, after `make parity`"
+            )
         seconds = measure.take_turns(steps, args.rounds, args.device)
     for against in ("the notes' form", *(name for name in steps if name.startswith("ultralytics"))):
         print("\nThe step:\n\n" + measure.table(seconds, against, args.batch, "image"))

@@ -1,10 +1,12 @@
-"""What each distillation term costs: alignment, term and backward to the student's maps, both networks' maps given.
+"""What each distillation term costs: alignment, term and backward to the student's maps, both
+networks' maps given.
 
 python -m bench.terms [--imgsz 320] [--batch 4] [--rounds 9] [--device cuda]
 
-Every config of configs/extras that distils a YOLO11, and attention transfer as in configs/demo.yaml, with YOLO11m as
-the teacher of YOLO11s at random weights. Not in the time: the student, and the teacher, whose head runs only for terms
-that read preds (see docs/terms.md).
+Every config of configs/extras that distils a YOLO11, and attention transfer as in
+configs/demo.yaml, with YOLO11m as
+the teacher of YOLO11s at random weights. Not in the time: the student, and the teacher, whose head
+runs only for terms that read preds (see docs/terms.md).
 """
 
 import argparse
@@ -27,7 +29,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 def term(path: Path, images: torch.Tensor, targets: Targets) -> Callable[[], None]:
     """-> forward and backward of the terms of a config."""
     settings = config.load(path)
-    student, teacher = (YOLO11(VOC_NAMES, s).to(images.device, memory_format=torch.channels_last) for s in "sm")
+    student, teacher = (
+        YOLO11(VOC_NAMES, s).to(images.device, memory_format=torch.channels_last) for s in "sm"
+    )
     distillation = config.call(
         make_distillation,
         settings["distill"],
@@ -55,7 +59,9 @@ def term(path: Path, images: torch.Tensor, targets: Targets) -> Callable[[], Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
@@ -64,11 +70,19 @@ def main() -> None:
     torch.manual_seed(0)
     images, targets = noise(args.batch, args.imgsz, args.device)
     paths = {"attention": CONFIGS / "demo.yaml"}
-    paths |= {path.stem: path for path in sorted((CONFIGS / "extras").glob("*.yaml")) if "YOLO11" in path.read_text()}
+    paths |= {
+        path.stem: path
+        for path in sorted((CONFIGS / "extras").glob("*.yaml"))
+        if "YOLO11" in path.read_text()
+    }
     seconds = measure.take_turns(
-        {name: term(path, images, targets) for name, path in paths.items()}, args.rounds, args.device
+        {name: term(path, images, targets) for name, path in paths.items()},
+        args.rounds,
+        args.device,
     )
-    print(f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n")
+    print(
+        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n"
+    )
     print(measure.table(seconds, "attention", args.batch, "image"))
 
 

@@ -1,7 +1,7 @@
 """A VOC-layout set of generated scenes: `python -m examples.shapes --root data/shapes`.
 
-One to four filled shapes lie on a textured ground, the later ones over the earlier. As in VOC, a box is
-tight around what can be seen, and an object of which little can be seen is `difficult`.
+One to four filled shapes lie on a textured ground, the later ones over the earlier. As in VOC, a
+box is tight around what can be seen, and an object of which little can be seen is `difficult`.
 Legend: H, W image size; h, w size of one object's stamp.
 """
 
@@ -55,7 +55,9 @@ def outline(name: str) -> np.ndarray:
 
 
 def stamp(rng: np.random.Generator, name: str, side: float) -> tuple[np.ndarray, np.ndarray]:
-    """One object whose longer side is `side` pixels -> colour (h, w, 3) float 0..255, cover (h, w) float 0..1."""
+    """One object whose longer side is `side` pixels -> colour (h, w, 3) float 0..255, cover (h, w)
+    float 0..1.
+    """
     angle = rng.uniform(-math.pi / 6, math.pi / 6) + (math.pi / 4 if name == "square" else 0)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     points = outline(name) @ turn.T * [1, rng.uniform(0.8, 1.25)]
@@ -69,7 +71,13 @@ def stamp(rng: np.random.Generator, name: str, side: float) -> tuple[np.ndarray,
     if name == "ring":
         draw.polygon([tuple(point) for point in (points * 0.55 - low) * scale * FINE], fill=0)
 
-    y, x = np.mgrid[: height * FINE, : width * FINE] / (side * FINE) * 2 * math.pi * rng.uniform(2.5, 4)
+    y, x = (
+        np.mgrid[: height * FINE, : width * FINE]
+        / (side * FINE)
+        * 2
+        * math.pi
+        * rng.uniform(2.5, 4)
+    )
     tilt = rng.uniform(0, math.pi)
     u, v = x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt)
     pattern = {
@@ -79,9 +87,14 @@ def stamp(rng: np.random.Generator, name: str, side: float) -> tuple[np.ndarray,
         "checks": np.sin(u) * np.sin(v) > 0,
     }[FILLS[rng.integers(len(FILLS))]]
     hue = rng.uniform()
-    first, second = colour(hue, rng.uniform(0.7, 1), 0.9), colour(hue + rng.uniform(0.1, 0.9), 0.5, rng.uniform(0.3, 1))
+    first, second = (
+        colour(hue, rng.uniform(0.7, 1), 0.9),
+        colour(hue + rng.uniform(0.1, 0.9), 0.5, rng.uniform(0.3, 1)),
+    )
     fine = np.where(pattern[:, :, None], second, first)  # (h * FINE, w * FINE, 3)
-    return fine.reshape(height, FINE, width, FINE, 3).mean((1, 3)), np.asarray(cover.reduce(FINE)) / 255
+    return fine.reshape(height, FINE, width, FINE, 3).mean((1, 3)), np.asarray(
+        cover.reduce(FINE)
+    ) / 255
 
 
 def colour(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -92,18 +105,27 @@ def colour(hue: float, saturation: float, value: float) -> np.ndarray:
 
 def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """-> (H, W, 3) float 0..255: two muted colours run into each other, under clouds and grain."""
-    one, other = (colour(rng.uniform(), rng.uniform(0, 0.4), rng.uniform(0.25, 0.85)) for _ in range(2))
+    one, other = (
+        colour(rng.uniform(), rng.uniform(0, 0.4), rng.uniform(0.25, 0.85)) for _ in range(2)
+    )
     y, x = np.mgrid[:height, :width] / max(height, width)
     tilt = rng.uniform(0, 2 * math.pi)
     mix = np.clip(0.5 + (x - 0.5) * math.cos(tilt) + (y - 0.5) * math.sin(tilt), 0, 1)[:, :, None]
     cells = rng.integers(4, 12, 2)
     coarse = Image.fromarray(rng.normal(0, rng.uniform(8, 22), cells).astype(np.float32))
     clouds = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))[:, :, None]
-    return one * (1 - mix) + other * mix + clouds + rng.normal(0, rng.uniform(2, 9), (height, width, 3))
+    return (
+        one * (1 - mix)
+        + other * mix
+        + clouds
+        + rng.normal(0, rng.uniform(2, 9), (height, width, 3))
+    )
 
 
 def draw_scene(seed: int, index: int, size: int) -> tuple[Image.Image, list[Thing], np.ndarray]:
-    """The scene of that number -> image, its objects, owner (H, W): number of the object seen there, -1 the ground."""
+    """The scene of that number -> image, its objects, owner (H, W): number of the object seen
+    there, -1 the ground.
+    """
     rng = np.random.default_rng([seed, index])
     long = round(size * rng.uniform(0.8, 1.25))
     short = round(long * rng.uniform(0.7, 1))
@@ -114,7 +136,8 @@ def draw_scene(seed: int, index: int, size: int) -> tuple[Image.Image, list[Thin
         names.append(SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))])
         stamped, cover = stamp(rng, names[-1], long * rng.uniform(*SIDE))
         top, left = (
-            int(rng.integers(room - used + 1)) for room, used in zip((height, width), cover.shape, strict=True)
+            int(rng.integers(room - used + 1))
+            for room, used in zip((height, width), cover.shape, strict=True)
         )
         place = slice(top, top + cover.shape[0]), slice(left, left + cover.shape[1])
         pixels[place] += (stamped - pixels[place]) * cover[:, :, None]
@@ -125,7 +148,12 @@ def draw_scene(seed: int, index: int, size: int) -> tuple[Image.Image, list[Thin
     for number, (name, area) in enumerate(zip(names, areas, strict=True)):
         rows, columns = np.nonzero(owner == number)
         if len(rows):
-            box_xyxy = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+            box_xyxy = (
+                int(columns.min()),
+                int(rows.min()),
+                int(columns.max()) + 1,
+                int(rows.max()) + 1,
+            )
             things.append(Thing(name, box_xyxy, bool(len(rows) < (1 - HIDDEN) * area)))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), things, owner
 
@@ -143,10 +171,16 @@ def to_xml(name: str, image: Image.Image, things: list[Thing]) -> str:
 
 
 def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed: int = 0) -> None:
-    """Write the whole set, or keep the one that is there. Raises UserError if that was made otherwise."""
-    settings = json.dumps({"train": train, "val": val, "size": size, "seed": seed, "names": SHAPE_NAMES})
+    """Write the whole set, or keep the one that is there. Raises UserError if that was made
+    otherwise.
+    """
+    settings = json.dumps(
+        {"train": train, "val": val, "size": size, "seed": seed, "names": SHAPE_NAMES}
+    )
     if min(train, val) < 1 or size < 32 or seed < 0:
-        raise UserError(f"shapes: train and val are at least 1, size 32, seed 0; got {train}, {val}, {size}, {seed}")
+        raise UserError(
+            f"shapes: train and val are at least 1, size 32, seed 0; got {train}, {val}, {size}, {seed}"
+        )
     root = root.expanduser().absolute()
     note = root / "settings.json"
     if note.is_file() and note.read_text() == settings:
@@ -164,19 +198,27 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
         for index in tqdm(range(train + val), "shapes", unit="img"):
             image, things, _ = draw_scene(seed, index, size)
             image.save(temporary / "JPEGImages" / f"{index:06}.jpg", quality=92)
-            (temporary / "Annotations" / f"{index:06}.xml").write_text(to_xml(f"{index:06}", image, things))
+            (temporary / "Annotations" / f"{index:06}.xml").write_text(
+                to_xml(f"{index:06}", image, things)
+            )
         for split, indices in {"train": range(train), "val": range(train, train + val)}.items():
-            (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i:06}\n" for i in indices))
+            (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text(
+                "".join(f"{i:06}\n" for i in indices)
+            )
         (temporary / note.name).write_text(settings)
         os.replace(temporary, root)
     except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error}); make room or name another --root") from error
+        raise UserError(
+            f"{root}: cannot be written ({error}); make room or name another --root"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.shapes", description="Write a set of drawn shapes.")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.shapes", description="Write a set of drawn shapes."
+    )
     parser.add_argument("--root", type=Path, required=True, help="folder to write")
     for name, default, what in [
         ("train", 320, "scenes to train on"),
@@ -184,7 +226,9 @@ def main(argv: list[str] | None = None) -> None:
         ("size", 128, "about the long side, in pixels"),
         ("seed", 0, "another seed, another set"),
     ]:
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{what} (default: {default})"
+        )
     try:
         write_set(**vars(parser.parse_args(argv)))
     except UserError as error:

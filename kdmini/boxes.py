@@ -23,13 +23,16 @@ def box_area(boxes_xyxy: Tensor) -> Tensor:
 
 def intersection(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """(..., 4), (..., 4) -> (...), broadcast against each other."""
-    sides = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+    sides = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.maximum(
+        a_xyxy[..., :2], b_xyxy[..., :2]
+    )
     sides = sides.clamp(min=0)
     return sides[..., 0] * sides[..., 1]
 
 
 def ciou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Complete IoU of boxes that broadcast against each other, (..., 4), (..., 4) -> (...), in -1.5..1.
+    """Complete IoU of boxes that broadcast against each other, (..., 4), (..., 4) -> (...), in
+    -1.5..1.
 
     IoU - (centre distance / enclosing diagonal)^2 - alpha * v, where v compares the aspect ratios.
     Source: Zheng et al., "Distance-IoU Loss", AAAI 2020, equations 6 to 12. alpha gets no gradient,
@@ -40,7 +43,9 @@ def ciou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     union = wh_a.prod(-1) + wh_b.prod(-1) - inter + EPS
     iou = inter / union
 
-    enclosing = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+    enclosing = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(
+        a_xyxy[..., :2], b_xyxy[..., :2]
+    )
     diagonal = enclosing.square().sum(-1) + EPS
     twice_offset = (a_xyxy[..., :2] + a_xyxy[..., 2:]) - (b_xyxy[..., :2] + b_xyxy[..., 2:])
     distance = twice_offset.square().sum(-1) / 4
@@ -56,7 +61,9 @@ def ciou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 def anchor_points(
     sizes: Sequence[Sequence[int]], strides: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cell centres of all levels, row by row, in pixels: (A, 2) x y, and the stride of each, (A, 1)."""
+    """Cell centres of all levels, row by row, in pixels: (A, 2) x y, and the stride of each, (A,
+    1).
+    """
     points, stride_of = [], []
     for (height, width), stride in zip(sizes, strides, strict=True):
         y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) * stride
@@ -74,5 +81,7 @@ def dist_ltrb_to_xyxy(dist_ltrb: Tensor, points: Tensor, stride_of: Tensor) -> T
 
 
 def xyxy_to_dist_ltrb(boxes_xyxy: Tensor, points: Tensor, stride_of: Tensor) -> Tensor:
-    """(..., A, 4) pixels, (A, 2) pixels, (A, 1) -> (..., A, 4) strides; negative where the point is outside."""
+    """(..., A, 4) pixels, (A, 2) pixels, (A, 1) -> (..., A, 4) strides; negative where the point is
+    outside.
+    """
     return torch.cat([points - boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - points], -1) / stride_of

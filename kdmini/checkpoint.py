@@ -1,7 +1,7 @@
 """Checkpoints: saved whole or not at all, verified when read, exact when resumed.
 
-A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, read with `weights_only=True`.
-"""
+A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, read with
+`weights_only=True`."""
 
 import os
 import re
@@ -51,16 +51,26 @@ def size_of(content: Any) -> int:
     """Bytes of all tensors."""
     if isinstance(content, torch.Tensor):
         return content.nbytes
-    items = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
+    items = (
+        content.values()
+        if isinstance(content, Mapping)
+        else content
+        if isinstance(content, list | tuple)
+        else ()
+    )
     return sum(map(size_of, items))
 
 
 def verify(path: Path) -> None:
-    """Raises UserError unless every byte of the file matches its checksum, which torch.load does not look at."""
+    """Raises UserError unless every byte of the file matches its checksum, which torch.load does
+    not look at.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             folders = [file.filename for file in archive.infolist() if file.external_attr & 0x10]
-            damaged = archive.testzip() or "".join(folders[:1])  # of a folder torch would leave memory as it finds it
+            damaged = archive.testzip() or "".join(
+                folders[:1]
+            )  # of a folder torch would leave memory as it finds it
     except Exception as error:  # one flipped byte makes zipfile raise OSError, NotImplementedError, zlib.error, ...
         raise UserError(f"{path} is not a readable checkpoint ({error})") from error
     if damaged:
@@ -72,41 +82,56 @@ def load(path: Path) -> dict[str, Any]:
     verify(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a strange pickle leads torch to, UnpicklingError being the least of it
-        raise UserError(f"{path} is not a kdmini checkpoint ({type(error).__name__}); nothing in it was run") from error
+    except (
+        Exception
+    ) as error:  # whatever a strange pickle leads torch to, UnpicklingError being the least of it
+        raise UserError(
+            f"{path} is not a kdmini checkpoint ({type(error).__name__}); nothing in it was run"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a kdmini checkpoint (it holds a {type(content).__name__})")
     return content
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Stateful], config: Mapping[str, Any]) -> None:
-    """Writes folder/step_NNNNNNNN.pt with the state of every part, the random numbers and the config."""
+    """Writes folder/step_NNNNNNNN.pt with the state of every part, the random numbers and the
+    config.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = {name: part.state_dict() for name, part in parts.items()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     save_atomic(
-        {**content, "rng": torch.get_rng_state(), "cuda_rng": cuda, "config": dict(config)}, numbered(folder, step)
+        {**content, "rng": torch.get_rng_state(), "cuda_rng": cuda, "config": dict(config)},
+        numbered(folder, step),
     )
     for old in existing(folder)[:-KEEP]:
         old.unlink()
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that verifies, and its path; those passed over are named. Raises UserError without one."""
+    """The newest checkpoint that verifies, and its path; those passed over are named. Raises
+    UserError without one.
+    """
     for path in reversed(existing(folder)):
         try:
             return path, load(path)
         except UserError as error:
             print(f"skipped: {error}")
-    raise UserError(f"{folder} holds no checkpoint to resume from; delete {folder.parent} and start again")
+    raise UserError(
+        f"{folder} holds no checkpoint to resume from; delete {folder.parent} and start again"
+    )
 
 
 def restore(content: Mapping[str, Any], parts: Mapping[str, Stateful], path: Path) -> None:
-    """Puts every part in the state of the checkpoint. Raises UserError where the two do not have the same form."""
+    """Puts every part in the state of the checkpoint. Raises UserError where the two do not have
+    the same form.
+    """
     states = {name: part.state_dict() for name, part in parts.items()}
     fresh = {**states, "rng": torch.get_rng_state(), "cuda_rng": [], "config": {}}
     if fault := misfit(fresh, content):
-        raise UserError(f"{path} is not of this run: {fault}; resume with the code and the files it was begun with")
+        raise UserError(
+            f"{path} is not of this run: {fault}; resume with the code and the files it was begun with"
+        )
     for name, part in parts.items():
         part.load_state_dict(content[name])
     torch.set_rng_state(content["rng"])
@@ -115,10 +140,11 @@ def restore(content: Mapping[str, Any], parts: Mapping[str, Stateful], path: Pat
 
 
 def misfit(fresh: Any, saved: Any, where: str = "") -> str:
-    """The first thing that only one of the two has, or has in another form, in words; empty if nothing.
+    """The first thing that only one of the two has, or has in another form, in words; empty if
+    nothing.
 
-    For load_state_dict is not always strict: an optimiser would go on without the momentum that is missing.
-    """
+    For load_state_dict is not always strict: an optimiser would go on without the momentum that is
+    missing."""
     if isinstance(fresh, list | tuple) and type(saved) is type(fresh):
         fresh, saved = dict(enumerate(fresh)), dict(enumerate(saved))
     if type(fresh) is not type(saved):
@@ -128,9 +154,17 @@ def misfit(fresh: Any, saved: Any, where: str = "") -> str:
     if isinstance(fresh, dict):
         if lost := [key for key in fresh if key not in saved]:
             return f"{where} lacks {lost[0]!r}".lstrip()
-        if fresh and (more := [key for key in saved if key not in fresh]):  # an empty dict may have become fuller
+        if fresh and (
+            more := [key for key in saved if key not in fresh]
+        ):  # an empty dict may have become fuller
             return f"{where} has {more[0]!r} too".lstrip()
-        return next(filter(None, (misfit(fresh[key], saved[key], f"{where}.{key}".lstrip(".")) for key in fresh)), "")
+        return next(
+            filter(
+                None,
+                (misfit(fresh[key], saved[key], f"{where}.{key}".lstrip(".")) for key in fresh),
+            ),
+            "",
+        )
     return ""
 
 
@@ -140,4 +174,6 @@ def numbered(folder: Path, step: int) -> Path:
 
 def existing(folder: Path) -> list[Path]:
     """Checkpoints of the folder, oldest first; temporary files are none."""
-    return sorted(path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", path.name))
+    return sorted(
+        path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", path.name)
+    )

@@ -1,4 +1,5 @@
-"""What a detector, a dataset, a distillation term and a metric must offer, and the tensors that pass between them.
+"""What a detector, a dataset, a distillation term and a metric must offer, and the tensors that
+pass between them.
 
 Nothing here runs. To add one of the four, write a class with these members in a file of your own
 and name it in the config (`build: your_package.your_module:YourClass`); nothing else is touched.
@@ -6,7 +7,9 @@ and name it in the config (`build: your_package.your_module:YourClass`); nothing
 Legend: N images, S image size, G objects (padded), D detections, K classes, C channels.
 """
 
-from __future__ import annotations  # keeps torch out: a mistake in a config is told before torch is imported
+from __future__ import (
+    annotations,
+)  # keeps torch out: a mistake in a config is told before torch is imported
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict
@@ -15,7 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-Losses: TypeAlias = "Mapping[str, Tensor]"  # name -> scalar, already multiplied by its own gain or weight
+Losses: TypeAlias = (
+    "Mapping[str, Tensor]"  # name -> scalar, already multiplied by its own gain or weight
+)
 Feats: TypeAlias = "Mapping[str, Tensor]"  # tap -> (N, C, H, W)
 
 
@@ -57,8 +62,10 @@ class View(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Optional: `report()`, one line about what was set right while reading, printed when all images are read;
-    `photographs`, a set of what identifies the images: train and val may then share none."""
+    """Optional: `report()`, one line about what was set right while reading, printed when all
+    images are read; `photographs`, a set of what identifies the images: train and val may then
+    share none.
+    """
 
     names: list[str]  # K class names; a label is an index into it
 
@@ -100,8 +107,9 @@ class Detector(Protocol):
 
 
 class Term(Protocol):
-    """An nn.Module; its parameters are optimised and saved. Its constructor may name `names`, the student's, and
-    `shapes`, {tap: (student C, teacher C, H, W)} before alignment; without a teacher, the student's C stands twice.
+    """An nn.Module; its parameters are optimised and saved. Its constructor may name `names`, the
+    student's, and `shapes`, {tap: (student C, teacher C, H, W)} before alignment; without a
+    teacher, the student's C stands twice.
     Optional: `needs_teacher = False`."""
 
     uses: set[str]  # {"feats"}, {"preds"} or both: decides what the teacher has to run

@@ -1,8 +1,8 @@
 """Several processes, one for each device, on one machine or several, started by torchrun.
 
-Every process ("rank") takes its share of each batch. BatchNorm and the normaliser of the loss are local to a rank;
-gradients are averaged. Without torchrun there is one rank, and nothing here does anything.
-"""
+Every process ("rank") takes its share of each batch. BatchNorm and the normaliser of the loss are
+local to a rank; gradients are averaged. Without torchrun there is one rank, and nothing here does
+anything."""
 
 import os
 import warnings
@@ -28,13 +28,20 @@ def launched() -> bool:
 
 
 def start(device: torch.device, timeout: float) -> torch.device:
-    """Meets the other ranks -> the device of this one. timeout: minutes to wait for a rank before giving up."""
+    """Meets the other ranks -> the device of this one. timeout: minutes to wait for a rank before
+    giving up.
+    """
     if not launched():
         return device
     if device.type == "cuda":
-        device, count = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        device, count = (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])),
+            torch.cuda.device_count(),
+        )
         if int(os.environ["LOCAL_RANK"]) >= count:
-            raise UserError(f"torchrun starts more processes than the {count} GPUs here; lower --nproc-per-node")
+            raise UserError(
+                f"torchrun starts more processes than the {count} GPUs here; lower --nproc-per-node"
+            )
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
@@ -57,30 +64,42 @@ def lost_a_rank(error: BaseException) -> str:
     """What to tell where the error came from waiting for another rank; empty where it did not."""
     if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         return ""
-    reason = str(error).split("] ", 1)[-1].split(". ")[0]  # without the place in gloo's code, and its advice
+    reason = (
+        str(error).split("] ", 1)[-1].split(". ")[0]
+    )  # without the place in gloo's code, and its advice
     return f"lost another rank, which failed, left, was killed or was silent for `timeout` minutes ({reason})"
 
 
 def finish() -> None:
-    """Waits until every rank is done, so that none takes the others for lost while rank 0 still writes."""
+    """Waits until every rank is done, so that none takes the others for lost while rank 0 still
+    writes.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def replicate(model: Any) -> Any:
-    """-> what to call in the model's place: a backward pass through it averages the gradients as they become ready."""
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the setting has another name from 2.15 on
+    """-> what to call in the model's place: a backward pass through it averages the gradients as
+    they become ready.
+    """
+    with warnings.catch_warnings(
+        action="ignore", category=FutureWarning
+    ):  # the setting has another name from 2.15 on
         return DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
 
 
 def averaging(replica: nn.Module, now: bool) -> AbstractContextManager:
-    """Around forward and backward pass: gradients are averaged over the ranks now, or only added up until they are."""
+    """Around forward and backward pass: gradients are averaged over the ranks now, or only added up
+    until they are.
+    """
     return nullcontext() if now or world() == 1 else replica.no_sync()  # type: ignore[operator]
 
 
 def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean over the ranks, in one message. No gradient counts as 0, for another rank may have one."""
+    """The mean over the ranks, in one message. No gradient counts as 0, for another rank may have
+    one.
+    """
     if world() > 1 and (many := [p for p in parameters if p.requires_grad]):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in many]
         flat = total(torch.cat([grad.reshape(-1) for grad in grads])) / world()
@@ -89,7 +108,9 @@ def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over the ranks, with a gradient that is right once the ranks' gradients have been averaged."""
+    """Sum over the ranks, with a gradient that is right once the ranks' gradients have been
+    averaged.
+    """
     if world() == 1:
         return values
     summed = values.detach().clone()

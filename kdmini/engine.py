@@ -36,7 +36,9 @@ class TrainBatches(Protocol):
 class ValBatches(Protocol):
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[Target], Callable[[list[Detections]], list[Detections]]]]: ...
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[Tensor, list[Target], Callable[[list[Detections]], list[Detections]]]]: ...
 
 
 @dataclass
@@ -58,7 +60,14 @@ class Progress:
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
     def next_epoch(self) -> None:
-        self.epoch, self.step, self.sums, self.counts, self.left_out, self.seconds = self.epoch + 1, 0, {}, {}, 0, 0.0
+        self.epoch, self.step, self.sums, self.counts, self.left_out, self.seconds = (
+            self.epoch + 1,
+            0,
+            {},
+            {},
+            0,
+            0.0,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,12 +85,16 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"device: {name} was asked for, but torch finds {count} CUDA devices; use auto or cpu")
+        raise UserError(
+            f"device: {name} was asked for, but torch finds {count} CUDA devices; use auto or cpu"
+        )
     return device
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """On CUDA: the fastest convolutions, tried out at the first step, or those that repeat bit for bit."""
+    """On CUDA: the fastest convolutions, tried out at the first step, or those that repeat bit for
+    bit.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(deterministic)
@@ -89,9 +102,15 @@ def choose_algorithms(deterministic: bool) -> None:
 
 
 def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.amp.GradScaler]:
-    """`amp` of the recipe -> the autocast context and the scaler, which does nothing except in fp16."""
+    """`amp` of the recipe -> the autocast context and the scaler, which does nothing except in
+    fp16.
+    """
     if amp is True:
-        amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else False
+        amp = (
+            ("bf16" if torch.cuda.is_bf16_supported() else "fp16")
+            if device.type == "cuda"
+            else False
+        )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, False: torch.bfloat16}[amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     return lambda: torch.autocast(device.type, dtype, enabled=bool(amp)), scaler
@@ -110,11 +129,11 @@ def train_one_epoch(
     autocast: Autocast,
     stop: Stop,
 ) -> None:
-    """From where `progress` stands to the end of the epoch; left sooner, after an update, when a save is due or
-    a signal came.
+    """From where `progress` stands to the end of the epoch; left sooner, after an update, when a
+    save is due or a signal came.
 
-    Raises UserError when MAX_SKIPPED updates in a row had a gradient that was not finite, or when fp16 cannot go on.
-    """
+    Raises UserError when MAX_SKIPPED updates in a row had a gradient that was not finite, or when
+    fp16 cannot go on."""
     student.train()
     distillation.train()
     epoch, steps = progress.epoch, len(loader)
@@ -122,7 +141,9 @@ def train_one_epoch(
     lambdas = " ".join(f"{name} {value:.3g}" for name, value in distillation.lambdas(epoch).items())
     tally, leaving, since_update = Tally(progress), False, 0
     batches, title = loader.epoch(epoch, progress.step), f"epoch {epoch + 1}/{recipe.epochs}"
-    bar = tqdm(batches, title, steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=None)
+    bar = tqdm(
+        batches, title, steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=None
+    )
     for step, (images, targets) in enumerate(bar, progress.step):
         setting = recipe.at(epoch * steps + step, steps)
         apply_setting(optimizer, setting)
@@ -161,7 +182,9 @@ def train_one_epoch(
             shown = tally.read(scaler, stop)
             speed = progress.step * recipe.batch / progress.seconds
             memory = f" {torch.cuda.max_memory_reserved() / 1e9:.1f} GB" if images.is_cuda else ""
-            bar.set_postfix_str(f"{shown} | lambda {lambdas or '-'} | lr {setting.lr:.2g} | {speed:.0f} img/s{memory}")
+            bar.set_postfix_str(
+                f"{shown} | lambda {lambdas or '-'} | lr {setting.lr:.2g} | {speed:.0f} img/s{memory}"
+            )
             leaving |= stop.agreed > 0  # a signal to any rank: all leave at the same step
         if leaving and update:
             break
@@ -169,21 +192,29 @@ def train_one_epoch(
 
 
 class Tally:
-    """Adds the losses to `progress`. Numbers wait on the device until `read` copies them all at once."""
+    """Adds the losses to `progress`. Numbers wait on the device until `read` copies them all at
+    once.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.waiting: list[tuple[str, Tensor, list[str]]] = []  # name, scalar, ids of the batch
-        self.broken: dict[str, list[str]] = {}  # what was not finite since the last good update, ids of the last batch
+        self.broken: dict[
+            str, list[str]
+        ] = {}  # what was not finite since the last good update, ids of the last batch
         self.since = time.perf_counter()
 
     def add(self, losses: Losses, skipped: Tensor | None, ids: list[str]) -> None:
-        """losses: name -> scalar; skipped: 1.0 where the update was left out, None where there was none."""
+        """losses: name -> scalar; skipped: 1.0 where the update was left out, None where there was
+        none.
+        """
         numbers = {**losses, SKIPPED: skipped} if skipped is not None else losses
         self.waiting += [(name, value.detach().float(), ids) for name, value in numbers.items()]
 
     def read(self, scaler: torch.amp.GradScaler, stop: Stop) -> str:
-        """-> means so far, of the finite values and over the ranks, in words. Tells all ranks of a stop signal."""
+        """-> means so far, of the finite values and over the ranks, in words. Tells all ranks of a
+        stop signal.
+        """
         progress = self.progress
         numbers = torch.stack([value for _, value, _ in self.waiting])
         values = (distributed.total(numbers) / distributed.world()).tolist()
@@ -202,13 +233,19 @@ class Tally:
         now = time.perf_counter()
         progress.seconds, self.since = progress.seconds + now - self.since, now
 
-        faults = (f"{name} not finite, last on {', '.join(ids)}" for name, ids in self.broken.items())
+        faults = (
+            f"{name} not finite, last on {', '.join(ids)}" for name, ids in self.broken.items()
+        )
         what = "; ".join(faults) or "all losses finite"
         if progress.skipped >= MAX_SKIPPED:
             remedy = "lower train.lr0, or train.amp=false"
-            raise UserError(f"{progress.skipped} updates in a row had no finite gradient ({what}): {remedy}")
+            raise UserError(
+                f"{progress.skipped} updates in a row had no finite gradient ({what}): {remedy}"
+            )
         if scaler.is_enabled() and scaler.get_scale() < 1:
-            raise UserError(f"the scale of the fp16 gradients fell below 1 ({what}): use train.amp=bf16 or false")
+            raise UserError(
+                f"the scale of the fp16 gradients fell below 1 ({what}): use train.amp=bf16 or false"
+            )
         shown = " ".join(f"{name} {value:.3f}" for name, value in progress.means().items())
         return f"{shown} | skipped {progress.left_out}" if progress.left_out else shown
 
@@ -217,8 +254,11 @@ SKIPPED = "skipped"
 
 
 @torch.no_grad()
-def evaluate(model: Detector, loader: ValBatches, metric: Metric, autocast: Autocast) -> dict[str, float]:
-    """Every image once, letterboxed; score above 0.001, NMS at IoU 0.7, 300 detections -> metric.compute().
+def evaluate(
+    model: Detector, loader: ValBatches, metric: Metric, autocast: Autocast
+) -> dict[str, float]:
+    """Every image once, letterboxed; score above 0.001, NMS at IoU 0.7, 300 detections ->
+    metric.compute().
 
     Each rank sees its share of the images, and scores those of all.
     """
@@ -230,7 +270,9 @@ def evaluate(model: Detector, loader: ValBatches, metric: Metric, autocast: Auto
         with autocast():
             preds = model(images)
         detections = model.decode(preds, score=0.001, iou=0.7, max_det=300)
-        on_cpu = [{key: value.cpu() for key, value in image.items()} for image in to_native(detections)]  # type: ignore
+        on_cpu = [
+            {key: value.cpu() for key, value in image.items()} for image in to_native(detections)
+        ]  # type: ignore
         found.append((on_cpu, targets))
     for batch in distributed.deal(found):
         metric.update(*batch)
@@ -241,8 +283,9 @@ def evaluate(model: Detector, loader: ValBatches, metric: Metric, autocast: Auto
 def attention_distances(
     student: Detector, distillation: Any, loader: ValBatches, autocast: Autocast, batches: int = 8
 ) -> dict[str, float]:
-    """Unweighted distances of the attention maps on the first held-out batches, a mean over images, for each tap
-    and summed over the taps ("aligned", "raw"); {} without a teacher."""
+    """Unweighted distances of the attention maps on the first held-out batches, a mean over images,
+    for each tap and summed over the taps ("aligned", "raw"); {} without a teacher.
+    """
     student.eval()
     distillation.eval()
     sums: dict[str, Tensor] = {}

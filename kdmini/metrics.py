@@ -1,21 +1,23 @@
 """One set of detections, scored three ways: VOC07 and VOC average precision, and COCO AP.
 
-All three walk through the detections of a class by falling score, call each a hit, a miss or ignored,
-and average the precision over recall. They differ in who is matched and where precision is read:
+All three walk through the detections of a class by falling score, call each a hit, a miss or
+ignored, and average the precision over recall. They differ in who is matched and where precision is
+read:
 
            IoU          a detection is compared with                precision is read at
   VOC07    0.5          the object it overlaps most                 11 recall levels
   VOC      0.5          the object it overlaps most                 every recall level (area under the curve)
   COCO     0.5 .. 0.95  the best object that is not taken yet       101 recall levels
 
-Sources: Everingham et al., "The PASCAL Visual Object Classes Challenge", IJCV 2010, section 4.2, with the
-development kits of 2007 and 2010; Lin et al., "Microsoft COCO", ECCV 2014, with pycocotools, area = all.
+Sources: Everingham et al., "The PASCAL Visual Object Classes Challenge", IJCV 2010, section 4.2,
+with the development kits of 2007 and 2010; Lin et al., "Microsoft COCO", ECCV 2014, with
+pycocotools, area = all.
 
 Boxes are continuous corners. The VOC kits measure inclusive pixels, xmax - xmin + 1; boxes read as
 (xmin - 1, ymin - 1, xmax, ymax) have exactly those sides, so one IoU serves all three.
 
-Legend: D detections and G objects of one class, best score first; P pairs of the two; T COCO thresholds.
-"""
+Legend: D detections and G objects of one class, best score first; P pairs of the two; T COCO
+thresholds."""
 
 import contextlib
 import io
@@ -34,14 +36,29 @@ VOC07_RECALL = np.arange(11) / 10
 MAX_DETECTIONS = 100  # COCO: per image and class; VOC sets no limit
 
 SCORES = ("AP50-95", "AP50", "AP75", "VOC07", "VOC")
-COCO_TABLE = ("AP50-95", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+COCO_TABLE = (
+    "AP50-95",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARs",
+    "ARm",
+    "ARl",
+)
 
 DETECTION = np.dtype([("image", "i8"), ("labels", "i8"), ("scores", "f8"), ("boxes_xyxy", "f8", 4)])
 OBJECT = np.dtype([("image", "i8"), ("labels", "i8"), ("difficult", "?"), ("boxes_xyxy", "f8", 4)])
 
 
 class DetectionMetric:
-    """Collects detections batch by batch. `names` are the K class names; start afresh with a new object."""
+    """Collects detections batch by batch. `names` are the K class names; start afresh with a new
+    object.
+    """
 
     fitness = "AP50-95"
 
@@ -57,7 +74,9 @@ class DetectionMetric:
         Raises ValueError if the lists differ in length, UserError if a label has no name.
         """
         if len(detections) != len(targets):
-            raise ValueError(f"{len(detections)} detections for {len(targets)} targets: one of each per image")
+            raise ValueError(
+                f"{len(detections)} detections for {len(targets)} targets: one of each per image"
+            )
         if not targets:
             return
         images = np.arange(len(targets)) + len(self.image_ids)
@@ -67,7 +86,9 @@ class DetectionMetric:
         # Joined before they are copied: one wait for the device per field instead of one per image.
         found["labels"] = torch.cat([d["labels"] for d in detections]).cpu().numpy()
         found["scores"] = torch.cat([d["scores"] for d in detections]).double().cpu().numpy()
-        found["boxes_xyxy"] = torch.cat([d["boxes_xyxy"] for d in detections]).double().cpu().numpy()
+        found["boxes_xyxy"] = (
+            torch.cat([d["boxes_xyxy"] for d in detections]).double().cpu().numpy()
+        )
 
         objects = np.empty(sum(len(t["labels"]) for t in targets), OBJECT)
         objects["image"] = np.repeat(images, [len(t["labels"]) for t in targets])
@@ -79,7 +100,9 @@ class DetectionMetric:
             outside = rows["labels"][(rows["labels"] < 0) | (rows["labels"] >= len(self.names))]
             if len(outside):
                 known = f"the metric knows {len(self.names)} names"
-                raise UserError(f"the {owner} gives label {outside[0]}, but {known}: give both the same names")
+                raise UserError(
+                    f"the {owner} gives label {outside[0]}, but {known}: give both the same names"
+                )
 
         self.image_ids += [target["id"] for target in targets]
         self._detections.append(found)
@@ -91,8 +114,12 @@ class DetectionMetric:
         return {key: float(np.mean([s[key] for s in scored])) if scored else 0.0 for key in SCORES}
 
     def per_class(self) -> dict[str, dict[str, float]]:
-        """-> name -> SCORES and `objects`, their number without the difficult ones; scores NaN where that is 0."""
-        return {name: score_class(detections, objects) for name, detections, objects in self.by_class()}
+        """-> name -> SCORES and `objects`, their number without the difficult ones; scores NaN
+        where that is 0.
+        """
+        return {
+            name: score_class(detections, objects) for name, detections, objects in self.by_class()
+        }
 
     def by_class(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """-> name, its DETECTION rows (D,), best score first, and its OBJECT rows (G,) by image."""
@@ -104,7 +131,8 @@ class DetectionMetric:
             yield name, mine, objects[objects["labels"] == label]
 
     def official(self) -> dict[str, float]:
-        """-> COCO_TABLE by pycocotools itself: slow, and the word of authority. -1 where nothing can be scored.
+        """-> COCO_TABLE by pycocotools itself: slow, and the word of authority. -1 where nothing
+        can be scored.
 
         s, m, l are objects below 32 x 32 pixels, up to 96 x 96, and above, by the area of the box.
         """
@@ -113,8 +141,8 @@ class DetectionMetric:
 
         detections, objects = np.concatenate(self._detections), np.concatenate(self._objects)
         truth, found = _annotations(objects), _annotations(detections)
-        # pycocotools overwrites `ignore` with `iscrowd`, and measures a crowd by another IoU. An area outside
-        # every range is what makes an object ignored under the plain one.
+        # pycocotools overwrites `ignore` with `iscrowd`, and measures a crowd by another IoU. An
+        # area outside every range is what makes an object ignored under the plain one.
         for annotation, difficult in zip(truth, objects["difficult"].tolist(), strict=True):
             annotation["area"] = 1e11 if difficult else annotation["area"]
         for annotation, score in zip(found, detections["scores"].tolist(), strict=True):
@@ -126,7 +154,11 @@ class DetectionMetric:
             sides = []
             for annotations in (truth, found):  # not loadRes: it raises IndexError on an empty list
                 side = COCO()
-                side.dataset = {"images": images, "categories": categories, "annotations": annotations}
+                side.dataset = {
+                    "images": images,
+                    "categories": categories,
+                    "annotations": annotations,
+                }
                 side.createIndex()
                 sides.append(side)
             evaluation = COCOeval(*sides, "bbox")
@@ -136,45 +168,72 @@ class DetectionMetric:
         return dict(zip(COCO_TABLE, evaluation.stats.tolist(), strict=True))
 
     def detections_json(self) -> list[dict]:
-        """-> {image_id, label, score, bbox_xyxy} per detection, ready for json.dump; pixels to 0.01."""
+        """-> {image_id, label, score, bbox_xyxy} per detection, ready for json.dump; pixels to
+        0.01.
+        """
         rows = np.concatenate(self._detections)
-        columns = (rows["image"], rows["labels"], rows["scores"].round(6), rows["boxes_xyxy"].round(2))
+        columns = (
+            rows["image"],
+            rows["labels"],
+            rows["scores"].round(6),
+            rows["boxes_xyxy"].round(2),
+        )
         return [
-            {"image_id": self.image_ids[image], "label": self.names[label], "score": score, "bbox_xyxy": box}
-            for image, label, score, box in zip(*(column.tolist() for column in columns), strict=True)
+            {
+                "image_id": self.image_ids[image],
+                "label": self.names[label],
+                "score": score,
+                "bbox_xyxy": box,
+            }
+            for image, label, score, box in zip(
+                *(column.tolist() for column in columns), strict=True
+            )
         ]
 
 
 def score_class(detections: np.ndarray, objects: np.ndarray) -> dict[str, float]:
-    """Scores of one class from its DETECTION rows (D,), best score first, and its OBJECT rows (G,) by image."""
+    """Scores of one class from its DETECTION rows (D,), best score first, and its OBJECT rows (G,)
+    by image.
+    """
     count = int((~objects["difficult"]).sum())
     if count == 0:
         return {**dict.fromkeys(SCORES, np.nan), "objects": 0}
 
     pairs = overlapping_pairs(detections, objects)
     hit, ignored = match_coco(*pairs, objects["difficult"], detections["image"])  # (T, D)
-    curves = np.stack([precision_curve(h, i, count) for h, i in zip(hit, ignored, strict=True)])  # (T, count)
+    curves = np.stack(
+        [precision_curve(h, i, count) for h, i in zip(hit, ignored, strict=True)]
+    )  # (T, count)
     coco = read_at(COCO_RECALL, curves)  # (T,)
-    voc = precision_curve(*match_voc(*pairs, objects["difficult"], len(detections)), count)  # (count,)
+    voc = precision_curve(
+        *match_voc(*pairs, objects["difficult"], len(detections)), count
+    )  # (count,)
     # the mean of VOC's curve is its area: each object found is a step of 1 / count in recall
     scores = (coco.mean(), coco[0], coco[5], read_at(VOC07_RECALL, voc), voc.mean())
     return {**dict(zip(SCORES, map(float, scores), strict=True)), "objects": count}
 
 
-def overlapping_pairs(detections: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of one image with IoU of 0.5 or more: index of the detection, of the object, IoU; (P,) each, by detection.
+def overlapping_pairs(
+    detections: np.ndarray, objects: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of one image with IoU of 0.5 or more: index of the detection, of the object, IoU; (P,)
+    each, by detection.
 
-    No pair below 0.5 is a match in any of the three measures, and few are above: all that follows is cheap.
-    """
+    No pair below 0.5 is a match in any of the three measures, and few are above: all that follows
+    is cheap."""
     first = np.searchsorted(objects["image"], detections["image"], side="left")  # (D,)
     partners = np.searchsorted(objects["image"], detections["image"], side="right") - first  # (D,)
     d = np.repeat(np.arange(len(detections)), partners)  # (P,)
-    g = np.arange(len(d)) + np.repeat(first - (np.cumsum(partners) - partners), partners)  # (P,) first, first + 1, ...
+    g = np.arange(len(d)) + np.repeat(
+        first - (np.cumsum(partners) - partners), partners
+    )  # (P,) first, first + 1, ...
 
     boxes_d = torch.from_numpy(detections["boxes_xyxy"][d])  # (P, 4)
     boxes_g = torch.from_numpy(objects["boxes_xyxy"][g])  # (P, 4)
     inter = intersection(boxes_d, boxes_g)
-    iou = (inter / (box_area(boxes_d) + box_area(boxes_g) - inter)).numpy()  # NaN for two empty boxes: no pair
+    iou = (
+        inter / (box_area(boxes_d) + box_area(boxes_g) - inter)
+    ).numpy()  # NaN for two empty boxes: no pair
     near = iou >= IOU_THRESHOLDS[0]
     return d[near], g[near], iou[near]
 
@@ -182,11 +241,12 @@ def overlapping_pairs(detections: np.ndarray, objects: np.ndarray) -> tuple[np.n
 def match_coco(
     d: np.ndarray, g: np.ndarray, iou: np.ndarray, difficult: np.ndarray, image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """pycocotools' greedy matching: pairs (P,), difficult (G,), image (D,) -> hit, ignored, (T, D) bool each.
+    """pycocotools' greedy matching: pairs (P,), difficult (G,), image (D,) -> hit, ignored, (T, D)
+    bool each.
 
-    By falling score each detection takes the object of highest IoU that nobody has taken, a difficult one only
-    if there is no other. A difficult object, too, is taken once: a second detection of it is a miss.
-    """
+    By falling score each detection takes the object of highest IoU that nobody has taken, a
+    difficult one only if there is no other. A difficult object, too, is taken once: a second
+    detection of it is a miss."""
     by_image = np.argsort(image, kind="stable")
     rank = np.empty(len(image), np.int64)  # (D,) place of a detection within its image
     rank[by_image] = np.arange(len(image)) - np.searchsorted(image[by_image], image[by_image])
@@ -195,7 +255,8 @@ def match_coco(
     # In order of preference; pycocotools gives a tie in IoU to the later object.
     order = np.lexsort((-g, -iou, difficult[g], d))
     order = order[~beyond_limit[d[order]]]
-    # The thresholds are matched independently of each other, but all at once: bit t of an integer is threshold t.
+    # The thresholds are matched independently of each other, but all at once: bit t of an integer
+    # is threshold t.
     reached = (1 << np.searchsorted(IOU_THRESHOLDS, iou[order], side="right")) - 1
     taken, hits, ignored = [0] * len(difficult), [0] * len(image), [0] * len(image)
     hard = difficult.tolist()
@@ -215,11 +276,11 @@ def match_coco(
 def match_voc(
     d: np.ndarray, g: np.ndarray, iou: np.ndarray, difficult: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The VOC kits' matching: pairs (P,), difficult (G,), count = D -> hit, ignored, (D,) bool each.
+    """The VOC kits' matching: pairs (P,), difficult (G,), count = D -> hit, ignored, (D,) bool
+    each.
 
-    A detection looks at the one object it overlaps most. If that is difficult it is ignored, and if an earlier
-    detection has claimed it the detection is a miss, whatever else it overlaps.
-    """
+    A detection looks at the one object it overlaps most. If that is difficult it is ignored, and if
+    an earlier detection has claimed it the detection is a miss, whatever else it overlaps."""
     order = np.lexsort((g, -iou, d))  # a tie in IoU goes to the earlier object
     d, best = np.unique(d[order], return_index=True)
     g = g[order][best]  # (number of detections with a pair,)
@@ -232,7 +293,8 @@ def match_voc(
 
 
 def precision_curve(hit: np.ndarray, ignored: np.ndarray, count: int) -> np.ndarray:
-    """hit, ignored (D,) -> (count,): the best precision at recall 1/count, 2/count, ... 1 or beyond; 0 if not reached.
+    """hit, ignored (D,) -> (count,): the best precision at recall 1/count, 2/count, ... 1 or
+    beyond; 0 if not reached.
 
     Precision rises at hits only, so nothing is lost by looking nowhere else.
     """
@@ -252,12 +314,14 @@ def read_at(recall: np.ndarray, curves: np.ndarray) -> np.ndarray:
 def _annotations(rows: np.ndarray) -> list[dict]:
     """DETECTION or OBJECT rows in COCO's form.
 
-    Ids start at 1: pycocotools takes 0 for `no match`. A box inside out has area 0 and is a miss; pycocotools
-    would ignore it if its area were negative.
+    Ids start at 1: pycocotools takes 0 for `no match`. A box inside out has area 0 and is a miss;
+    pycocotools would ignore it if its area were negative.
     """
     corner, sides = rows["boxes_xyxy"][:, :2], rows["boxes_xyxy"][:, 2:] - rows["boxes_xyxy"][:, :2]
     columns = (rows["image"], rows["labels"], np.hstack([corner, sides]), sides.clip(min=0).prod(1))
     return [
         {"id": i, "image_id": image, "category_id": label, "bbox": xywh, "area": area, "iscrowd": 0}
-        for i, (image, label, xywh, area) in enumerate(zip(*(c.tolist() for c in columns), strict=True), start=1)
+        for i, (image, label, xywh, area) in enumerate(
+            zip(*(c.tolist() for c in columns), strict=True), start=1
+        )
     ]

@@ -1,4 +1,5 @@
-"""The optimiser's side of a run: the recipe, parameter groups, schedules as pure functions of the step, EMA.
+"""The optimiser's side of a run: the recipe, parameter groups, schedules as pure functions of the
+step, EMA.
 
 Legend: a step is one batch; an update is one step of the optimiser, after one or more batches.
 """
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run is trained. Names and defaults are those of the public YOLO11 recipe with SGD and a cosine.
+    """How a run is trained. Names and defaults are those of the public YOLO11 recipe with SGD and a
+    cosine.
 
-    nbs: nominal batch size, reached by accumulation where batch is smaller; weight decay is stated for it.
+    nbs: nominal batch size, reached by accumulation where batch is smaller; weight decay is stated
+    for it.
     lrf: last learning rate as a share of lr0. warmup_steps: the least length of the warm-up.
     amp: false, bf16, fp16, or true for the better of the two on CUDA and float32 on the CPU.
     loss_scale: `batch` multiplies the detection loss by the batch size, `none` leaves the mean.
     clip: largest norm of the gradient. patience: epochs without a better model before stopping.
-    val_every: epochs between validations. save_every: steps between checkpoints, beside the one after every epoch.
-    """
+    val_every: epochs between validations. save_every: steps between checkpoints, beside the one
+    after every epoch."""
 
     epochs: int
     batch: int
@@ -52,10 +55,16 @@ class Recipe:
 
     def warmup(self, steps_per_epoch: int) -> int:
         """Length of the warm-up in steps."""
-        return max(round(self.warmup_epochs * steps_per_epoch), self.warmup_steps) if self.warmup_epochs > 0 else 0
+        return (
+            max(round(self.warmup_epochs * steps_per_epoch), self.warmup_steps)
+            if self.warmup_epochs > 0
+            else 0
+        )
 
     def at(self, step: int, steps_per_epoch: int) -> "Setting":
-        """What holds at a step, counted from the start of the run: warm-up, then a cosine that falls epoch by epoch."""
+        """What holds at a step, counted from the start of the run: warm-up, then a cosine that
+        falls epoch by epoch.
+        """
         turn = math.cos(math.pi * (step // steps_per_epoch) / self.epochs)
         lr = self.lr0 * (self.lrf + (1 - self.lrf) * (1 + turn) / 2)
         length = self.warmup(steps_per_epoch)
@@ -64,7 +73,9 @@ class Recipe:
         share = step / length
         bias_lr = self.warmup_bias_lr + share * (lr - self.warmup_bias_lr)
         momentum = self.warmup_momentum + share * (self.momentum - self.warmup_momentum)
-        return Setting(share * lr, bias_lr, momentum, max(round(1 + share * (self.nbs / self.batch - 1)), 1))
+        return Setting(
+            share * lr, bias_lr, momentum, max(round(1 + share * (self.nbs / self.batch - 1)), 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -76,16 +87,22 @@ class Setting:
 
 
 def make_sgd(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.SGD:
-    """Nesterov SGD over three groups, "weights", "norms" and "biases"; weight decay on the first alone.
+    """Nesterov SGD over three groups, "weights", "norms" and "biases"; weight decay on the first
+    alone.
 
-    Fused, so that a step whose gradient is not finite is skipped on the device. Momentum starts as zeros,
-    for torch would leave it uninitialised if that happened to the very first step.
-    """
+    Fused, so that a step whose gradient is not finite is skipped on the device. Momentum starts as
+    zeros, for torch would leave it uninitialised if that happened to the very first step."""
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": []}
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                kind = "biases" if name.endswith("bias") else "norms" if parameter.ndim <= 1 else "weights"
+                kind = (
+                    "biases"
+                    if name.endswith("bias")
+                    else "norms"
+                    if parameter.ndim <= 1
+                    else "weights"
+                )
                 groups[kind].append(parameter)
     decay = recipe.weight_decay * recipe.batch * recipe.accumulate / recipe.nbs
     settings: list[Any] = [
@@ -105,10 +122,11 @@ def apply_setting(optimizer: torch.optim.SGD, setting: Setting) -> None:
 
 
 class EMA:
-    """Exponential moving average of a model's weights and BatchNorm statistics, kept as a model, `average`.
+    """Exponential moving average of a model's weights and BatchNorm statistics, kept as a model,
+    `average`.
 
-    decay * (1 - exp(-updates / tau)): young averages forget faster. Build it before taps are attached.
-    """
+    decay * (1 - exp(-updates / tau)): young averages forget faster. Build it before taps are
+    attached."""
 
     def __init__(self, model: nn.Module, decay: float, tau: float):
         self.average: Any = copy.deepcopy(model).eval().requires_grad_(False)
@@ -123,10 +141,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: Any, skipped: Tensor | None = None) -> None:
-        """Moves the average towards the model. skipped: scalar, 1.0 where the update did not happen.
+        """Moves the average towards the model. skipped: scalar, 1.0 where the update did not
+        happen.
 
-        Only the weights are safe from a step that was skipped: where a forward pass has left BatchNorm statistics
-        that are not finite, the model gets those of the average back.
+        Only the weights are safe from a step that was skipped: where a forward pass has left
+        BatchNorm statistics that are not finite, the model gets those of the average back.
         """
         self.updates += 1
         weight: float | Tensor = 1 - self.decay * (1 - math.exp(-self.updates / self.tau))
@@ -145,9 +164,17 @@ class EMA:
 
     @staticmethod
     def _mend(buffers: list[Tensor], spare: list[Tensor]) -> None:
-        """Puts `spare` in the place of numbers that are not finite; for all buffers at once, and without waiting."""
+        """Puts `spare` in the place of numbers that are not finite; for all buffers at once, and
+        without waiting.
+        """
         pairs = [(b, s) for b, s in zip(buffers, spare, strict=True) if b.is_floating_point()]
         if pairs:
-            flat, other = (torch.cat([tensor.reshape(-1) for tensor in side]) for side in zip(*pairs, strict=True))
+            flat, other = (
+                torch.cat([tensor.reshape(-1) for tensor in side])
+                for side in zip(*pairs, strict=True)
+            )
             parts = torch.where(flat.isfinite(), flat, other).split([b.numel() for b, _ in pairs])
-            torch._foreach_copy_([b for b, _ in pairs], [p.view_as(b) for p, (b, _) in zip(parts, pairs, strict=True)])
+            torch._foreach_copy_(
+                [b for b, _ in pairs],
+                [p.view_as(b) for p, (b, _) in zip(parts, pairs, strict=True)],
+            )

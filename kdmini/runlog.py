@@ -14,9 +14,10 @@ from kdmini.contracts import UserError
 class RunFolder:
     """A folder for one run, locked as long as the process lives.
 
-    Raises UserError where it holds a run already that is not to be resumed, is in use, or cannot be written.
-    metrics.jsonl has one line an epoch, results.csv the same as a table; both are rewritten whole after every epoch.
-    Nothing is written before `begin`, so that a mistake found while building leaves nothing behind.
+    Raises UserError where it holds a run already that is not to be resumed, is in use, or cannot be
+    written. metrics.jsonl has one line an epoch, results.csv the same as a table; both are
+    rewritten whole after every epoch. Nothing is written before `begin`, so that a mistake found
+    while building leaves nothing behind.
     lead: whether this process writes; of several, one does.
     """
 
@@ -29,9 +30,15 @@ class RunFolder:
         self._lines = self.path / "metrics.jsonl"
         if not lead:
             return
-        place = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        place = next(
+            folder
+            for folder in (self.path.absolute(), *self.path.absolute().parents)
+            if folder.exists()
+        )
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise UserError(f"cannot write the run folder {self.path} ({place} is read-only); name another `run:`")
+            raise UserError(
+                f"cannot write the run folder {self.path} ({place} is read-only); name another `run:`"
+            )
         if resume:
             self._lock()
         else:
@@ -45,7 +52,9 @@ class RunFolder:
             )
 
     def _lock(self) -> None:
-        """Takes the lock, which goes with the process however that ends, and clears away what a killed one left."""
+        """Takes the lock, which goes with the process however that ends, and clears away what a
+        killed one left.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._held = (self.path / "lock").open("a+")
@@ -96,7 +105,9 @@ class RunFolder:
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         # whole, and not appended: a line that a kill cut off would swallow the next
-        write_whole(self._lines, "".join(json.dumps(record, default=float) + "\n" for record in records))
+        write_whole(
+            self._lines, "".join(json.dumps(record, default=float) + "\n" for record in records)
+        )
         columns = list(dict.fromkeys(name for record in records for name in record))
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, lineterminator="\n")
@@ -112,7 +123,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room, or write elsewhere") from error
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); make room, or write elsewhere"
+        ) from error
     finally:
         if temporary.is_file():  # a signal, too, may have come between
             temporary.unlink()

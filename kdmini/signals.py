@@ -1,4 +1,6 @@
-"""Stop signals. A signal ends the program with 128 + its number, at once, or where `delayed` says so, after a save."""
+"""Stop signals. A signal ends the program with 128 + its number, at once, or where `delayed` says
+so, after a save.
+"""
 
 import os
 import signal
@@ -11,7 +13,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """signum: the signal that asked for a stop; 0 as long as none did. agreed: once all ranks know of it."""
+    """signum: the signal that asked for a stop; 0 as long as none did. agreed: once all ranks know
+    of it.
+    """
 
     signum = agreed = 0
 
@@ -21,7 +25,9 @@ def leave(signum: int, frame: FrameType | None = None) -> None:
 
 
 def exit_on_signals() -> None:
-    """From now on a signal unwinds the stack, so that nothing half-written is left; nohup's stay ignored."""
+    """From now on a signal unwinds the stack, so that nothing half-written is left; nohup's stay
+    ignored.
+    """
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, leave)
@@ -29,17 +35,21 @@ def exit_on_signals() -> None:
 
 @contextmanager
 def delayed(repeats: bool = False) -> Iterator[Stop]:
-    """Within it the first signal only sets `stop.signum`, and takes effect at the end; the second does so at once.
+    """Within it the first signal only sets `stop.signum`, and takes effect at the end; the second
+    does so at once.
 
-    repeats: the second says no more than the first, as under torchrun, which passes on what a terminal sent already.
-    """
+    repeats: the second says no more than the first, as under torchrun, which passes on what a
+    terminal sent already."""
     stop = Stop()
 
     def note(signum: int, frame: FrameType | None) -> None:
         if stop.signum == 0:
             again = "" if repeats else "; once more to leave at once"
             # not print, which could be interrupted in the middle of printing
-            os.write(2, f"\n{signal.Signals(signum).name}: finishing the step and saving{again}\n".encode())
+            os.write(
+                2,
+                f"\n{signal.Signals(signum).name}: finishing the step and saving{again}\n".encode(),
+            )
         elif not repeats:
             leave(signum)
         stop.signum = signum

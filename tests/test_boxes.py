@@ -7,7 +7,14 @@ import torch
 from torchvision.ops import box_area as their_area
 from torchvision.ops import complete_box_iou, complete_box_iou_loss
 
-from kdmini.boxes import anchor_points, box_area, ciou, dist_ltrb_to_xyxy, intersection, xyxy_to_dist_ltrb
+from kdmini.boxes import (
+    anchor_points,
+    box_area,
+    ciou,
+    dist_ltrb_to_xyxy,
+    intersection,
+    xyxy_to_dist_ltrb,
+)
 
 CPU = torch.device("cpu")
 
@@ -50,7 +57,9 @@ def test_ciou_of_boxes_worked_out_by_hand():
     a, b = torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 1, 3, 3])
     assert ciou(a, a).item() == pytest.approx(1, abs=1e-6)
     assert ciou(a, b).item() == pytest.approx(1 / 7 - 2 / 18, abs=1e-6)  # same aspect
-    tall = torch.tensor([0.0, 0, 2, 4])  # same left top corner: IoU 1/2, centres 1 apart, diagonal^2 20
+    tall = torch.tensor(
+        [0.0, 0, 2, 4]
+    )  # same left top corner: IoU 1/2, centres 1 apart, diagonal^2 20
     v = 4 / math.pi**2 * (math.atan(1) - math.atan(0.5)) ** 2
     assert ciou(a, tall).item() == pytest.approx(0.5 - 1 / 20 - v * v / (v + 0.5), abs=1e-6)
 
@@ -63,7 +72,8 @@ def test_gradients_of_ciou_equal_torchvision():
         complete_box_iou_loss(theirs, other, reduction="sum").backward()
         assert theirs.grad.abs().max() > 0.01
         different = (ours.grad - theirs.grad).abs().max(1).values > 1e-7
-        # where two corners coincide the maximum has no gradient of its own: only the equal box and the touching one
+        # where two corners coincide the maximum has no gradient of its own: only the equal box and
+        # the touching one
         assert set(different.nonzero().flatten().tolist()) <= {80, 81}
     assert torch.isfinite(ours.grad).all()
 
@@ -88,7 +98,16 @@ def test_area_and_intersection():
 
 def test_anchor_points_are_the_centres_of_the_cells_row_by_row():
     points, stride_of = anchor_points([(2, 3), (1, 2)], [8, 16], CPU)
-    assert points.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8], [24, 8]]
+    assert points.tolist() == [
+        [4, 4],
+        [12, 4],
+        [20, 4],
+        [4, 12],
+        [12, 12],
+        [20, 12],
+        [8, 8],
+        [24, 8],
+    ]
     assert stride_of.tolist() == [[8]] * 6 + [[16]] * 2
     assert points.dtype == stride_of.dtype == torch.float32
     points, stride_of = anchor_points([(80, 80), (40, 40), (20, 20)], [8, 16, 32], CPU)
@@ -105,7 +124,10 @@ def test_distances_by_hand():
     points, stride_of = torch.tensor([[12.0, 20.0]]), torch.tensor([[8.0]])
     boxes = torch.tensor([[[4.0, 16, 28, 60]]])  # (1, 1, 4)
     assert xyxy_to_dist_ltrb(boxes, points, stride_of).tolist() == [[[1, 0.5, 2, 5]]]
-    assert dist_ltrb_to_xyxy(torch.tensor([[[1, 0.5, 2, 5]]]), points, stride_of).tolist() == boxes.tolist()
+    assert (
+        dist_ltrb_to_xyxy(torch.tensor([[[1, 0.5, 2, 5]]]), points, stride_of).tolist()
+        == boxes.tolist()
+    )
     assert xyxy_to_dist_ltrb(torch.tensor([[20.0, 0, 30, 40]]), points, stride_of)[0, 0] < 0
 
 

@@ -1,4 +1,6 @@
-"""`train.py --check` is green where distillation works, and names each way in which it can be off in silence."""
+"""`train.py --check` is green where distillation works, and names each way in which it can be off
+in silence.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +45,10 @@ class AroundAlign(nn.Module):
     uses = frozenset({"preds"})
 
     def forward(self, student, teacher, targets):
-        return sum((ours - theirs).square().mean() for ours, theirs in zip(student.preds, teacher.preds, strict=True))
+        return sum(
+            (ours - theirs).square().mean()
+            for ours, theirs in zip(student.preds, teacher.preds, strict=True)
+        )
 
 
 def term(name: str) -> str:
@@ -84,14 +89,20 @@ def test_it_is_green_where_distillation_works(check) -> None:
     assert "data: 16 images, 2 steps an epoch" in told  # and not all of the set is read
 
 
-@pytest.mark.parametrize("overrides", [["train.amp=bf16"], ["distill.align=frozen"], ["distill.kd_scale=batch"]])
+@pytest.mark.parametrize(
+    "overrides", [["train.amp=bf16"], ["distill.align=frozen"], ["distill.kd_scale=batch"]]
+)
 def test_it_is_green_for_the_other_settings(check, overrides: list[str]) -> None:
     assert check(*overrides)[0] == []
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [["distill.attention.weight=0"], ["distill.attention.schedule=[[0, 0.0, .inf, 0.0]]"], ["distill=null"]],
+    [
+        ["distill.attention.weight=0"],
+        ["distill.attention.schedule=[[0, 0.0, .inf, 0.0]]"],
+        ["distill=null"],
+    ],
 )
 def test_nothing_to_distil(check, overrides: list[str]) -> None:
     assert check(*overrides)[0] == ["weight * lambda"]
@@ -113,15 +124,21 @@ def test_align_modules_without_a_gradient(check) -> None:
 
 def test_align_modules_that_are_not_in_the_optimiser(check, monkeypatch) -> None:
     make_sgd = train_script.make_sgd
-    monkeypatch.setattr(train_script, "make_sgd", lambda modules, recipe: make_sgd(modules[:1], recipe))
+    monkeypatch.setattr(
+        train_script, "make_sgd", lambda modules, recipe: make_sgd(modules[:1], recipe)
+    )
     assert check()[0] == ["optimiser", "align and terms, some steps later"]
 
 
 def test_a_teacher_that_is_trained(check, monkeypatch) -> None:
     make_sgd, freeze = train_script.make_sgd, step.freeze
     teachers = []
-    monkeypatch.setattr(step, "freeze", lambda teacher: teachers.append(freeze(teacher).requires_grad_(True)))
-    monkeypatch.setattr(train_script, "make_sgd", lambda modules, recipe: make_sgd([*modules, teachers[0]], recipe))
+    monkeypatch.setattr(
+        step, "freeze", lambda teacher: teachers.append(freeze(teacher).requires_grad_(True))
+    )
+    monkeypatch.setattr(
+        train_script, "make_sgd", lambda modules, recipe: make_sgd([*modules, teachers[0]], recipe)
+    )
     assert check()[0] == ["teacher, some steps later"]
 
 
@@ -150,7 +167,9 @@ def test_a_tap_that_says_nothing(check, monkeypatch) -> None:
 
 
 def test_a_tap_that_does_not_fire(config_file: Path) -> None:
-    with pytest.raises(SystemExit, match=r"distill\.taps: model\.23\.cv2\.0 did not fire .* no part of its head"):
+    with pytest.raises(
+        SystemExit, match=r"distill\.taps: model\.23\.cv2\.0 did not fire .* no part of its head"
+    ):
         run(train_script, "--config", config_file, "--check", "distill.taps=[model.23.cv2.0]")
 
 
@@ -159,12 +178,16 @@ def test_a_teacher_that_detects_nothing(check) -> None:
     assert rows == ["teacher, held-out images"] and "AP50-95 0.000" in told
 
 
-def test_a_run_in_the_folder_is_neither_in_the_way_nor_touched(config_file: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_in_the_folder_is_neither_in_the_way_nor_touched(
+    config_file: Path, tmp_path: Path, capsys
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("another run's")
     run(train_script, "--config", config_file, "--check", SOME)
     assert "distillation is on" in capsys.readouterr().out
-    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {"config.yaml": "another run's"}
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml": "another run's"
+    }
 
 
 def test_it_goes_with_a_config(config_file: Path, capsys) -> None:

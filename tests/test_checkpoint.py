@@ -15,10 +15,23 @@ import torch
 from torch import nn
 
 from kdmini import checkpoint
-from kdmini.checkpoint import KEEP, existing, load, newest, numbered, restore, save, save_atomic, verify
+from kdmini.checkpoint import (
+    KEEP,
+    existing,
+    load,
+    newest,
+    numbered,
+    restore,
+    save,
+    save_atomic,
+    verify,
+)
 from kdmini.contracts import UserError
 
-OLD, NEW = {"weights": torch.arange(6.0), "epoch": 3}, {"weights": torch.arange(6.0) + 1, "epoch": 4}
+OLD, NEW = (
+    {"weights": torch.arange(6.0), "epoch": 3},
+    {"weights": torch.arange(6.0) + 1, "epoch": 4},
+)
 CONFIG = {"run": "runs/a", "data": {"imgsz": 64, "limit": None}}
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -31,7 +44,9 @@ def refused(function, *words):
 
 
 def same(content, expected):
-    return content["epoch"] == expected["epoch"] and torch.equal(content["weights"], expected["weights"])
+    return content["epoch"] == expected["epoch"] and torch.equal(
+        content["weights"], expected["weights"]
+    )
 
 
 @pytest.fixture
@@ -89,7 +104,9 @@ def strike(monkeypatch, point, blow):
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
 )
-def test_an_error_at_any_point_leaves_the_old_file_and_nothing_else(path, monkeypatch, point, error, seen_as):
+def test_an_error_at_any_point_leaves_the_old_file_and_nothing_else(
+    path, monkeypatch, point, error, seen_as
+):
     def blow():
         raise error
 
@@ -98,7 +115,11 @@ def test_an_error_at_any_point_leaves_the_old_file_and_nothing_else(path, monkey
         with pytest.raises(seen_as) as caught:
             save_atomic(NEW, path)
     if isinstance(error, OSError | RuntimeError):
-        assert str(path) in str(caught.value) and "MB" in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            str(path) in str(caught.value)
+            and "MB" in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
     assert same(load(path), OLD)
     assert os.listdir(path.parent) == ["best.pt"]
     save_atomic(NEW, path)
@@ -137,7 +158,10 @@ def test_a_process_killed_while_it_saves_again_and_again_leaves_whole_files(tmp_
             finally:
                 os._exit(1)
         until = time.monotonic() + 30
-        while not numbered(folder, 10_000 * round_) <= existing(folder)[-1] and time.monotonic() < until:
+        while (
+            not numbered(folder, 10_000 * round_) <= existing(folder)[-1]
+            and time.monotonic() < until
+        ):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
@@ -179,7 +203,9 @@ class Tensors:
 def test_the_data_are_on_the_disk_before_the_name_and_the_name_after(path, monkeypatch):
     seen = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (seen.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append("replace"), replace(a, b)))
     save_atomic(NEW, path)
     assert seen == [f"{path}.tmp", "replace", str(path.parent)]
@@ -226,7 +252,9 @@ def test_a_flipped_byte_among_the_weights_is_detected_by_verify(tmp_path):
     at = whole.index(torch.full((4,), 1.5).numpy().tobytes()) + 2001
     whole[at] ^= 16
     path.write_bytes(whole)
-    assert not torch.equal(torch.load(path, weights_only=True)["weights"], torch.full((1000,), 1.5))  # torch is silent
+    assert not torch.equal(
+        torch.load(path, weights_only=True)["weights"], torch.full((1000,), 1.5)
+    )  # torch is silent
     refused(lambda: verify(path), str(path), "damaged")
 
 
@@ -386,7 +414,10 @@ def test_a_missing_part_is_named(tmp_path):
     refused(lambda: resume(tmp_path / "ckpt", {"progress": progress, "align": align}), "align")
     assert progress == Progress(7)  # nothing was restored
     content = load(numbered(tmp_path / "ckpt", 20))
-    save_atomic({name: value for name, value in content.items() if name != "rng"}, numbered(tmp_path / "ckpt", 20))
+    save_atomic(
+        {name: value for name, value in content.items() if name != "rng"},
+        numbered(tmp_path / "ckpt", 20),
+    )
     refused(lambda: resume(tmp_path / "ckpt", {"progress": progress}), "rng")
 
 
@@ -414,5 +445,7 @@ def test_a_disk_without_room_is_told_with_what_is_free(path, monkeypatch):
 
 def test_a_folder_that_is_gone_is_told_in_one_line(tmp_path):
     refused(lambda: save_atomic(NEW, tmp_path / "gone" / "best.pt"), "gone")
-    save(tmp_path / "moved" / "ckpt", 1, {"progress": Progress()}, CONFIG)  # nothing is lost where it can be saved
+    save(
+        tmp_path / "moved" / "ckpt", 1, {"progress": Progress()}, CONFIG
+    )  # nothing is lost where it can be saved
     assert existing(tmp_path / "moved" / "ckpt")

@@ -1,4 +1,6 @@
-"""What bench/complexity.py counts, against published figures, formulas and a second way of counting."""
+"""What bench/complexity.py counts, against published figures, formulas and a second way of
+counting.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,9 @@ PUBLISHED = [  # scale, classes, parameters, GFLOPs at 640 px without the produc
 
 
 @pytest.mark.parametrize("scale, classes, parameters, gflops", PUBLISHED)
-def test_counts_are_the_published_ones(scale: str, classes: int, parameters: int, gflops: float | None) -> None:
+def test_counts_are_the_published_ones(
+    scale: str, classes: int, parameters: int, gflops: float | None
+) -> None:
     model, of_convolutions, of_products = complexity.detector(scale, classes), 0, 0
 
     def convolution(conv: nn.Conv2d, given: tuple, out: torch.Tensor) -> None:
@@ -57,7 +61,10 @@ def test_the_maps_and_the_alignment_cost_what_the_formulas_say() -> None:
 
 
 def test_the_notes_total_is_the_sum_of_their_layers() -> None:
-    assert [round(sum(said), 2) for said in zip(*complexity.NOTES.values(), strict=True)] == [10.49, 10.49]
+    assert [round(sum(said), 2) for said in zip(*complexity.NOTES.values(), strict=True)] == [
+        10.49,
+        10.49,
+    ]
 
 
 def test_bytes_alive_are_counted_as_on_paper() -> None:
@@ -86,7 +93,10 @@ def test_what_lives_after_a_forward_pass_is_what_autograd_saves_and_the_preds() 
         saved.setdefault(storage._cdata, storage)
         return tensor
 
-    with complexity.Live() as live, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        complexity.Live() as live,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         preds = model(torch.empty(2, 3, 64, 64, device="meta"))
     held = {key: storage.nbytes() for key, storage in saved.items() if key not in own}
     held |= {p.untyped_storage()._cdata: p.nbytes for p in preds}
@@ -105,7 +115,9 @@ def test_the_largest_batch_that_fits() -> None:
     needed = complexity.Need(fixed=2**30, per_image=2**30 // 4)
     room = (10 * complexity.SHARE - complexity.CONTEXT - 1) * 4  # images
     assert complexity.largest(10, needed) == max(size for size in complexity.SIZES if size <= room)
-    assert complexity.largest(10, needed, 3 * 2**30) == max(size for size in complexity.SIZES if size <= room - 12)
+    assert complexity.largest(10, needed, 3 * 2**30) == max(
+        size for size in complexity.SIZES if size <= room - 12
+    )
     assert complexity.largest(2, needed) == 0
 
 
@@ -117,7 +129,9 @@ def test_the_document_has_the_tables_as_they_are_counted() -> None:
 
 def test_the_document_has_the_pictures_that_it_shows() -> None:
     text = (ROOT / "docs" / "ideas.md").read_text(encoding="utf-8")
-    shown = {line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    shown = {
+        line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")
+    }
     kept = {f"pictures/{path.name}" for path in Path(ROOT / "docs" / "pictures").glob("*.png")}
     assert shown == kept != set()
     for name in kept:

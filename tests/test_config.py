@@ -62,7 +62,9 @@ def refused(message, function, *args, **kwargs):
 def read_and_call(path, overrides=()):
     read = config.load(path, overrides)
     train = config.call(Train, read["train"], "voc.yaml: train")
-    return train, config.call(Attention, read["distill"]["attention"], "voc.yaml: distill.attention")
+    return train, config.call(
+        Attention, read["distill"]["attention"], "voc.yaml: distill.attention"
+    )
 
 
 def test_a_correct_file_reaches_the_constructors(voc):
@@ -76,7 +78,11 @@ def test_a_correct_file_reaches_the_constructors(voc):
     ("old", "new", "message"),
     [
         ("epochs: 150", "epoch: 150", "voc.yaml: train.epoch: unknown key; did you mean `epochs`?"),
-        ("weight: 0.75", "wieght: 0.75", "voc.yaml: distill.attention.wieght: unknown key; did you mean `weight`?"),
+        (
+            "weight: 0.75",
+            "wieght: 0.75",
+            "voc.yaml: distill.attention.wieght: unknown key; did you mean `weight`?",
+        ),
         ("epochs: 150", "epochs: ten", "voc.yaml: train.epochs: expected int, got 'ten'"),
         ("epochs: 150", "epochs: 3.7", "train.epochs: expected int, got 3.7"),
         ("epochs: 150", "epochs: true", "train.epochs: expected int, got True"),
@@ -137,7 +143,10 @@ def test_overrides(voc):
     assert attention.weight == 0.5
     assert attention.schedule == [SCHEDULE[0], [30, 0.3, 100, 0.0], SCHEDULE[2]]
 
-    read = config.load(voc, ["distill=null", 'train.run="5e-4"', "note=a=b", "student.weights={path: 한글 폴더/a.pt}"])
+    read = config.load(
+        voc,
+        ["distill=null", 'train.run="5e-4"', "note=a=b", "student.weights={path: 한글 폴더/a.pt}"],
+    )
     assert read["distill"] is None
     assert read["train"]["run"] == "5e-4"
     assert read["note"] == "a=b"
@@ -148,39 +157,67 @@ def test_overrides(voc):
 def test_an_override_does_not_reach_a_section_through_a_shared_alias(tmp_path):
     path = write(tmp_path, "teacher: &model {scale: m, taps: [6, 8]}\nstudent: *model\n")
     read = config.load(path, ["student.scale=s", "student.taps.0=4"])
-    assert read == {"teacher": {"scale": "m", "taps": [6, 8]}, "student": {"scale": "s", "taps": [4, 8]}}
+    assert read == {
+        "teacher": {"scale": "m", "taps": [6, 8]},
+        "student": {"scale": "s", "taps": [4, 8]},
+    }
 
 
 def test_an_override_finds_a_key_that_is_a_number(tmp_path):
-    assert config.load(write(tmp_path, "align: {6: all}"), ["align.6=none"]) == {"align": {6: "none"}}
+    assert config.load(write(tmp_path, "align: {6: all}"), ["align.6=none"]) == {
+        "align": {6: "none"}
+    }
 
 
 def test_files_that_are_no_config(tmp_path):
     for text in ("", "\n# nothing\n", "---\n"):
         assert config.load(write(tmp_path, text)) == {}
-    refused("case.yaml: expected sections (`name: value`), got [1, 2]", config.load, write(tmp_path, "[1, 2]"))
+    refused(
+        "case.yaml: expected sections (`name: value`), got [1, 2]",
+        config.load,
+        write(tmp_path, "[1, 2]"),
+    )
     refused("got 'text'", config.load, write(tmp_path, "text"))
     refused("expected sections", config.load, write(tmp_path, "0"))
     refused("is not UTF-8 text", config.load, write(tmp_path, "a: 한글".encode("cp949")))
     refused("special characters are not allowed", config.load, write(tmp_path, "a: \x07"))
-    refused("case.yaml:2: could not determine a constructor", config.load, write(tmp_path, "a: 1\nb: !!python/name:x"))
+    refused(
+        "case.yaml:2: could not determine a constructor",
+        config.load,
+        write(tmp_path, "a: 1\nb: !!python/name:x"),
+    )
     refused("case.yaml: month must be in", config.load, write(tmp_path, "a: 2012-13-45"))
-    refused("case.yaml:3: but found another document", config.load, write(tmp_path, "a: 1\n\n---\nb: 1"))
+    refused(
+        "case.yaml:3: but found another document", config.load, write(tmp_path, "a: 1\n\n---\nb: 1")
+    )
     refused("missing.yaml", config.load, tmp_path / "missing.yaml")
     refused(str(tmp_path), config.load, tmp_path)
 
 
 def test_numbers_with_an_exponent(tmp_path):
     numbers = ["5e-4", "1e3", "1E3", "-2e+3", ".5e1", "3.e2", "1.5e3", "1.0e-05"]
-    read = config.load(write(tmp_path, "\ufeffa: [" + ", ".join(numbers) + "]\nb: ['5e-4', e3, 1e, 12e5x, 1.2.3, 07e]"))
+    read = config.load(
+        write(
+            tmp_path,
+            "\ufeffa: [" + ", ".join(numbers) + "]\nb: ['5e-4', e3, 1e, 12e5x, 1.2.3, 07e]",
+        )
+    )
     assert read["a"] == [float(number) for number in numbers]
     assert all(type(number) is float for number in read["a"])
     assert all(type(text) is str for text in read["b"])
 
 
 def test_repeated_keys(tmp_path):
-    refused("case.yaml:3: the key `a` is given twice", config.load, write(tmp_path, "x:\n  a: 1\n  'a': 2\n"))
-    refused("the key `<<` is given twice", config.load, write(tmp_path, "b: &b {a: 1}\nx: {<<: *b, <<: *b}\n"))
+    refused(
+        "case.yaml:3: the key `a` is given twice",
+        config.load,
+        write(tmp_path, "x:\n  a: 1\n  'a': 2\n"),
+    )
+    refused(
+        "the key `<<` is given twice",
+        config.load,
+        write(tmp_path, "b: &b {a: 1}\nx: {<<: *b, <<: *b}\n"),
+    )
 
 
 MERGES = {
@@ -205,11 +242,20 @@ MERGES = {
         "p: &p {a: 1, b: 1}\nq: &q {<<: *p, b: 2, c: 2}\nr: &r {<<: *p, c: 3, d: 3}\nx: {<<: [*r, *q]}",
         {"a": 1, "b": 1, "c": 3, "d": 3},
     ),
-    "a base that is used twice": ("p: &p {a: 1}\nq: &q {<<: *p, a: 2}\ny: {<<: *q}\nx: {<<: [*p, *q]}", {"a": 1}),
+    "a base that is used twice": (
+        "p: &p {a: 1}\nq: &q {<<: *p, a: 2}\ny: {<<: *q}\nx: {<<: [*p, *q]}",
+        {"a": 1},
+    ),
     "keys of any type": (
         "b: &b {1: one, 2.5: two, true: yes, null: nothing, '1': text, 2012-01-01: day}\n"
         "q: &q {<<: *b, 0x1: ONE, 2.50: TWO, on: false}\nx: {<<: *q, ~: NOTHING}",
-        {1: False, 2.5: "TWO", None: "NOTHING", "1": "text", datetime.date(2012, 1, 1): "day"},  # True is 1
+        {
+            1: False,
+            2.5: "TWO",
+            None: "NOTHING",
+            "1": "text",
+            datetime.date(2012, 1, 1): "day",
+        },  # True is 1
     ),
     "a bare = is a text": ("b: &b {=: 1}\nx: {<<: *b, a: 2}", {"=": 1, "a": 2}),
     "an empty base": ("b: &b {}\nx: {<<: *b, a: 1}", {"a": 1}),
@@ -226,7 +272,10 @@ def test_merged_keys(tmp_path, text: str, merged: dict):
     "text, fault",
     [
         ("x: {<<: 3}", "case.yaml:1: `<<`: expected a mapping, or a list of them, got a scalar"),
-        ("a: {}\nx: {<<: [{}, b]}", "case.yaml:2: `<<`: expected a mapping, or a list of them, got a scalar"),
+        (
+            "a: {}\nx: {<<: [{}, b]}",
+            "case.yaml:2: `<<`: expected a mapping, or a list of them, got a scalar",
+        ),
         ("x: {<<: [[{}]]}", "got a sequence"),
         ("x: &x {<<: *x, a: 1}", "case.yaml:1: `<<`: merges itself"),
         ("x: &x {y: &y {<<: *x}, <<: *y}", "merges itself"),
@@ -239,7 +288,22 @@ def test_what_cannot_be_merged(tmp_path, text: str, fault: str):
 ROUND_TRIP: dict[Any, Any] = {
     "floats": [1e-5, 5e-4, 1e16, 1.5e300, 0.1, -0.0, 3.0, INF, -INF],
     "schedule": SCHEDULE,
-    "text": ["5e-4", "1e3", "no", "null", "~", "", " a", "1:30", "010", ".inf", "2012-01-01", "a: b", "#'", "두\n줄"],
+    "text": [
+        "5e-4",
+        "1e3",
+        "no",
+        "null",
+        "~",
+        "",
+        " a",
+        "1:30",
+        "010",
+        ".inf",
+        "2012-01-01",
+        "a: b",
+        "#'",
+        "두\n줄",
+    ],
     "한글 키": "한글 값 with 말",
     "none": None,
     "flags": [True, False, None],
@@ -279,17 +343,33 @@ def test_build_from_a_module_outside_the_package(tmp_path, monkeypatch):
     where = "voc.yaml: student"
     offered = {"names": ["cat"], "device": "cpu", "shapes": {}}
     assert config.build(section, where, **offered).settings == (["cat"], 4, "s")
-    assert config.build(section | {"names": ["dog"]}, where, **offered).settings == (["dog"], 4, "s")
+    assert config.build(section | {"names": ["dog"]}, where, **offered).settings == (
+        ["dog"],
+        4,
+        "s",
+    )
     assert section == {"build": "forked_detector:Detector", "width": 4}
 
     cases = [
         (section | {"widht": 4}, "voc.yaml: student.widht: unknown key; did you mean `width`?"),
         (section | {"width": "4"}, "voc.yaml: student.width: expected int, got '4'"),
         (section | {"device": "cpu"}, "student.device: unknown key"),
-        ({"build": "forked_detector:Detectr"}, "`forked_detector` has no class or function `Detectr`; did you mean `D"),
-        ({"build": "forked_detectr:Detector"}, "student.build: cannot import `forked_detectr`: No module named"),
-        ({"build": "forked_broken:Detector"}, "cannot import `forked_broken`: No module named 'no_such_package'"),
-        ({"build": "forked_hidden:make"}, "the signature of `make` cannot be read: name 'Unknown' is not defined"),
+        (
+            {"build": "forked_detector:Detectr"},
+            "`forked_detector` has no class or function `Detectr`; did you mean `D",
+        ),
+        (
+            {"build": "forked_detectr:Detector"},
+            "student.build: cannot import `forked_detectr`: No module named",
+        ),
+        (
+            {"build": "forked_broken:Detector"},
+            "cannot import `forked_broken`: No module named 'no_such_package'",
+        ),
+        (
+            {"build": "forked_hidden:make"},
+            "the signature of `make` cannot be read: name 'Unknown' is not defined",
+        ),
         ({"build": "math:pi"}, "`math` has no class or function `pi`"),
         ({"build": "forked_detector.Detector"}, "student.build: expected package.module:Name"),
         ({"build": "../evil:Name"}, "expected package.module:Name"),
@@ -376,8 +456,17 @@ def test_calls_with_open_signatures():
     def forwards(width: int, **others: float):
         return width, others
 
-    assert config.call(forwards, {"width": 1, "gain": 2}, "a: b", names=["cat"]) == (1, {"gain": 2.0})
-    refused("a: b.gain: expected float, got 'x'", config.call, forwards, {"width": 1, "gain": "x"}, "a: b")
+    assert config.call(forwards, {"width": 1, "gain": 2}, "a: b", names=["cat"]) == (
+        1,
+        {"gain": 2.0},
+    )
+    refused(
+        "a: b.gain: expected float, got 'x'",
+        config.call,
+        forwards,
+        {"width": 1, "gain": "x"},
+        "a: b",
+    )
     refused("a: b.7: unknown key", config.call, forwards, {"width": 1, 7: 1.0}, "a: b")
 
     class NoSettings(torch.nn.Module):

@@ -58,7 +58,10 @@ class Pieces:
 
     def __init__(self, case: Case):
         torch.manual_seed(5)
-        self.student, teacher = YOLO11(NAMES, [0.5, 0.0625, 1024]), YOLO11(NAMES, [0.5, 0.0625, 1024])
+        self.student, teacher = (
+            YOLO11(NAMES, [0.5, 0.0625, 1024]),
+            YOLO11(NAMES, [0.5, 0.0625, 1024]),
+        )
         taps = {tap: tap for tap in TAPS}
         shapes = tap_shapes(self.student, teacher, taps, 64)
         self.student.double(), teacher.double()
@@ -86,8 +89,16 @@ class Pieces:
         return [*self.student.parameters(), *(p for p in self.distillation.parameters())]
 
     def state(self) -> dict[str, Tensor]:
-        found = {"student": self.student, "distillation": self.distillation, "ema": self.ema.average}
-        return {f"{k} {name}": v.clone() for k, part in found.items() for name, v in part.state_dict().items()}
+        found = {
+            "student": self.student,
+            "distillation": self.distillation,
+            "ema": self.ema.average,
+        }
+        return {
+            f"{k} {name}": v.clone()
+            for k, part in found.items()
+            for name, v in part.state_dict().items()
+        }
 
 
 def store(root: Path, split: str) -> Store:
@@ -95,7 +106,9 @@ def store(root: Path, split: str) -> Store:
 
 
 class Loader(TrainLoader):
-    """In float64, as all else here: after ten steps, float32's rounding alone would be worth more than 1e-5."""
+    """In float64, as all else here: after ten steps, float32's rounding alone would be worth more
+    than 1e-5.
+    """
 
     def epoch(self, epoch: int, start: int = 0) -> Any:
         return ((images.double(), targets) for images, targets in super().epoch(epoch, start))
@@ -110,7 +123,9 @@ class Seen(DetectionMetric):
 
     def update(self, detections: Any, targets: Any) -> None:
         super().update(detections, targets)
-        self.shown += [(target["id"], found) for found, target in zip(detections, targets, strict=True)]
+        self.shown += [
+            (target["id"], found) for found, target in zip(detections, targets, strict=True)
+        ]
 
 
 # --- what each rank does
@@ -136,7 +151,9 @@ def train(case: Case, data: Store) -> list[dict[str, Any]]:
 
 
 def stopped(data: Store) -> list[int]:
-    """A signal to rank 1 alone, in step 3 -> step at which this rank left, and the signal it knows of."""
+    """A signal to rank 1 alone, in step 3 -> step at which this rank left, and the signal it knows
+    of.
+    """
 
     class Signalled(Loader):
         def epoch(self, epoch: int, start: int = 0) -> Any:
@@ -185,9 +202,15 @@ def work(root: Path, out: Path) -> None:
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"), 1.0)
     data, held_out = store(root, "train"), store(root, "val")
-    found = {"evaluate": {batch: evaluate(held_out, batch) for batch in (6, 4, 16)}, "uneven": uneven()}
+    found = {
+        "evaluate": {batch: evaluate(held_out, batch) for batch in (6, 4, 16)},
+        "uneven": uneven(),
+    }
     Tensor.float = float_or_double  # type: ignore[method-assign]
-    found |= {"train": {name: train(case, data) for name, case in CASES.items()}, "stopped": stopped(data)}
+    found |= {
+        "train": {name: train(case, data) for name, case in CASES.items()},
+        "stopped": stopped(data),
+    }
     print(f"only rank {distributed.rank()} speaks")
     torch.save(found, out / f"{distributed.rank()}.pt")
     distributed.finish()
@@ -200,15 +223,29 @@ def work(root: Path, out: Path) -> None:
 def ranks(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks saved, and at the end what they printed."""
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, str(shapes), str(out)], capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(
+        [*command, str(shapes), str(out)], capture_output=True, text=True, env=env, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)] + [{"stdout": done.stdout}]
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)] + [
+        {"stdout": done.stdout}
+    ]
 
 
 def reference(case: Case, data: Store) -> list[dict[str, Any]]:
-    """The same training: each half of a batch through a replica of its own, gradients added by hand."""
+    """The same training: each half of a batch through a replica of its own, gradients added by
+    hand.
+    """
     replicas = [Pieces(case), Pieces(case)]
     lead, states, total = replicas[0], [], {}
     loader, since = Loader(data, BATCH, EPOCHS, Augment(), 1), 0
@@ -226,18 +263,24 @@ def reference(case: Case, data: Store) -> list[dict[str, Any]]:
             if (factor := WEIGHT * kd.lambdas(epoch)["attention"]) > 0:
                 aligned, teacher = kd.align(feats), kd.look(images[half]).feats
                 for tap in TAPS:
-                    differences[tap].append(attention_map(aligned[tap]) - attention_map(teacher[tap]))
+                    differences[tap].append(
+                        attention_map(aligned[tap]) - attention_map(teacher[tap])
+                    )
         means = {name: (losses[0][name] + losses[1][name]) / 2 for name in losses[0]}
         loss = BATCH * sum(means.values())
         if factor > 0:
-            joined = [torch.cat(halves) for halves in differences.values()]  # (N, H, W) of the global batch
+            joined = [
+                torch.cat(halves) for halves in differences.values()
+            ]  # (N, H, W) of the global batch
             terms = {
                 "notes": lambda d: d.square().sum().sqrt() / BATCH,
                 "sample": lambda d: d.square().sum((1, 2)).sqrt().mean(),
                 "mean_square": lambda d: d.square().mean(),
             }
             means["attention"] = factor * sum(map(terms[case.reduction], joined))
-            loss = loss + (BATCH if case.kd_scale == "batch" else case.kd_scale) * means["attention"]
+            loss = (
+                loss + (BATCH if case.kd_scale == "batch" else case.kd_scale) * means["attention"]
+            )
         loss.backward()  # the replicas' gradients; that of the loss is their sum
         total = {name: total.get(name, 0) + value.item() for name, value in means.items()}
         since += 1
@@ -259,7 +302,9 @@ def reference(case: Case, data: Store) -> list[dict[str, Any]]:
         with torch.no_grad():
             for p, q in zip(*(replica.parameters() for replica in replicas), strict=True):
                 q.copy_(p)
-        buffers = {f"other {name}": value.clone() for name, value in replicas[1].student.named_buffers()}
+        buffers = {
+            f"other {name}": value.clone() for name, value in replicas[1].student.named_buffers()
+        }
         states.append({"done": step + 1, "sums": total, **lead.state(), **buffers})
     return states
 
@@ -270,28 +315,45 @@ def data(shapes: Path) -> Store:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_train_as_one_process_that_does_both_halves(ranks, data: Store, name: str, monkeypatch) -> None:
+def test_two_ranks_train_as_one_process_that_does_both_halves(
+    ranks, data: Store, name: str, monkeypatch
+) -> None:
     monkeypatch.setattr(Tensor, "float", float_or_double)
     expected = reference(CASES[name], data)
     one, other = (ranks[rank]["train"][name] for rank in range(2))
-    assert [state["done"] for state in expected] == [state["done"] for state in one] == [s["done"] for s in other]
-    assert expected[-1]["done"] == STEPS and len(expected) == (10 if CASES[name].accumulate == 1 else 6)
+    assert (
+        [state["done"] for state in expected]
+        == [state["done"] for state in one]
+        == [s["done"] for s in other]
+    )
+    assert expected[-1]["done"] == STEPS and len(expected) == (
+        10 if CASES[name].accumulate == 1 else 6
+    )
     for state, mine, theirs in zip(expected, one, other, strict=True):
         limit = 1e-9 if state is expected[0] else 1e-6  # absolute, on weights of about 0.1
         for key, value in mine.items():
             if key not in ("done", "sums"):
-                torch.testing.assert_close(value, state[key], atol=limit, rtol=limit, msg=f"{key} at {state['done']}")
+                torch.testing.assert_close(
+                    value, state[key], atol=limit, rtol=limit, msg=f"{key} at {state['done']}"
+                )
         # as logged: the mean over the ranks, which for `notes` is the value on the global batch
-        assert mine["sums"] == pytest.approx(state["sums"], rel=1e-5) and mine["sums"] == theirs["sums"]
+        assert (
+            mine["sums"] == pytest.approx(state["sums"], rel=1e-5)
+            and mine["sums"] == theirs["sums"]
+        )
         for key, value in state.items():  # BatchNorm's statistics are a rank's own
             if key.startswith("other "):
-                torch.testing.assert_close(theirs[key.replace("other", "student")], value, atol=1e-6, rtol=1e-6)
+                torch.testing.assert_close(
+                    theirs[key.replace("other", "student")], value, atol=1e-6, rtol=1e-6
+                )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_end_with_the_same_bits_and_statistics_of_their_own(ranks, name: str) -> None:
     one, other = (ranks[rank]["train"][name][-1] for rank in range(2))
-    differ = {key for key in one if key not in ("done", "sums") and not torch.equal(one[key], other[key])}
+    differ = {
+        key for key in one if key not in ("done", "sums") and not torch.equal(one[key], other[key])
+    }
     assert differ and all(key.endswith(("running_mean", "running_var")) for key in differ)
 
 
@@ -303,7 +365,9 @@ def test_distillation_moves_the_student_and_the_align_modules(ranks) -> None:
 
 
 @pytest.mark.parametrize(("batch", "batches"), [(6, [2, 1]), (4, [2, 2]), (16, [1, 0])])
-def test_scores_of_two_ranks_are_those_of_one_and_no_image_counts_twice(ranks, shapes, batch, batches) -> None:
+def test_scores_of_two_ranks_are_those_of_one_and_no_image_counts_twice(
+    ranks, shapes, batch, batches
+) -> None:
     """8 images in an odd number of batches, an even one, and in fewer batches than ranks."""
     expected = evaluate(store(shapes, "val"), batch // 2)  # as many images at a time
     assert [image for image, _ in expected["shown"]] == [f"shapes/{i:06}" for i in range(24, 32)]
@@ -323,8 +387,17 @@ def test_what_only_one_rank_has_is_shared(ranks) -> None:
     for rank in range(2):
         found = ranks[rank]["uneven"]
         both, one, none, fixed = found["gradients"]
-        assert both.tolist() == [1.5, 3.0] and one.tolist() == [1.5, 2.5] and none.tolist() == [0, 0] and fixed is None
-        assert found["dealt"] == [0, 1, 2, 4] and found["largest"] == 9 and found["broadcast"].tolist() == [7]
+        assert (
+            both.tolist() == [1.5, 3.0]
+            and one.tolist() == [1.5, 2.5]
+            and none.tolist() == [0, 0]
+            and fixed is None
+        )
+        assert (
+            found["dealt"] == [0, 1, 2, 4]
+            and found["largest"] == 9
+            and found["broadcast"].tolist() == [7]
+        )
 
 
 def test_rank_0_speaks_for_all(ranks) -> None:

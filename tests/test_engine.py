@@ -67,19 +67,49 @@ class Batches:
 
     def epoch(self, epoch, start=0):
         numbers = range(start, len(self.factors))
-        return ((torch.ones(4, 3, 2, 2), {"factor": self.factors[i], "ids": [f"batch {i}"]}) for i in numbers)
+        return (
+            (torch.ones(4, 3, 2, 2), {"factor": self.factors[i], "ids": [f"batch {i}"]})
+            for i in numbers
+        )
 
 
-def train(batches: Batches, extra=Nothing, kd_scale: float | str = 1.0, amp: bool | str = False, **settings):
-    """One epoch with learning rate 1 and no momentum, so that the weight moves by the gradient -> weight, progress."""
+def train(
+    batches: Batches,
+    extra=Nothing,
+    kd_scale: float | str = 1.0,
+    amp: bool | str = False,
+    **settings,
+):
+    """One epoch with learning rate 1 and no momentum, so that the weight moves by the gradient ->
+    weight, progress.
+    """
     model = Line()
-    plain = {"lr0": 1.0, "momentum": 1e-12, "weight_decay": 0.0, "warmup_epochs": 0, "clip": 1e9, "nbs": 4}
+    plain = {
+        "lr0": 1.0,
+        "momentum": 1e-12,
+        "weight_decay": 0.0,
+        "warmup_epochs": 0,
+        "clip": 1e9,
+        "nbs": 4,
+    }
     recipe = Recipe(epochs=1, batch=4, amp=amp, **{**plain, **settings})
     autocast, scaler = precision(amp, CPU)
     ema, progress = EMA(model, 0.5, 1.0), Progress()
     optimizer = make_sgd([model], recipe)
     distillation = extra(model, kd_scale)
-    train_one_epoch(model, model, distillation, batches, optimizer, scaler, ema, recipe, progress, autocast, Stop())
+    train_one_epoch(
+        model,
+        model,
+        distillation,
+        batches,
+        optimizer,
+        scaler,
+        ema,
+        recipe,
+        progress,
+        autocast,
+        Stop(),
+    )
     return model.weight.item(), progress, ema
 
 
@@ -166,4 +196,6 @@ def test_attention_distances_are_means_over_images_of_the_first_batches() -> Non
     batches = [(torch.full((n, 1), value), [], None) for n, value in ((2, 1.0), (4, 4.0), (1, 1e9))]
     found = attention_distances(model, Apart(model), batches, precision(False, CPU)[0], batches=2)
     mean = (2 * 1 + 4 * 4) / 6
-    assert found == pytest.approx({"distance/aligned/a": mean, "distance/raw/a": 2 * mean, "distance/raw/b": 0})
+    assert found == pytest.approx(
+        {"distance/aligned/a": mean, "distance/raw/a": 2 * mean, "distance/raw/b": 0}
+    )

@@ -1,4 +1,6 @@
-"""The evidence: which runs are made, that they go on where they were, and the arithmetic of the table."""
+"""The evidence: which runs are made, that they go on where they were, and the arithmetic of the
+table.
+"""
 
 import csv
 import math
@@ -14,7 +16,19 @@ import eval as eval_script
 import train
 from bench import evidence
 from bench.evidence import ByClass, Sample, main, protocol_of, schedules, settings_of
-from bench.findings import BASELINE, BOUND, PEER, TEACHER, bound_of, deviation_of, gain, read, table, verdict, write
+from bench.findings import (
+    BASELINE,
+    BOUND,
+    PEER,
+    TEACHER,
+    bound_of,
+    deviation_of,
+    gain,
+    read,
+    table,
+    verdict,
+    write,
+)
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.voc import VOC, VOC_NAMES
@@ -41,7 +55,9 @@ def test_a_sample_is_evenly_spaced(shapes: Path, tmp_path: Path) -> None:
     root = tmp_path / "shapes"
     shutil.copytree(shapes, root)
     split = root / "ImageSets/Main/few.txt"
-    split.write_text("".join((split.parent / "train.txt").read_text().splitlines(keepends=True)[:7]))
+    split.write_text(
+        "".join((split.parent / "train.txt").read_text().splitlines(keepends=True)[:7])
+    )
     everything = [record.id for record in VOC(str(root), ["few"], NAMES).records]
     found = Sample(str(root), ["few"], 3, NAMES)
     assert [record.id for record in found.records] == [everything[0], everything[2], everything[4]]
@@ -59,7 +75,11 @@ def test_the_other_schedules_have_the_mean_of_the_notes() -> None:
     for name, segments in schedules(60).items():
         check_segments(segments)
         assert mean(segments, 60) == pytest.approx(mean(notes, 150), rel=0.01), name
-    assert piecewise_linear(schedules(60)["mosaic"], 49) > 0 == piecewise_linear(schedules(60)["mosaic"], 50)
+    assert (
+        piecewise_linear(schedules(60)["mosaic"], 49)
+        > 0
+        == piecewise_linear(schedules(60)["mosaic"], 50)
+    )
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
@@ -70,7 +90,9 @@ def test_every_row_is_a_run_that_can_be_built(name: str) -> None:
         settings = settings_of(name, overrides, row, 1, Path("runs"))
         assert (settings["seed"], settings["run"]) == (1, f"runs/{row}-1")
         built, used = settings["distill"] or {"taps": []}, teacher if settings["teacher"] else None
-        config.call(train.make_distillation, built, "distill", student=student, teacher=used, imgsz=128)
+        config.call(
+            train.make_distillation, built, "distill", student=student, teacher=used, imgsz=128
+        )
         seen.append({**settings, "run": ""})
     assert all(seen.count(settings) == 1 for settings in seen)  # no two rows are the same
 
@@ -88,7 +110,10 @@ def test_the_row_of_the_notes_is_what_the_notes_say() -> None:
 
 
 def test_runs_go_on_and_are_made_once(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(shapes, tmp_path / "set")
     for path in (tmp_path / "set/Annotations").iterdir():  # shapes under names of VOC
@@ -99,7 +124,10 @@ def test_runs_go_on_and_are_made_once(
     base = yaml.safe_load(CONFIG.format(run="unused", shapes="usual", tiny=TINY))
     base["data"]["train"] = {"build": "bench.evidence:Sample", "splits": ["train"], "count": 16}
     base["data"]["val"] = {"build": "kdmini.data.voc:VOC", "splits": ["val"]}
-    base |= {"metric": {"build": "tests.test_evidence:Generous"}, "train": {**base["train"], "epochs": 2}}
+    base |= {
+        "metric": {"build": "tests.test_evidence:Generous"},
+        "train": {**base["train"], "epochs": 2},
+    }
     (tmp_path / "bench/evidence").mkdir(parents=True)
     (tmp_path / "bench/evidence/gpu.yaml").write_text(config.dump(base))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -107,7 +135,19 @@ def test_runs_go_on_and_are_made_once(
     monkeypatch.setattr(evidence, "LEAST_OBJECTS", 3)
     monkeypatch.chdir(tmp_path)
     runs, kept = tmp_path / "elsewhere", tmp_path / "bench/evidence/gpu"
-    asked = ["gpu", "teacher", "alone", "notes", "--seeds", "0", "1", "--runs", "elsewhere", "--root", "set"]
+    asked = [
+        "gpu",
+        "teacher",
+        "alone",
+        "notes",
+        "--seeds",
+        "0",
+        "1",
+        "--runs",
+        "elsewhere",
+        "--root",
+        "set",
+    ]
 
     Generous.left = 3
     with pytest.raises(KeyboardInterrupt):
@@ -125,17 +165,24 @@ def test_runs_go_on_and_are_made_once(
         **dict.fromkeys(("teacher-0", "alone-0", "alone-1", "notes-1"), texts), "notes-0": {*texts, "check.txt"}
     }  # fmt: skip
     for name in ("alone-1", "notes-0"):
-        assert (kept / name / "results.csv").read_text() == (runs / name / "results.csv").read_text()
+        assert (kept / name / "results.csv").read_text() == (
+            runs / name / "results.csv"
+        ).read_text()
         text = (runs / name / "config.yaml").read_text()
-        assert f"run: elsewhere/{name}\n" in text and "weights: elsewhere/teacher-0/best.pt\n" in text
-        assert (kept / name / "config.yaml").read_text() == text.replace("elsewhere", "runs/evidence/gpu").replace(
-            "root: set\n", "root: usual\n"
+        assert (
+            f"run: elsewhere/{name}\n" in text and "weights: elsewhere/teacher-0/best.pt\n" in text
         )
+        assert (kept / name / "config.yaml").read_text() == text.replace(
+            "elsewhere", "runs/evidence/gpu"
+        ).replace("root: set\n", "root: usual\n")
     check = (kept / "notes-0/check.txt").read_text()
-    assert "KD / task gradient" in check and "elsewhere/alone-0/best.pt" in check  # the student trained alone
+    assert (
+        "KD / task gradient" in check and "elsewhere/alone-0/best.pt" in check
+    )  # the student trained alone
     page = (tmp_path / "bench/evidence/gpu.md").read_text()
     assert (
-        f"{3 * len(protocol_of('gpu').rows) - 4} of {3 * len(protocol_of('gpu').rows)} runs are yet to be made" in page
+        f"{3 * len(protocol_of('gpu').rows) - 4} of {3 * len(protocol_of('gpu').rows)} runs are yet to be made"
+        in page
     )
     assert "| notes " in page and "aeroplane" in page and "not trained yet" not in page
     assert (tmp_path / "bench/evidence/gpu.png").stat().st_size > 10_000
@@ -144,12 +191,16 @@ def test_runs_go_on_and_are_made_once(
     monkeypatch.setattr(sys, "argv", ["eval.py", "--config", its_config, "--weights", best])
     eval_script.main()
     told = capsys.readouterr().out.splitlines()
-    assert not any("AP aeroplane" in line for line in told)  # a score of its own has no place in the row of a class
+    assert not any(
+        "AP aeroplane" in line for line in told
+    )  # a score of its own has no place in the row of a class
     assert any(line.startswith("aeroplane ") for line in told)
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.pt")}
     main(asked)
-    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.pt")} == before  # nothing was trained again
+    assert {
+        path: path.stat().st_mtime_ns for path in runs.rglob("*.pt")
+    } == before  # nothing was trained again
 
 
 @pytest.mark.parametrize("argument", ["nots", "teachers"])
@@ -166,8 +217,9 @@ def test_a_row_names_the_row_that_it_needs(tmp_path: Path, there: list[str], nee
         (tmp_path / name / "best.pt").touch()
     with pytest.raises(SystemExit) as left:
         main(["cpu", "notes", "--seeds", "0", "--runs", str(tmp_path)])
-    assert f"notes needs {tmp_path}/{needed}-0: `python -m bench.evidence cpu {needed} --seeds 0` first" in str(
-        left.value
+    assert (
+        f"notes needs {tmp_path}/{needed}-0: `python -m bench.evidence cpu {needed} --seeds 0` first"
+        in str(left.value)
     )
 
 
@@ -186,11 +238,20 @@ def keep(folder: Path, run: str, ap: float) -> None:
 
 def cells_of(text: str) -> list[list[str]]:
     """The lines of its tables."""
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
 
 
 def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
-    points = {BASELINE: [3.0, 3.3, 2.9], "notes": [3.1, 3.2, 3.0], "sample": [4.0, 4.4, 3.9], "logits": [1.0, 1.1, 0.9]}
+    points = {
+        BASELINE: [3.0, 3.3, 2.9],
+        "notes": [3.1, 3.2, 3.0],
+        "sample": [4.0, 4.4, 3.9],
+        "logits": [1.0, 1.1, 0.9],
+    }
     points |= {"ultralytics_alone": [5.0, 5.2, 5.1], "ultralytics": [5.1, 5.4, 5.4]}
     for row, values in points.items():
         for seed, value in enumerate(values):
@@ -198,13 +259,17 @@ def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
     keep(tmp_path, "sample_strong-0", 0.5)  # another row, whose name begins like one
     (tmp_path / "notes-0/check.txt").write_text("ok   KD / task gradient                 3.37%\n")
     results = {row: read(tmp_path, row) for row in points}
-    assert {row: sorted(runs) for row, runs in results.items()} == {row: [0, 1, 2] for row in points}
+    assert {row: sorted(runs) for row, runs in results.items()} == {
+        row: [0, 1, 2] for row in points
+    }
 
     # one-way analysis of variance: the mean square within the rows
     pooled = math.sqrt(np.mean([np.var(values, ddof=1) for values in points.values()]))
     assert deviation_of(results) == pytest.approx(pooled)
     assert gain(results, "sample") == pytest.approx([1.0, 1.1, 1.0])
-    assert gain(results, "ultralytics") == pytest.approx([0.1, 0.2, 0.3])  # its own trainer without a teacher
+    assert gain(results, "ultralytics") == pytest.approx(
+        [0.1, 0.2, 0.3]
+    )  # its own trainer without a teacher
     bound = BOUND * pooled * math.sqrt(2 / 3)
     for row, expected in (("notes", "within noise"), ("sample", "helps"), ("logits", "hurts")):
         apart = np.mean(points[row]) - np.mean(points[BASELINE])
@@ -212,12 +277,17 @@ def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
         assert verdict(gain(results, row), pooled) == expected
     assert verdict([5.0], pooled) == ""  # one seed says nothing
 
-    rows = {name: cells for name, *cells in cells_of(table(results, "python -m bench.evidence cpu", (0, 1, 2)))}
+    rows = {
+        name: cells
+        for name, *cells in cells_of(table(results, "python -m bench.evidence cpu", (0, 1, 2)))
+    }
     assert rows["notes"] == [
         "3.10 ± 0.10 (n=3)", "6.20 ± 0.20 (n=3)", "9.30 ± 0.30 (n=3)", "+0.03 ± 0.12 (n=3)", "within noise", "3.4%",
         "6.00", "2.00", "", "60", "`python -m bench.evidence cpu notes`",
     ]  # fmt: skip
-    added = {name: cells for name, *cells in cells_of(table(results, "make", (0, 1)))}  # the third seed was not planned
+    added = {
+        name: cells for name, *cells in cells_of(table(results, "make", (0, 1)))
+    }  # the third seed was not planned
     assert added["notes"] == [*rows["notes"][:-1], "`make notes --seeds 0 1 2`"]
 
 
@@ -225,13 +295,17 @@ def test_the_arithmetic_of_the_table(tmp_path: Path) -> None:
 def test_equal_rows_seldom_lie_beyond_the_noise(n: int) -> None:
     draws = np.random.default_rng(0).normal(7.0, 0.4, (50_000, 2, n)).mean(2)
     beyond = np.abs(draws[:, 0] - draws[:, 1]) > bound_of(0.4, n)
-    assert 0.011 < beyond.mean() < 0.014  # a normal deviate is beyond 2.5 of its standard deviations in 1.24 %
+    assert (
+        0.011 < beyond.mean() < 0.014
+    )  # a normal deviate is beyond 2.5 of its standard deviations in 1.24 %
 
 
 def test_a_table_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "gpu", ["alone", "notes"], (0, 1, 2))
     text = (tmp_path / "gpu.md").read_text()
-    assert "6 of 6 runs are yet to be made" in text and "nan" not in text and "not trained yet" in text
+    assert (
+        "6 of 6 runs are yet to be made" in text and "nan" not in text and "not trained yet" in text
+    )
     assert not (tmp_path / "gpu.png").exists()
 
 
@@ -245,25 +319,39 @@ def test_the_page_is_what_the_kept_texts_say(name: str, tmp_path: Path) -> None:
     for path in kept.glob("*/config.yaml"):
         row, _, seed = path.parent.name.rpartition("-")
         overrides = {TEACHER: protocol.teacher, **protocol.rows}[row]
-        assert config.load(path) == settings_of(name, overrides, row, int(seed), Path(f"runs/evidence/{name}"))
+        assert config.load(path) == settings_of(
+            name, overrides, row, int(seed), Path(f"runs/evidence/{name}")
+        )
 
 
 def test_voc_best_is_what_the_evidence_prefers() -> None:
     rows = {row: made for row, made in protocol_of("cpu").rows.items() if not row.startswith(PEER)}
     results = {row: read(ROOT / "bench/evidence/cpu", row) for row in rows}
-    gains = {row: np.mean(gained) for row in rows if row != BASELINE and (gained := gain(results, row))}
+    gains = {
+        row: np.mean(gained) for row in rows if row != BASELINE and (gained := gain(results, row))
+    }
     settings = config.load(ROOT / "configs/voc.yaml", rows[max(gains, key=lambda row: gains[row])])
     assert config.load(ROOT / "configs/voc_best.yaml") == {**settings, "run": "runs/voc_best"}
 
 
 def test_the_tables_of_the_documents_are_that_of_the_page() -> None:
-    shown = cells_of((ROOT / "README.md").read_text().split("<!-- evidence -->")[1].split("<!-- /evidence -->")[0])
+    shown = cells_of(
+        (ROOT / "README.md")
+        .read_text()
+        .split("<!-- evidence -->")[1]
+        .split("<!-- /evidence -->")[0]
+    )
     page = {
-        name: cells for name, *cells in cells_of((ROOT / "bench/evidence/cpu.md").read_text().split("\nBy class")[0])
+        name: cells
+        for name, *cells in cells_of(
+            (ROOT / "bench/evidence/cpu.md").read_text().split("\nBy class")[0]
+        )
     }
     assert len(shown) == len(page)  # a title and a line of dashes each
     for (name, _, *cells), title in zip(shown[2:], list(page)[2:], strict=True):
         assert (name, cells) == (f"`{title}`", page[title][:6])
-    for _, _, name, found, _ in cells_of((ROOT / "docs/terms.md").read_text().split("\n## Results")[1])[2:]:
+    for _, _, name, found, _ in cells_of(
+        (ROOT / "docs/terms.md").read_text().split("\n## Results")[1]
+    )[2:]:
         gained, told = page.get(name.strip("`"), ["-"] * 5)[3:5]
         assert found == (f"{gained}, {told}" if gained != "-" else "")

@@ -1,4 +1,6 @@
-"""The set of the evidence, rebuilt from photographs at their original size, is the set that was measured on."""
+"""The set of the evidence, rebuilt from photographs at their original size, is the set that was
+measured on.
+"""
 
 import shutil
 from pathlib import Path
@@ -14,7 +16,9 @@ from tests.conftest import ROOT
 
 DATA = ROOT.parent / "shared/data"
 ORIGINAL, SMALL = DATA / "voc-original", DATA / "voc20-320"
-needs_photographs = pytest.mark.skipif(not SMALL.is_dir(), reason=f"needs the photographs in {DATA}")
+needs_photographs = pytest.mark.skipif(
+    not SMALL.is_dir(), reason=f"needs the photographs in {DATA}"
+)
 
 
 def ids(split: str) -> list[str]:
@@ -34,7 +38,9 @@ def test_the_ids_are_those_of_the_set() -> None:
 
 @needs_photographs
 def test_photographs_and_boxes_come_out_as_they_are_in_the_set(tmp_path: Path) -> None:
-    both = sorted({path.stem for path in ORIGINAL.glob("JPEGImages/*.jpg")} & {*ids("train"), *ids("val")})
+    both = sorted(
+        {path.stem for path in ORIGINAL.glob("JPEGImages/*.jpg")} & {*ids("train"), *ids("val")}
+    )
     assert len(both) == 23
     for folder in ("Annotations", "JPEGImages"):
         shutil.copytree(ORIGINAL / folder, tmp_path / "VOCdevkit/VOC2012" / folder)
@@ -44,11 +50,16 @@ def test_photographs_and_boxes_come_out_as_they_are_in_the_set(tmp_path: Path) -
     make(tmp_path / "VOCdevkit", tmp_path / "made", tmp_path / "ids")
     for name in both:
         found, expected = (
-            np.asarray(Image.open(root / f"JPEGImages/{name}.jpg")) for root in (tmp_path / "made", SMALL)
+            np.asarray(Image.open(root / f"JPEGImages/{name}.jpg"))
+            for root in (tmp_path / "made", SMALL)
         )
         assert np.array_equal(found, expected), name
-        mine, theirs = (read_annotation(root / f"Annotations/{name}.xml") for root in (tmp_path / "made", SMALL))
-        assert mine.size == theirs.size and mine.classes == theirs.classes and not mine.difficult.any()
+        mine, theirs = (
+            read_annotation(root / f"Annotations/{name}.xml") for root in (tmp_path / "made", SMALL)
+        )
+        assert (
+            mine.size == theirs.size and mine.classes == theirs.classes and not mine.difficult.any()
+        )
         assert np.array_equal(mine.boxes_xyxy, theirs.boxes_xyxy), name
     assert len(VOC(str(tmp_path / "made"), ["train"])) == 23
     with pytest.raises(UserError, match="is there already"):

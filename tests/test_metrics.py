@@ -1,4 +1,6 @@
-"""The metric against pycocotools, against the VOC procedure written out in loops, and against paper."""
+"""The metric against pycocotools, against the VOC procedure written out in loops, and against
+paper.
+"""
 
 import json
 import math
@@ -28,7 +30,9 @@ def target(name, boxes, labels, difficult=None) -> Target:
     return {
         "boxes_xyxy": np.array(boxes, np.float32).reshape(-1, 4),
         "labels": np.array(labels, np.int64),
-        "difficult": np.zeros(len(labels), bool) if difficult is None else np.array(difficult, bool),
+        "difficult": np.zeros(len(labels), bool)
+        if difficult is None
+        else np.array(difficult, bool),
         "id": name,
     }
 
@@ -40,9 +44,12 @@ def measure(scene: Scene, names=NAMES, batch: int = 3) -> DetectionMetric:
     return metric
 
 
-def random_scene(seed: int, images: int = 12, per_object: float = 3, noise: int = 60, grid: bool = False) -> Scene:
-    """Detections scattered about the objects, and noise. `grid`: whole pixels and four scores, so that boxes,
-    IoUs and scores tie all over and IoUs fall exactly on thresholds."""
+def random_scene(
+    seed: int, images: int = 12, per_object: float = 3, noise: int = 60, grid: bool = False
+) -> Scene:
+    """Detections scattered about the objects, and noise. `grid`: whole pixels and four scores, so
+    that boxes, IoUs and scores tie all over and IoUs fall exactly on thresholds.
+    """
     rng = np.random.default_rng(seed)
     found, targets = [], []
     for image in range(images):
@@ -53,9 +60,13 @@ def random_scene(seed: int, images: int = 12, per_object: float = 3, noise: int 
         copies = np.repeat(np.arange(count), rng.poisson(per_object, count))
         guesses = boxes[copies] + rng.normal(0, 2.5, (len(copies), 4))
         corner = rng.uniform(0, 60, (int(rng.integers(0, noise)), 2))
-        guesses = np.vstack([guesses, np.hstack([corner, corner + rng.uniform(4, 40, (len(corner), 2))])])
+        guesses = np.vstack(
+            [guesses, np.hstack([corner, corner + rng.uniform(4, 40, (len(corner), 2))])]
+        )
         guess_labels = np.concatenate([labels[copies], rng.integers(0, len(NAMES), len(corner))])
-        guesses[:, 2:] = np.maximum(guesses[:, 2:], guesses[:, :2])  # boxes inside out have a test of their own
+        guesses[:, 2:] = np.maximum(
+            guesses[:, 2:], guesses[:, :2]
+        )  # boxes inside out have a test of their own
         scores = rng.uniform(0, 1, len(guesses))
         if grid:
             boxes, guesses = (boxes / 10).round() * 10, (guesses / 10).round() * 10
@@ -65,17 +76,32 @@ def random_scene(seed: int, images: int = 12, per_object: float = 3, noise: int 
     return found, targets
 
 
-def pycocotools_scores(scene: Scene, names=NAMES) -> tuple[dict[str, float], dict[str, list[float]]]:
+def pycocotools_scores(
+    scene: Scene, names=NAMES
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """-> overall and per class AP50-95, AP50, AP75; a class without objects is left out."""
     truth, results = [], []
     for image, (found, objects) in enumerate(zip(*scene, strict=True)):
         for (x1, y1, x2, y2), label, hard in zip(
-            objects["boxes_xyxy"].tolist(), objects["labels"].tolist(), objects["difficult"].tolist(), strict=True
+            objects["boxes_xyxy"].tolist(),
+            objects["labels"].tolist(),
+            objects["difficult"].tolist(),
+            strict=True,
         ):
-            truth.append({"image_id": image, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0})
+            truth.append(
+                {
+                    "image_id": image,
+                    "category_id": label,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "iscrowd": 0,
+                }
+            )
             truth[-1].update(id=len(truth), area=1e11 if hard else (x2 - x1) * (y2 - y1))
         for (x1, y1, x2, y2), label, score in zip(
-            found["boxes_xyxy"].tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True
+            found["boxes_xyxy"].tolist(),
+            found["labels"].tolist(),
+            found["scores"].tolist(),
+            strict=True,
         ):
             box = [x1, y1, x2 - x1, y2 - y1]
             results.append({"image_id": image, "category_id": label, "bbox": box, "score": score})
@@ -100,10 +126,14 @@ def pycocotools_scores(scene: Scene, names=NAMES) -> tuple[dict[str, float], dic
 
 
 def devkit_scores(scene: Scene, label: int) -> tuple[float, float] | None:
-    """VOC07 AP and VOC AP as the development kits describe them: one detection, one object at a time."""
+    """VOC07 AP and VOC AP as the development kits describe them: one detection, one object at a
+    time.
+    """
     objects = {}
     for i, t in enumerate(scene[1]):
-        rows = zip(t["boxes_xyxy"].tolist(), t["labels"].tolist(), t["difficult"].tolist(), strict=True)
+        rows = zip(
+            t["boxes_xyxy"].tolist(), t["labels"].tolist(), t["difficult"].tolist(), strict=True
+        )
         # as an annotation holds them: the first pixel is 1, both corners belong to the box
         objects[i] = [
             {"box": (x1 + 1, y1 + 1, x2, y2), "difficult": hard, "detected": False}
@@ -115,8 +145,17 @@ def devkit_scores(scene: Scene, label: int) -> tuple[float, float] | None:
         return None
     ranked = []
     for i, found in enumerate(scene[0]):
-        rows = zip(found["boxes_xyxy"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
-        ranked += [(score, i, (x1 + 1, y1 + 1, x2, y2)) for (x1, y1, x2, y2), score, k in rows if k == label]
+        rows = zip(
+            found["boxes_xyxy"].tolist(),
+            found["scores"].tolist(),
+            found["labels"].tolist(),
+            strict=True,
+        )
+        ranked += [
+            (score, i, (x1 + 1, y1 + 1, x2, y2))
+            for (x1, y1, x2, y2), score, k in rows
+            if k == label
+        ]
     ranked.sort(key=lambda row: -row[0])
 
     tp = fp = 0
@@ -146,7 +185,10 @@ def devkit_scores(scene: Scene, label: int) -> tuple[float, float] | None:
 
     eleven = 0.0
     for step in range(11):
-        eleven += max([p for p, r in zip(precision, recall, strict=True) if r >= step / 10], default=0.0) / 11
+        eleven += (
+            max([p for p, r in zip(precision, recall, strict=True) if r >= step / 10], default=0.0)
+            / 11
+        )
 
     recall, precision = [0.0, *recall, 1.0], [0.0, *precision, 0.0]
     for i in range(len(precision) - 2, -1, -1):
@@ -161,7 +203,10 @@ def devkit_scores(scene: Scene, label: int) -> tuple[float, float] | None:
 SCENES = {
     **{f"random {seed}": random_scene(seed) for seed in range(6)},
     **{f"ties {seed}": random_scene(100 + seed, grid=True) for seed in range(6)},
-    **{f"crowded {seed}": random_scene(200 + seed, images=3, per_object=70, grid=seed > 0) for seed in range(2)},
+    **{
+        f"crowded {seed}": random_scene(200 + seed, images=3, per_object=70, grid=seed > 0)
+        for seed in range(2)
+    },
     "sparse": random_scene(300, images=20, per_object=0.2, noise=2),
 }
 
@@ -185,7 +230,9 @@ def test_voc_scores_equal_the_devkit_procedure(name):
     per_class = measure(scene).per_class()
     for k, label in enumerate(NAMES):
         expected = devkit_scores(scene, k) or (math.nan, math.nan)
-        assert (per_class[label]["VOC07"], per_class[label]["VOC"]) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+        assert (per_class[label]["VOC07"], per_class[label]["VOC"]) == pytest.approx(
+            expected, abs=1e-12, nan_ok=True
+        )
 
 
 def test_the_scenes_are_as_hard_as_they_claim():
@@ -194,16 +241,19 @@ def test_the_scenes_are_as_hard_as_they_claim():
 
     assert most_per_class(SCENES["crowded 0"]) > 100 and most_per_class(SCENES["crowded 1"]) > 100
     values = [measure(scene).compute()["AP50-95"] for scene in SCENES.values()]
-    assert len({round(v, 6) for v in values}) == len(values) and min(values) > 0.02 and max(values) < 0.9
+    assert (
+        len({round(v, 6) for v in values}) == len(values)
+        and min(values) > 0.02
+        and max(values) < 0.9
+    )
 
 
 def test_a_case_computed_on_paper():
-    # Three objects and a difficult one. By falling score:
-    #   0.9  IoU 1    with the first object                hit
-    #   0.8  IoU 1    with the difficult object            ignored
-    #   0.7  IoU 0.8  with the first object, taken         miss
-    #   0.6  IoU 0.62 with the second object               hit at 0.50, 0.55, 0.60; miss at 0.65 and above
-    # The third object is never found. IoU 0.5: recall 1/3 at precision 1/1, recall 2/3 at precision 2/3.
+    # Three objects and a difficult one. By falling score: 0.9  IoU 1    with the first object
+    # hit 0.8  IoU 1    with the difficult object            ignored 0.7  IoU 0.8  with the first
+    # object, taken         miss 0.6  IoU 0.62 with the second object               hit at 0.50,
+    # 0.55, 0.60; miss at 0.65 and above The third object is never found. IoU 0.5: recall 1/3 at
+    # precision 1/1, recall 2/3 at precision 2/3.
     found = [
         detections([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 8]], [0.9, 0.8, 0.7], [0, 0, 0]),
         detections([[0, 0, 10, 6.2]], [0.6], [0]),
@@ -224,26 +274,39 @@ def test_a_case_computed_on_paper():
 
 
 def test_an_overlap_of_exactly_one_half_is_a_hit():
-    scores = measure(([detections([[0, 0, 10, 5]], [0.9], [0])], [target("a", [[0, 0, 10, 10]], [0])])).compute()
-    assert scores == pytest.approx({"AP50-95": 0.1, "AP50": 1.0, "AP75": 0.0, "VOC07": 1.0, "VOC": 1.0})
+    scores = measure(
+        ([detections([[0, 0, 10, 5]], [0.9], [0])], [target("a", [[0, 0, 10, 10]], [0])])
+    ).compute()
+    assert scores == pytest.approx(
+        {"AP50-95": 0.1, "AP50": 1.0, "AP75": 0.0, "VOC07": 1.0, "VOC": 1.0}
+    )
 
 
 def test_coco_sees_one_hundred_detections_of_an_image_and_voc_all():
-    # Image a: 99 misses, then a hit at place 100 and one at place 101. Image b: a hit, below them all.
+    # Image a: 99 misses, then a hit at place 100 and one at place 101. Image b: a hit, below them
+    # all.
     boxes = [[50, 50, 60, 60]] * 99 + [[0, 0, 10, 10], [20, 0, 30, 10]]
     scene = (
-        [detections(boxes, np.linspace(0.9, 0.5, 101), [0] * 101), detections([[0, 0, 10, 10]], [0.1], [0])],
-        [target("a", [[0, 0, 10, 10], [20, 0, 30, 10]], [0, 0]), target("b", [[0, 0, 10, 10]], [0])],
+        [
+            detections(boxes, np.linspace(0.9, 0.5, 101), [0] * 101),
+            detections([[0, 0, 10, 10]], [0.1], [0]),
+        ],
+        [
+            target("a", [[0, 0, 10, 10], [20, 0, 30, 10]], [0, 0]),
+            target("b", [[0, 0, 10, 10]], [0]),
+        ],
     )
     scores = measure(scene).compute()
-    # COCO: two hits of three objects in 101 detections, so levels 0 .. .66 read 2/101; VOC: three hits in 102
+    # COCO: two hits of three objects in 101 detections, so levels 0 .. .66 read 2/101; VOC: three
+    # hits in 102
     assert scores["AP50"] == pytest.approx(67 / 101 * 2 / 101, abs=1e-12)
     assert scores["AP50"] == pytest.approx(pycocotools_scores(scene)[0]["AP50"], abs=1e-12)
     assert scores["VOC"] == pytest.approx(3 / 102, abs=1e-12)
 
 
 def test_voc_looks_at_one_object_only_and_coco_at_the_next():
-    # Both detections overlap the wide object most; the second also overlaps the narrow one, by 8/11.
+    # Both detections overlap the wide object most; the second also overlaps the narrow one, by
+    # 8/11.
     found = [detections([[0, 0, 10, 10], [0, 0, 9.5, 10]], [0.9, 0.8], [0, 0])]
     targets = [target("a", [[0, 0, 10, 10], [0, 0, 7, 10]], [0, 0])]
     scores = measure((found, targets)).compute()
@@ -253,7 +316,12 @@ def test_voc_looks_at_one_object_only_and_coco_at_the_next():
 
 @pytest.mark.parametrize("box", [[30, 30, 20, 40], [10, 10, 0, 0], [5, 5, 5, 5], [0, 0, 0, 10]])
 def test_a_box_without_area_is_a_miss(box):
-    metric = measure(([detections([box, [0, 0, 10, 10]], [0.9, 0.8], [0, 0])], [target("a", [[0, 0, 10, 10]], [0])]))
+    metric = measure(
+        (
+            [detections([box, [0, 0, 10, 10]], [0.9, 0.8], [0, 0])],
+            [target("a", [[0, 0, 10, 10]], [0])],
+        )
+    )
     assert metric.compute() == dict.fromkeys(SCORES, 0.5)
     assert metric.official()["AP50-95"] == pytest.approx(0.5, abs=1e-12)
 
@@ -261,7 +329,8 @@ def test_a_box_without_area_is_a_miss(box):
 def test_perfect_detections_score_one():
     _, targets = random_scene(7)
     found = [detections(t["boxes_xyxy"], np.ones(len(t["labels"])), t["labels"]) for t in targets]
-    # Without difficult objects: two objects may overlap, and a detection of one must not be lost to the other.
+    # Without difficult objects: two objects may overlap, and a detection of one must not be lost to
+    # the other.
     for t in targets:
         t["difficult"][:] = False
     assert measure((found, targets)).compute() == dict.fromkeys(SCORES, 1.0)
@@ -275,7 +344,9 @@ def test_a_detection_of_a_difficult_object_is_neither_hit_nor_miss(box):
     assert metric.compute() == dict.fromkeys(SCORES, 1.0)  # as a miss it would halve the precision
     assert metric.per_class()["cat"]["objects"] == 1
     found = [detections([box], [0.9], [0])]
-    assert measure((found, targets)).compute() == dict.fromkeys(SCORES, 0.0)  # as a hit it would count
+    assert measure((found, targets)).compute() == dict.fromkeys(
+        SCORES, 0.0
+    )  # as a hit it would count
 
 
 def test_zero_detections_score_zero():
@@ -291,12 +362,18 @@ def test_no_objects_at_all_score_zero_and_classes_say_so():
         metric = measure(scene)
         assert metric.compute() == dict.fromkeys(SCORES, 0.0)
         assert metric.official()["AP50-95"] == -1
-        assert all(math.isnan(row["VOC"]) and row["objects"] == 0 for row in metric.per_class().values())
+        assert all(
+            math.isnan(row["VOC"]) and row["objects"] == 0 for row in metric.per_class().values()
+        )
 
 
 def test_a_class_without_objects_is_left_out_of_the_mean():
-    found = [detections([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 10]], [0.9, 0.8, 0.7], [0, 1, 2])]
-    metric = measure((found, [target("a", [[0, 0, 10, 10], [0, 0, 10, 10]], [0, 1], [False, True])]))
+    found = [
+        detections([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 10]], [0.9, 0.8, 0.7], [0, 1, 2])
+    ]
+    metric = measure(
+        (found, [target("a", [[0, 0, 10, 10], [0, 0, 10, 10]], [0, 1], [False, True])])
+    )
     assert metric.compute() == dict.fromkeys(SCORES, 1.0)
     assert math.isnan(metric.per_class()["dog"]["AP50"])  # only a difficult object
     assert math.isnan(metric.per_class()["bird"]["AP50"])
@@ -316,7 +393,9 @@ def test_official_table_agrees_and_is_silent(capsys):
 def test_official_sizes_follow_the_area_of_the_box():
     # small: 20 x 20 found; medium: 60 x 60 missed; no large object
     found = [detections([[0, 0, 20, 20]], [0.9], [0])]
-    table = measure((found, [target("a", [[0, 0, 20, 20], [100, 100, 160, 160]], [0, 0])])).official()
+    table = measure(
+        (found, [target("a", [[0, 0, 20, 20], [100, 100, 160, 160]], [0, 0])])
+    ).official()
     assert (table["APs"], table["APm"], table["APl"]) == pytest.approx((1.0, 0.0, -1.0))
 
 
@@ -330,7 +409,10 @@ def test_batches_do_not_matter():
 
 def test_half_precision_and_inference_tensors_are_accepted():
     with torch.inference_mode():
-        found = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in SCENES["ties 0"][0][0].items()}
+        found = {
+            k: v.to(torch.bfloat16) if v.is_floating_point() else v
+            for k, v in SCENES["ties 0"][0][0].items()
+        }
     metric = DetectionMetric(NAMES)
     metric.update([found], [SCENES["ties 0"][1][0]])
     exact = measure((SCENES["ties 0"][0][:1], SCENES["ties 0"][1][:1]))

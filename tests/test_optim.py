@@ -1,4 +1,6 @@
-"""The schedule, against closed forms; the fused optimiser, against torch's plain one; EMA, against a plain loop."""
+"""The schedule, against closed forms; the fused optimiser, against torch's plain one; EMA, against
+a plain loop.
+"""
 
 import copy
 import math
@@ -13,7 +15,10 @@ from kdmini.yolo11.model import YOLO11
 
 RECIPES = [
     (Recipe(epochs=50, batch=64), 100),
-    (Recipe(epochs=12, batch=16, lr0=0.02, lrf=0.1), 7),  # 100 steps of warm-up: over fourteen epochs
+    (
+        Recipe(epochs=12, batch=16, lr0=0.02, lrf=0.1),
+        7,
+    ),  # 100 steps of warm-up: over fourteen epochs
     (Recipe(epochs=30, batch=5, nbs=64), 41),  # 12.8 batches an update; warm-up over 123 steps
     (Recipe(epochs=10, batch=128, nbs=64, warmup_epochs=1.25, warmup_steps=1), 33),  # 41.25 steps
     (Recipe(epochs=6, batch=16, nbs=16, warmup_epochs=0), 9),
@@ -24,20 +29,32 @@ RECIPES = [
 @pytest.mark.parametrize(("recipe", "per_epoch"), RECIPES)
 def test_the_whole_run_follows_the_closed_forms(recipe, per_epoch):
     total = recipe.epochs * per_epoch
-    warm = max(round(recipe.warmup_epochs * per_epoch), recipe.warmup_steps) if recipe.warmup_epochs else -1
+    warm = (
+        max(round(recipe.warmup_epochs * per_epoch), recipe.warmup_steps)
+        if recipe.warmup_epochs
+        else -1
+    )
     for step in range(total):
         epoch = step // per_epoch
         lowest = recipe.lr0 * recipe.lrf
         lr = lowest + (recipe.lr0 - lowest) * math.cos(math.pi * epoch / recipe.epochs / 2) ** 2
-        bias_lr, momentum, accumulate = lr, recipe.momentum, max(round(recipe.nbs / recipe.batch), 1)
+        bias_lr, momentum, accumulate = (
+            lr,
+            recipe.momentum,
+            max(round(recipe.nbs / recipe.batch), 1),
+        )
         if step <= warm:
             between = [0, warm]
             bias_lr = np.interp(step, between, [recipe.warmup_bias_lr, lr])
-            accumulate = max(1, int(np.interp(step, between, [1, recipe.nbs / recipe.batch]).round()))
+            accumulate = max(
+                1, int(np.interp(step, between, [1, recipe.nbs / recipe.batch]).round())
+            )
             momentum = np.interp(step, between, [recipe.warmup_momentum, recipe.momentum])
             lr = np.interp(step, between, [0.0, lr])
         found = recipe.at(step, per_epoch)
-        assert (found.lr, found.bias_lr, found.momentum) == pytest.approx((lr, bias_lr, momentum), rel=1e-12, abs=1e-15)
+        assert (found.lr, found.bias_lr, found.momentum) == pytest.approx(
+            (lr, bias_lr, momentum), rel=1e-12, abs=1e-15
+        )
         assert found.accumulate == accumulate
 
 
@@ -45,9 +62,14 @@ def test_landmarks_of_the_public_recipe():
     recipe = Recipe(epochs=100, batch=16)
     assert recipe.at(0, 1000) == Setting(0.0, 0.1, 0.8, 1)
     assert recipe.at(3000, 1000).lr == pytest.approx(recipe.at(3000, 1000).bias_lr)
-    assert recipe.at(3000, 1000).momentum == pytest.approx(0.937) and recipe.at(3000, 1000).accumulate == 4
+    assert (
+        recipe.at(3000, 1000).momentum == pytest.approx(0.937)
+        and recipe.at(3000, 1000).accumulate == 4
+    )
     assert recipe.at(50_000, 1000).lr == pytest.approx(0.01 * 0.505)
-    assert recipe.at(99_999, 1000).lr == recipe.at(99_000, 1000).lr  # epoch by epoch, not step by step
+    assert (
+        recipe.at(99_999, 1000).lr == recipe.at(99_000, 1000).lr
+    )  # epoch by epoch, not step by step
     assert recipe.at(99_999, 1000).lr == pytest.approx(0.01 * 0.01, rel=0.03)
     assert recipe.accumulate == 4 and Recipe(epochs=1, batch=200).accumulate == 1
     lrs = [recipe.at(step, 10).lr for step in range(100, 1000)]
@@ -55,20 +77,32 @@ def test_landmarks_of_the_public_recipe():
 
 
 @pytest.mark.parametrize(
-    ("batch", "nbs", "decay"), [(16, 64, 5e-4), (64, 64, 5e-4), (128, 64, 1e-3), (5, 64, 5e-4 * 65 / 64)]
+    ("batch", "nbs", "decay"),
+    [(16, 64, 5e-4), (64, 64, 5e-4), (128, 64, 1e-3), (5, 64, 5e-4 * 65 / 64)],
 )
 def test_weight_decay_is_scaled_and_on_convolutions_alone(batch, nbs, decay):
     detector = YOLO11(names=[str(i) for i in range(80)], scale="n")
-    groups = {group["name"]: group for group in make_sgd([detector], Recipe(1, batch, nbs)).param_groups}
-    # what the public trainer prints for yolo11n: 81 norms, 88 weights with DFL's frozen one, 87 biases
-    assert {name: len(group["params"]) for name, group in groups.items()} == {"norms": 81, "weights": 87, "biases": 87}
+    groups = {
+        group["name"]: group for group in make_sgd([detector], Recipe(1, batch, nbs)).param_groups
+    }
+    # what the public trainer prints for yolo11n: 81 norms, 88 weights with DFL's frozen one, 87
+    # biases
+    assert {name: len(group["params"]) for name, group in groups.items()} == {
+        "norms": 81,
+        "weights": 87,
+        "biases": 87,
+    }
     assert groups["weights"]["weight_decay"] == pytest.approx(decay)
     assert groups["norms"]["weight_decay"] == groups["biases"]["weight_decay"] == 0
     decayed = {id(parameter) for parameter in groups["weights"]["params"]}
-    convolutions = [m.weight for m in detector.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
+    convolutions = [
+        m.weight for m in detector.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad
+    ]
     assert decayed == {id(weight) for weight in convolutions}
     norms = [m.weight for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert {id(parameter) for parameter in groups["norms"]["params"]} == {id(weight) for weight in norms}
+    assert {id(parameter) for parameter in groups["norms"]["params"]} == {
+        id(weight) for weight in norms
+    }
 
 
 def small(seed=0):
@@ -134,7 +168,9 @@ def test_steps_equal_the_plain_optimiser_of_torch():
     for step in range(12):
         setting = recipe.at(step * 10, 30)
         apply_setting(optimizer, setting)
-        for group, lr in zip(reference.param_groups, (setting.lr, setting.lr, setting.bias_lr), strict=True):
+        for group, lr in zip(
+            reference.param_groups, (setting.lr, setting.lr, setting.bias_lr), strict=True
+        ):
             group["lr"], group["momentum"] = lr, setting.momentum
         for side, rule in ((model, optimizer), (plain, reference)):
             fill_gradients(side, step)
@@ -180,7 +216,9 @@ def test_the_optimiser_goes_on_from_its_saved_state():
     for side, rule in ((model, optimizer), (other, resumed)):
         fill_gradients(side, 3)
         rule.step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def moving(model, step):
@@ -203,7 +241,9 @@ def test_ema_equals_a_plain_loop_over_weights_and_statistics():
         ema.update(model)
         decay = 0.9 * (1 - math.exp(-step / 5.0))
         for name in names:
-            expected[name] = decay * expected[name] + (1 - decay) * model.state_dict()[name].double()
+            expected[name] = (
+                decay * expected[name] + (1 - decay) * model.state_dict()[name].double()
+            )
         found = ema.average.state_dict()
         for name in names:
             assert torch.allclose(found[name].double(), expected[name], rtol=1e-5, atol=1e-6), name
@@ -216,7 +256,9 @@ def test_ema_is_a_frozen_copy_in_evaluation_mode():
     ema = EMA(model, 0.9, 5.0)
     assert not any(module.training for module in ema.average.modules())
     assert not any(p.requires_grad for p in ema.average.parameters())
-    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in ema.average.parameters()}
+    assert not {p.data_ptr() for p in model.parameters()} & {
+        p.data_ptr() for p in ema.average.parameters()
+    }
     assert model.training and all(p.requires_grad for p in model.parameters())
 
 
@@ -229,12 +271,16 @@ def test_ema_stays_where_the_update_was_skipped():
     moving(model, 2)
     ema.update(model, torch.tensor(1.0))
     after = ema.average.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before if "num_batches" not in name)
+    assert all(
+        torch.equal(after[name], before[name]) for name in before if "num_batches" not in name
+    )
     plain, told = copy.deepcopy(ema), copy.deepcopy(ema)
     plain.update(model)
     told.update(model, torch.tensor(0.0))
     moved = plain.average.state_dict(), told.average.state_dict()
-    assert all(torch.allclose(moved[0][name].float(), moved[1][name].float(), atol=1e-7) for name in before)
+    assert all(
+        torch.allclose(moved[0][name].float(), moved[1][name].float(), atol=1e-7) for name in before
+    )
     assert not torch.equal(moved[1]["0.weight"], before["0.weight"])
 
 
@@ -252,12 +298,17 @@ def test_statistics_that_are_not_finite_are_replaced_by_those_of_the_average(bad
     average = {name: value.clone() for name, value in ema.average.state_dict().items()}
     ema.update(model, torch.tensor(skipped))
     for name, value in model.state_dict().items():
-        assert torch.equal(value, torch.where(before[name].isfinite(), before[name], average[name])), name
+        assert torch.equal(
+            value, torch.where(before[name].isfinite(), before[name], average[name])
+        ), name
         assert value.dtype == before[name].dtype
     after = ema.average.state_dict()
     assert all(value.isfinite().all() for value in after.values())
     moved = {name for name in after if not torch.equal(after[name], average[name])}
-    assert moved == ({"0.1.num_batches_tracked"} if skipped else moved) and "0.1.num_batches_tracked" in moved
+    assert (
+        moved == ({"0.1.num_batches_tracked"} if skipped else moved)
+        and "0.1.num_batches_tracked" in moved
+    )
     assert ("0.1.running_mean" in moved) == (skipped == 0)
 
 
@@ -267,7 +318,9 @@ def test_a_model_without_buffers_has_an_average_too():
     with torch.no_grad():
         layer.weight += 1
     ema.update(layer, torch.tensor(0.0))
-    assert torch.allclose(ema.average.weight - before, torch.tensor(1 - 0.9 * (1 - math.exp(-1 / 5.0))))
+    assert torch.allclose(
+        ema.average.weight - before, torch.tensor(1 - 0.9 * (1 - math.exp(-1 / 5.0)))
+    )
 
 
 def test_ema_goes_on_from_its_saved_state():

@@ -90,7 +90,12 @@ def test_the_table_has_every_column_that_ever_occurred(folder):
         {"epoch": "0", "distance/raw": "", "loss": "2.5", "AP": "", "a, comma": ""},
         {"epoch": "1", "distance/raw": "", "loss": "1.5", "AP": "0.25", "a, comma": "1"},
     ]
-    assert sorted(os.listdir(folder.path)) == ["config.yaml", "lock", "metrics.jsonl", "results.csv"]
+    assert sorted(os.listdir(folder.path)) == [
+        "config.yaml",
+        "lock",
+        "metrics.jsonl",
+        "results.csv",
+    ]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 15])

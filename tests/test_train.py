@@ -67,7 +67,9 @@ def test_a_run_leaves_config_metrics_table_checkpoints_and_best(finished: Path) 
     assert records[-1]["box"] > 0 and records[-1]["images/s"] > 0 and records[-1]["skipped"] == 0
     assert records[-1]["distance/raw"] > 0 and records[-1]["distance/aligned"] > 0
     assert [r["lambda/attention"] for r in records[1:]] == [2.0, 1.0, 0.0, 1.0]
-    assert "attention" in records[1] and "attention" not in records[3]  # the teacher rests at lambda 0
+    assert (
+        "attention" in records[1] and "attention" not in records[3]
+    )  # the teacher rests at lambda 0
     header, *rows = (folder / "results.csv").read_text().splitlines()
     assert header.startswith("epoch,") and len(rows) == 5
     assert len(list((folder / "ckpt").glob("*.pt"))) == 2
@@ -86,10 +88,14 @@ def test_align_modules_are_saved_and_move_and_the_teacher_is_nowhere(finished: P
         for i in range(6)
         for rest in ("0.weight", "1.running_mean", "1.running_var", "1.num_batches_tracked")
     )
-    assert all(state["distillation"][f"align.layers.{i}.1.num_batches_tracked"] == 9 for i in range(6))
+    assert all(
+        state["distillation"][f"align.layers.{i}.1.num_batches_tracked"] == 9 for i in range(6)
+    )
     params = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
     student = sum(1 for key in state["student"] if not re.search("running|num_batches|dfl", key))
-    assert params == student + 6  # the student's, and one convolution a tap; nothing of the teacher's
+    assert (
+        params == student + 6
+    )  # the student's, and one convolution a tap; nothing of the teacher's
     assert set(state) == {
         "student",
         "ema",
@@ -103,26 +109,53 @@ def test_align_modules_are_saved_and_move_and_the_teacher_is_nowhere(finished: P
     }
 
 
-def test_eval_prints_the_three_metrics_per_class_and_writes_detections(finished: Path, tmp_path: Path, capsys) -> None:
+def test_eval_prints_the_three_metrics_per_class_and_writes_detections(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
     best = finished / "run/best.pt"
     run(eval_script, "--config", finished / "config.yaml", "--weights", best, "--teacher", "--save", tmp_path,
         f"teacher.weights={best}")  # fmt: skip
     out = capsys.readouterr().out
-    for word in ("VOC07", "VOC", "AP50-95", "AP75", "all classes", "circle", "cross", "pycocotools", "teacher"):
+    for word in (
+        "VOC07",
+        "VOC",
+        "AP50-95",
+        "AP75",
+        "all classes",
+        "circle",
+        "cross",
+        "pycocotools",
+        "teacher",
+    ):
         assert word in out
     millions, giga = re.search(
         r"student: ([\d.]+) M parameters, ([\d.]+) GFLOPs at 64 px, [\d.]+ ms an image", out
     ).groups()
     assert float(millions) == pytest.approx(0.33, abs=0.01) and 0 < float(giga) < 1
-    student, teacher = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("student", "teacher"))
+    student, teacher = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("student", "teacher")
+    )
     assert student == teacher
 
 
-def test_killed_and_resumed_equals_never_killed(finished: Path, tmp_path: Path, shapes: Path) -> None:
+def test_killed_and_resumed_equals_never_killed(
+    finished: Path, tmp_path: Path, shapes: Path
+) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "train.py", "--config", str(finished / "config.yaml"), f"run={folder}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums come out otherwise with other numbers of threads
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        str(finished / "config.yaml"),
+        f"run={folder}",
+    ]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as here: sums come out otherwise with other numbers of threads
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         deadline = time.monotonic() + 120
         while not (folder / "ckpt/step_00000006.pt").exists():  # two of four epochs
             assert process.poll() is None and time.monotonic() < deadline
@@ -142,7 +175,9 @@ def test_killed_and_resumed_equals_never_killed(finished: Path, tmp_path: Path, 
         assert {**one, "images/s": 0} == {**other, "images/s": 0}
 
 
-def test_a_finished_run_is_not_overwritten_and_resuming_it_changes_no_weights(finished: Path, capsys) -> None:
+def test_a_finished_run_is_not_overwritten_and_resuming_it_changes_no_weights(
+    finished: Path, capsys
+) -> None:
     before = {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()}
     with pytest.raises(SystemExit, match="holds a run already"):
         run(train_script, "--config", finished / "config.yaml")
@@ -180,9 +215,18 @@ def test_a_run_in_half_precision_stays_finite_and_keeps_float32_weights(
     assert bool(state["scaler"]) == (amp == "fp16")
 
 
-def test_deterministic_runs_repeat_bit_for_bit_and_leave_the_setting_behind(config_file: Path, tmp_path: Path) -> None:
+def test_deterministic_runs_repeat_bit_for_bit_and_leave_the_setting_behind(
+    config_file: Path, tmp_path: Path
+) -> None:
     for name in ("one", "two"):
-        run(train_script, "--config", config_file, "train.epochs=1", f"run={tmp_path / name}", "deterministic=true")
+        run(
+            train_script,
+            "--config",
+            config_file,
+            "train.epochs=1",
+            f"run={tmp_path / name}",
+            "deterministic=true",
+        )
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
     assert_equal(newest(tmp_path / "one")["ema"], newest(tmp_path / "two")["ema"])
     run(train_script, "--config", config_file, "train.epochs=1")
@@ -199,11 +243,16 @@ def test_training_stops_when_nothing_improves(config_file: Path, tmp_path: Path,
         "train.warmup_bias_lr=0",
         "train.patience=2",
     )
-    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    epochs = [
+        json.loads(line)["epoch"]
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert epochs == [-1, 0, 1, 2]
 
 
-def test_a_loss_that_is_never_finite_stops_the_run_by_name(config_file: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_loss_that_is_never_finite_stops_the_run_by_name(
+    config_file: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken.py").write_text(
         "import torch\nfrom torch import nn\n"
@@ -212,7 +261,13 @@ def test_a_loss_that_is_never_finite_stops_the_run_by_name(config_file: Path, tm
         "        return sum(f.sum() for f in student.feats.values()) * float('nan')\n"
     )
     with pytest.raises(SystemExit, match=r"2\d updates in a row.*broken not finite"):
-        run(train_script, "--config", config_file, "train.epochs=30", "distill.broken={build: broken:NaN, weight: 1}")
+        run(
+            train_script,
+            "--config",
+            config_file,
+            "train.epochs=30",
+            "distill.broken={build: broken:NaN, weight: 1}",
+        )
 
 
 OUTSIDE = """
@@ -311,8 +366,14 @@ metric: {{build: outside:Count}}
 train: {{epochs: 2, batch: 8, warmup_steps: 2, warmup_epochs: 1}}
 """)
     run(train_script, "--config", tmp_path / "config.yaml")
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["mine"] > 0 and records[-1]["l1"] < records[1]["l1"] and records[-1]["images"] == 8
+    records = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert (
+        records[-1]["mine"] > 0
+        and records[-1]["l1"] < records[1]["l1"]
+        and records[-1]["images"] == 8
+    )
     state = newest(tmp_path / "run")
     assert not torch.equal(state["distillation"]["terms.mine.scale"], torch.ones(1))
     run(eval_script, "--config", tmp_path / "config.yaml", "--weights", tmp_path / "run/best.pt")
@@ -349,7 +410,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     torch.save(Hostile(), tmp_path / "hostile.pt")
     overrides, message = BAD[case]
-    overrides = [o.format(best=finished / "run/best.pt", hostile=tmp_path / "hostile.pt") for o in overrides]
+    overrides = [
+        o.format(best=finished / "run/best.pt", hostile=tmp_path / "hostile.pt") for o in overrides
+    ]
     with pytest.raises(SystemExit) as stop:
         run(train_script, "--config", config_file, *overrides)
     assert re.search(message, str(stop.value.code)), stop.value.code
@@ -358,7 +421,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "run").exists()  # nothing to clean up before the next try
 
 
-def test_xml_with_an_unknown_class_is_named(config_file: Path, shapes: Path, tmp_path: Path) -> None:
+def test_xml_with_an_unknown_class_is_named(
+    config_file: Path, shapes: Path, tmp_path: Path
+) -> None:
     shutil.copytree(shapes, tmp_path / "copy")
     victim = sorted((tmp_path / "copy/Annotations").iterdir())[0]
     victim.write_text(victim.read_text().replace("<name>", "<name>x", 1))

@@ -1,4 +1,5 @@
-"""Batches: which images, and how each is laid out. Every draw is a pure function of (seed, epoch, index).
+"""Batches: which images, and how each is laid out. Every draw is a pure function of (seed, epoch,
+index).
 
 So a batch depends neither on workers nor on where a run was interrupted.
 Legend: N images, S image size, G objects (padded).
@@ -12,7 +13,17 @@ import torch
 from torch import Tensor
 
 from kdmini.contracts import Detections, Target, Targets, UserError
-from kdmini.data.render import Layout, choose, letterbox, mirror, mosaic, render, render_boxes, to_device, zoom
+from kdmini.data.render import (
+    Layout,
+    choose,
+    letterbox,
+    mirror,
+    mosaic,
+    render,
+    render_boxes,
+    to_device,
+    zoom,
+)
 from kdmini.data.store import Store
 
 
@@ -20,9 +31,9 @@ from kdmini.data.store import Store
 class Augment:
     """Strengths of the public recipe's augmentation; all zero renders the plain letterbox.
 
-    mosaic, fliplr: probabilities. translate: share of the image size. scale: zoom is 1 - scale to 1 + scale.
-    hsv_h, hsv_s, hsv_v: factors are 1 - gain to 1 + gain. close_mosaic: last epochs without mosaic.
-    """
+    mosaic, fliplr: probabilities. translate: share of the image size. scale: zoom is 1 - scale to 1
+    + scale. hsv_h, hsv_s, hsv_v: factors are 1 - gain to 1 + gain. close_mosaic: last epochs
+    without mosaic."""
 
     mosaic: float = 1.0
     translate: float = 0.1
@@ -35,16 +46,30 @@ class Augment:
 
 
 class TrainLoader:
-    """Augmented batches of one size; what is left of an epoch's order after the last full batch is not used.
+    """Augmented batches of one size; what is left of an epoch's order after the last full batch is
+    not used.
 
     batch: images of all ranks together; this one renders the `rank`-th of `world` equal shares.
     """
 
     def __init__(
-        self, store: Store, batch: int, epochs: int, augment: Augment, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        store: Store,
+        batch: int,
+        epochs: int,
+        augment: Augment,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ):
         check_batch(batch, world)
-        self.store, self.imgsz, self.device, self.rank, self.world = store, store.imgsz, store.device, rank, world
+        self.store, self.imgsz, self.device, self.rank, self.world = (
+            store,
+            store.imgsz,
+            store.device,
+            rank,
+            world,
+        )
         self.batch, self.epochs, self.augment, self.seed = batch, epochs, augment, seed
         if len(store) < batch:
             raise UserError(f"train.batch: {batch} is more than the {len(store)} training images")
@@ -54,8 +79,12 @@ class TrainLoader:
         return len(self.store) // self.batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Targets]]:
-        """Batches of an epoch from number `start` on: images (N, 3, S, S) RGB 0..1 and targets, on the device."""
-        order = uniforms(self.seed, epoch, np.arange(len(self.store)), 1)[:, 0].argsort(kind="stable")
+        """Batches of an epoch from number `start` on: images (N, 3, S, S) RGB 0..1 and targets, on
+        the device.
+        """
+        order = uniforms(self.seed, epoch, np.arange(len(self.store)), 1)[:, 0].argsort(
+            kind="stable"
+        )
         share = self.batch // self.world
         for number in range(start, len(self)):
             first = number * self.batch + self.rank * share
@@ -74,7 +103,9 @@ class TrainLoader:
         factor = 1 + aug.scale * (2 * u[:, 6] - 1)
         to = (0.5 + aug.translate * (2 * u[:, 7:9] - 1)) * size
         probability = aug.mosaic if epoch < self.epochs - aug.close_mosaic else 0.0
-        four = zoom(mosaic(self.store, np.column_stack([indices, partners]), size, centre), factor, size, to)
+        four = zoom(
+            mosaic(self.store, np.column_stack([indices, partners]), size, centre), factor, size, to
+        )
         one = zoom(letterbox(self.store, indices, size), factor, size / 2, to)
         layout = mirror(choose(u[:, 9] < probability, four, one), u[:, 10] < aug.fliplr, size)
         gains = np.array([aug.hsv_h, aug.hsv_s, aug.hsv_v])
@@ -82,7 +113,9 @@ class TrainLoader:
 
 
 class ValLoader:
-    """Letterboxed images in order, each once; of `world` ranks, this has batch `rank`, `rank + world`, ..."""
+    """Letterboxed images in order, each once; of `world` ranks, this has batch `rank`, `rank +
+    world`, ...
+    """
 
     def __init__(self, store: Store, batch: int, rank: int = 0, world: int = 1):
         check_batch(batch, world)
@@ -95,7 +128,9 @@ class ValLoader:
         return len(self.starts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[Target], "Inverse"]]:
-        """-> images (N, 3, S, S) RGB 0..1, targets in pixels of the files, and the way back to those pixels."""
+        """-> images (N, 3, S, S) RGB 0..1, targets in pixels of the files, and the way back to
+        those pixels.
+        """
         for start in self.starts:
             indices = np.arange(start, min(start + self.batch, len(self.store)))
             layout = letterbox(self.store, indices, self.imgsz)
@@ -108,7 +143,9 @@ class ValLoader:
 
 @dataclass(frozen=True)
 class Inverse:
-    """From the letterboxed images back to the files: native = (x - corner) * scale, clipped to the picture."""
+    """From the letterboxed images back to the files: native = (x - corner) * scale, clipped to the
+    picture.
+    """
 
     scale: np.ndarray  # (N, 2) x, y
     corner: np.ndarray  # (N, 2) x, y
@@ -131,11 +168,17 @@ def check_size(imgsz: int, name: str = "data.imgsz") -> None:
 
 def check_batch(batch: int, world: int) -> None:
     if batch % world:
-        raise UserError(f"train.batch: {batch} images do not share out among {world} processes; give a multiple")
+        raise UserError(
+            f"train.batch: {batch} images do not share out among {world} processes; give a multiple"
+        )
 
 
-def pad(rendered: list[tuple[np.ndarray, np.ndarray]], ids: list[str], device: torch.device) -> Targets:
-    """Objects of each image -> tensors with G the next of 8, 16, 32, 64, ... so that few shapes occur."""
+def pad(
+    rendered: list[tuple[np.ndarray, np.ndarray]], ids: list[str], device: torch.device
+) -> Targets:
+    """Objects of each image -> tensors with G the next of 8, 16, 32, 64, ... so that few shapes
+    occur.
+    """
     most = max(len(labels) for _, labels in rendered)
     padded = 8
     while padded < most:
@@ -145,14 +188,19 @@ def pad(rendered: list[tuple[np.ndarray, np.ndarray]], ids: list[str], device: t
     for n, (boxes, classes) in enumerate(rendered):
         boxes_xyxy[n, : len(boxes)] = boxes
         labels[n, : len(classes)] = classes
-    return {"boxes_xyxy": to_device(boxes_xyxy, device), "labels": to_device(labels, device), "ids": ids}
+    return {
+        "boxes_xyxy": to_device(boxes_xyxy, device),
+        "labels": to_device(labels, device),
+        "ids": ids,
+    }
 
 
 def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """(M,) indices -> (M, count) numbers in [0, 1), a pure function of (seed, epoch, index, column).
+    """(M,) indices -> (M, count) numbers in [0, 1), a pure function of (seed, epoch, index,
+    column).
 
-    A counter hashed by SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014).
-    """
+    A counter hashed by SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators",
+    2014)."""
 
     def mix(x: np.ndarray) -> np.ndarray:
         x = x + np.uint64(0x9E3779B97F4A7C15)

@@ -1,4 +1,5 @@
-"""From packed pixels to a batch: mosaic, scale, shift, flip and colour, or a letterbox, in one gather.
+"""From packed pixels to a batch: mosaic, scale, shift, flip and colour, or a letterbox, in one
+gather.
 
 A `Layout` says, in numbers, where each image of a batch takes its pixels from: up to four tiles an
 image, each with the map x_out = a * x_source + b, the same for pixels and boxes. Rotation and shear
@@ -26,15 +27,23 @@ class Layout:
     """Where N rendered images take their pixels from."""
 
     image: np.ndarray  # (N, 4) index into the store
-    a: np.ndarray  # (N, 4, 2) x, y: scale from stored pixels to rendered pixels, negative where mirrored
+    a: (
+        np.ndarray
+    )  # (N, 4, 2) x, y: scale from stored pixels to rendered pixels, negative where mirrored
     b: np.ndarray  # (N, 4, 2) x, y: offset, rendered pixels
-    shown: np.ndarray  # (N, 4, 2, 2) [low, high] of x, y: the part of the output that the tile fills
-    centre: np.ndarray  # (N, 2) x, y: where the tiles meet; beyond the output where there is one tile
+    shown: (
+        np.ndarray
+    )  # (N, 4, 2, 2) [low, high] of x, y: the part of the output that the tile fills
+    centre: (
+        np.ndarray
+    )  # (N, 2) x, y: where the tiles meet; beyond the output where there is one tile
     colour: np.ndarray | None = None  # (N, 3) factors of hue, saturation and value
 
 
 def letterbox(store: Store, images: np.ndarray, imgsz: int) -> Layout:
-    """Each whole image in the middle of the square, as large as fits, at whole pixels. images: (N,)."""
+    """Each whole image in the middle of the square, as large as fits, at whole pixels. images:
+    (N,).
+    """
     wh = store.sizes[images][:, ::-1]  # (N, 2)
     placed = np.maximum(np.round(wh * (imgsz / wh.max(1, keepdims=True))), 1)
     corner = (imgsz - placed) // 2
@@ -55,18 +64,24 @@ def single(images: np.ndarray, a: np.ndarray, b: np.ndarray, shown: np.ndarray) 
 
 
 def mosaic(store: Store, images: np.ndarray, imgsz: int, centre: np.ndarray) -> Layout:
-    """Four images round a centre on a canvas of twice the size. images: (N, 4), centre: (N, 2) canvas pixels."""
+    """Four images round a centre on a canvas of twice the size. images: (N, 4), centre: (N, 2)
+    canvas pixels.
+    """
     wh = store.sizes[images][..., ::-1]  # (N, 4, 2)
     a = np.repeat(imgsz / wh.max(-1, keepdims=True), 2, -1)  # (N, 4, 2)
     placed = wh * a
-    after = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])  # left above, right above, left below, right below
+    after = np.array(
+        [[0, 0], [1, 0], [0, 1], [1, 1]]
+    )  # left above, right above, left below, right below
     b = centre[:, None] - placed * (1 - after)
     shown = np.stack([b, b + placed], -1).clip(0, 2 * imgsz)
     return Layout(images, a, b, shown, centre)
 
 
 def zoom(layout: Layout, factor: np.ndarray, about: float, to: np.ndarray) -> Layout:
-    """Scales each image by factor, (N,), about the point (about, about), which moves to `to`, (N, 2)."""
+    """Scales each image by factor, (N,), about the point (about, about), which moves to `to`, (N,
+    2).
+    """
     factor = factor[:, None]
     return replace(
         layout,
@@ -98,7 +113,9 @@ def choose(which: np.ndarray, one: Layout, other: Layout) -> Layout:
 
 
 def render(store: Store, layout: Layout, imgsz: int) -> Tensor:
-    """-> (N, 3, S, S) float32 RGB in 0..1, on the store's device. Bilinear between the centres of source pixels."""
+    """-> (N, 3, S, S) float32 RGB in 0..1, on the store's device. Bilinear between the centres of
+    source pixels.
+    """
     device = store.pixels.device
     numbers = [x.astype(np.float32) for x in (layout.a, layout.b, layout.shown, layout.centre)]
     numbers += [store.sizes[layout.image][..., ::-1], store.offsets[layout.image]]
@@ -111,8 +128,10 @@ def render(store: Store, layout: Layout, imgsz: int) -> Tensor:
 
 
 class Axis(NamedTuple):
-    """What each column, or each row, knows of its source. It knows on which side of the centre it is, but not on which
-    side the pixel is along the other axis, so it has two answers: for the first tile there and for the second."""
+    """What each column, or each row, knows of its source. It knows on which side of the centre it
+    is, but not on which side the pixel is along the other axis, so it has two answers: for the
+    first tile there and for the second.
+    """
 
     second: Tensor  # (N, S) bool: right of the centre, or below it
     low: Tensor  # (N, 2, S) source pixel: a column's in its row, a row's first one in the store
@@ -124,34 +143,65 @@ class Axis(NamedTuple):
 def axes(
     imgsz: int, a: Tensor, b: Tensor, shown: Tensor, centre: Tensor, wh: Tensor, offset: Tensor
 ) -> tuple[Axis, Axis]:
-    """A Layout's numbers, sizes wh (N, 4, 2) and offsets (N, 4) of its tiles in the store -> columns, rows."""
+    """A Layout's numbers, sizes wh (N, 4, 2) and offsets (N, 4) of its tiles in the store ->
+    columns, rows.
+    """
     cells = torch.arange(imgsz, device=a.device) + 0.5  # (S,)
     source = (cells - b.unsqueeze(-1)) / a.unsqueeze(-1) - 0.5  # (N, 4, 2, S)
     last = wh.unsqueeze(-1) - 1
     source = torch.minimum(source.clamp(min=0), last)
     low = source.long()
-    answers = (low, torch.minimum(low + 1, last), source - low, (shown[..., :1] <= cells) & (cells < shown[..., 1:]))
+    answers = (
+        low,
+        torch.minimum(low + 1, last),
+        source - low,
+        (shown[..., :1] <= cells) & (cells < shown[..., 1:]),
+    )
     second = cells >= centre.unsqueeze(-1)  # (N, 2, S)
     right = second[:, 0] ^ (a[:, 0, :1] < 0)  # mirrored images have their left tile on the right
     below = second[:, 1]
     columns = [torch.where(right.unsqueeze(1), x[:, 1::2, 0], x[:, 0::2, 0]) for x in answers]
-    starts = [offset.unsqueeze(-1) + row[:, :, 1] * wh[:, :, :1] for row in answers[:2]]  # (N, 4, S)
-    rows = [torch.where(below.unsqueeze(1), y[:, 2:], y[:, :2]) for y in (*starts, *(x[:, :, 1] for x in answers[2:]))]
+    starts = [
+        offset.unsqueeze(-1) + row[:, :, 1] * wh[:, :, :1] for row in answers[:2]
+    ]  # (N, 4, S)
+    rows = [
+        torch.where(below.unsqueeze(1), y[:, 2:], y[:, :2])
+        for y in (*starts, *(x[:, :, 1] for x in answers[2:]))
+    ]
     return Axis(right, *columns), Axis(below, *rows)
 
 
-def gather(images: Sequence[Tensor], pixels: Tensor, columns: Axis, rows: Axis, colour: Tensor | None) -> None:
-    """Fills the planes of red, green and blue, (N, S, S) each. Planes, as a compiler then fetches a pixel only once."""
+def gather(
+    images: Sequence[Tensor], pixels: Tensor, columns: Axis, rows: Axis, colour: Tensor | None
+) -> None:
+    """Fills the planes of red, green and blue, (N, S, S) each. Planes, as a compiler then fetches a
+    pixel only once.
+    """
     right, below = columns.second.unsqueeze(1), rows.second.unsqueeze(2)
-    x_low, x_high, share_x, filled_x = (torch.where(below, x[:, 1:2], x[:, :1]) for x in columns[1:])
-    top, bottom, share_y, filled_y = (torch.where(right, y[:, 1].unsqueeze(2), y[:, 0].unsqueeze(2)) for y in rows[1:])
-    packed = [pixels[index] for index in (top + x_low, top + x_high, bottom + x_low, bottom + x_high)]  # (N, S, S)
+    x_low, x_high, share_x, filled_x = (
+        torch.where(below, x[:, 1:2], x[:, :1]) for x in columns[1:]
+    )
+    top, bottom, share_y, filled_y = (
+        torch.where(right, y[:, 1].unsqueeze(2), y[:, 0].unsqueeze(2)) for y in rows[1:]
+    )
+    packed = [
+        pixels[index] for index in (top + x_low, top + x_high, bottom + x_low, bottom + x_high)
+    ]  # (N, S, S)
     planes = []
     for shift in (0, 8, 16):
-        left_above, right_above, left_below, right_below = ((corner >> shift & 255).float() for corner in packed)
-        upper, lower = torch.lerp(left_above, right_above, share_x), torch.lerp(left_below, right_below, share_x)
-        planes.append(torch.where(filled_x & filled_y, torch.lerp(upper, lower, share_y), float(PAD)) / 255)
-    for image, plane in zip(images, planes if colour is None else recolour(planes, colour), strict=True):
+        left_above, right_above, left_below, right_below = (
+            (corner >> shift & 255).float() for corner in packed
+        )
+        upper, lower = (
+            torch.lerp(left_above, right_above, share_x),
+            torch.lerp(left_below, right_below, share_x),
+        )
+        planes.append(
+            torch.where(filled_x & filled_y, torch.lerp(upper, lower, share_y), float(PAD)) / 255
+        )
+    for image, plane in zip(
+        images, planes if colour is None else recolour(planes, colour), strict=True
+    ):
         image.copy_(plane)
 
 
@@ -161,7 +211,9 @@ def compiled_gather() -> Callable[..., None]:
 
 
 def recolour(planes: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
-    """Multiplies hue (modulo one turn), saturation and value: RGB planes (N, S, S) 0..1, (N, 3) -> new planes."""
+    """Multiplies hue (modulo one turn), saturation and value: RGB planes (N, S, S) 0..1, (N, 3) ->
+    new planes.
+    """
     hue_factor, saturation_factor, value_factor = factors[..., None, None].unbind(1)  # (N, 1, 1)
     red, green, blue = planes
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -184,20 +236,26 @@ def recolour(planes: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """Without waiting for what the device still has to do: only from pinned memory is a copy asynchronous."""
+    """Without waiting for what the device still has to do: only from pinned memory is a copy
+    asynchronous.
+    """
     tensor = torch.from_numpy(np.ascontiguousarray(x))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-MIN_SIDE, MAX_ASPECT, MIN_AREA = 2.0, 100.0, 0.1  # what must be left of a box: pixels, ratio, share of its area
+MIN_SIDE, MAX_ASPECT, MIN_AREA = (
+    2.0,
+    100.0,
+    0.1,
+)  # what must be left of a box: pixels, ratio, share of its area
 
 
 def render_boxes(store: Store, layout: Layout, imgsz: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """-> per image boxes_xyxy (G, 4) float32 in rendered pixels and labels (G,); difficult objects are left out.
+    """-> per image boxes_xyxy (G, 4) float32 in rendered pixels and labels (G,); difficult objects
+    are left out.
 
-    A box stays if what the picture shows of it has sides over 2 pixels, an aspect under 100 and more
-    than a tenth of its area (of the part on the mosaic's canvas, as in the public recipe).
-    """
+    A box stays if what the picture shows of it has sides over 2 pixels, an aspect under 100 and
+    more than a tenth of its area (of the part on the mosaic's canvas, as in the public recipe)."""
     objects = store.objects
     four = np.isfinite(layout.centre[:, :1]) | (np.arange(4) == 0)  # (N, 4) tiles in use
     counts = np.where(four, np.diff(objects.first)[layout.image], 0).ravel()  # objects of each tile
@@ -206,13 +264,17 @@ def render_boxes(store: Store, layout: Layout, imgsz: int) -> list[tuple[np.ndar
     row = objects.first[layout.image].ravel()[tile] + rank
     a, b = layout.a.reshape(-1, 1, 2)[tile], layout.b.reshape(-1, 1, 2)[tile]
     low, high = layout.shown.reshape(-1, 1, 2, 2)[tile].transpose(3, 0, 1, 2)
-    corners = np.sort(objects.corners[row] * a + b, 1)  # (B, corner, xy), sorted: mirrored ones swap
+    corners = np.sort(
+        objects.corners[row] * a + b, 1
+    )  # (B, corner, xy), sorted: mirrored ones swap
     whole = corners.clip(low, high)
     seen = whole.clip(0, imgsz)
     keep = remains(whole, seen)
     ends = np.bincount(tile[keep] // 4, minlength=len(layout.image)).cumsum()[:-1]
     boxes_xyxy = seen[keep].reshape(-1, 4).astype(np.float32)
-    return list(zip(np.split(boxes_xyxy, ends), np.split(objects.labels[row[keep]], ends), strict=True))
+    return list(
+        zip(np.split(boxes_xyxy, ends), np.split(objects.labels[row[keep]], ends), strict=True)
+    )
 
 
 def remains(whole: np.ndarray, seen: np.ndarray) -> np.ndarray:

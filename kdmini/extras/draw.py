@@ -20,7 +20,9 @@ try:
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
 except ImportError:
-    sys.exit("error: pictures are drawn by matplotlib, which is not installed: pip install 'kdmini[plots]'")
+    sys.exit(
+        "error: pictures are drawn by matplotlib, which is not installed: pip install 'kdmini[plots]'"
+    )
 
 DPI = 100  # a figure of 16 inches is 1600 pixels wide
 SMALL = 9  # points; labels and captions
@@ -51,7 +53,9 @@ class Frame(NamedTuple):
     """An image with boxes. Coordinates are those of the boxes."""
 
     image: np.ndarray  # (S, S, 3) RGB 0..1
-    extent: tuple[float, float, float, float]  # left, right, bottom, top of the image; what is padding lies outside
+    extent: tuple[
+        float, float, float, float
+    ]  # left, right, bottom, top of the image; what is padding lies outside
     size: tuple[float, float]  # width, height of what is shown, from 0
     boxes: list[Box]
     title: str
@@ -65,17 +69,24 @@ def attention(
     captions: Mapping[str, Sequence[str]],
     title: str,
 ) -> Figure:
-    """A row for each image, a column for each tap, in it the maps of the sides next to each other, the caption below.
+    """A row for each image, a column for each tap, in it the maps of the sides next to each other,
+    the caption below.
 
-    images: (N, S, S, 3) RGB 0..1. maps: tap -> for each side (N, h, w); one colour scale for the maps of a cell.
+    images: (N, S, S, 3) RGB 0..1. maps: tap -> for each side (N, h, w); one colour scale for the
+    maps of a cell.
     captions: tap -> N.
     """
     rows, right = len(images), len(sides) + GAP * (len(sides) - 1)
     lines = max(text.count("\n") + 1 for texts in captions.values() for text in texts)
-    size = MAP_SIDE * (1.1 + len(maps) * (right + 0.1)), (MAP_SIDE + 0.1 + 0.18 * lines) * rows + 1.5
+    size = (
+        MAP_SIDE * (1.1 + len(maps) * (right + 0.1)),
+        (MAP_SIDE + 0.1 + 0.18 * lines) * rows + 1.5,
+    )
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     figure.suptitle(title + "\n", fontsize=SMALL + 4)  # what stands over the axes comes close
-    axes = figure.subplots(rows, 1 + len(maps), squeeze=False, width_ratios=[1.0] + [right] * len(maps))
+    axes = figure.subplots(
+        rows, 1 + len(maps), squeeze=False, width_ratios=[1.0] + [right] * len(maps)
+    )
     for row, (image, name) in enumerate(zip(images, ids, strict=True)):
         axes[row, 0].imshow(image, extent=(0, 1, 1, 0))
         axes[row, 0].set(xticks=[], yticks=[])
@@ -88,7 +99,9 @@ def attention(
             largest = max(float(side[row].max()) for side in shown)
             for place, side in enumerate(shown):
                 extent = place * (1 + GAP), place * (1 + GAP) + 1, 1, 0
-                axis.imshow(grey[row], "gray", vmin=0, vmax=1.6, extent=extent)  # dimmed: white is not to pale the map
+                axis.imshow(
+                    grey[row], "gray", vmin=0, vmax=1.6, extent=extent
+                )  # dimmed: white is not to pale the map
                 axis.imshow(
                     side[row],
                     "viridis",
@@ -99,13 +112,20 @@ def attention(
                     interpolation="bilinear",
                 )
             axis.set(xlim=(0, right), ylim=(1, 0), yticks=[])
-            middles = [place * (1 + GAP) + 0.5 for place in range(len(sides))] if len(sides) > 1 else []
+            middles = (
+                [place * (1 + GAP) + 0.5 for place in range(len(sides))] if len(sides) > 1 else []
+            )
             axis.set_xticks(middles, sides[: len(middles)], fontsize=SMALL)
             axis.tick_params(top=False, bottom=False, labeltop=row == 0, labelbottom=False, pad=1)
             axis.spines[:].set_visible(False)
             axis.set_xlabel(captions[tap][row], fontsize=SMALL)
     scale = figure.colorbar(
-        ScalarMappable(cmap="viridis"), ax=axes, location="bottom", fraction=0.02, aspect=60, shrink=0.3
+        ScalarMappable(cmap="viridis"),
+        ax=axes,
+        location="bottom",
+        fraction=0.02,
+        aspect=60,
+        shrink=0.3,
     )
     scale.set_ticks([0, 1], labels=["0", "the largest value"], fontsize=SMALL)
     scale.set_label("attention; maps side by side share one scale", fontsize=SMALL)
@@ -113,7 +133,9 @@ def attention(
 
 
 def boxes(frames: Sequence[Frame], columns: int, title: str, cell: float = 4.0) -> Figure:
-    """The frames in rows of at most `columns`, each `cell` inches wide, with a legend of the kinds of boxes."""
+    """The frames in rows of at most `columns`, each `cell` inches wide, with a legend of the kinds
+    of boxes.
+    """
     columns = min(columns, len(frames))
     rows = math.ceil(len(frames) / columns)
     tall = [min(frame.size[1] / frame.size[0], 1) for frame in frames]
@@ -136,7 +158,16 @@ def boxes(frames: Sequence[Frame], columns: int, title: str, cell: float = 4.0) 
             colour, style, _ = KINDS[kind]
             halo = [withStroke(linewidth=4, foreground="black")]
             axis.add_patch(
-                Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, ls=style, lw=2, path_effects=halo)
+                Rectangle(
+                    (x0, y0),
+                    x1 - x0,
+                    y1 - y0,
+                    fill=False,
+                    ec=colour,
+                    ls=style,
+                    lw=2,
+                    path_effects=halo,
+                )
             )
             late = x0 > 0.6 * width  # the text stays inside the image
             wide = 0.5 * line * len(text)
@@ -156,13 +187,29 @@ def boxes(frames: Sequence[Frame], columns: int, title: str, cell: float = 4.0) 
             ).set_in_layout(False)
     present = {box.kind for frame in frames for box in frame.boxes}
     if len(present) > 1 or "hit" in present:
-        shown = [(colour, style, words) for kind, (colour, style, words) in KINDS.items() if kind in present]
+        shown = [
+            (colour, style, words)
+            for kind, (colour, style, words) in KINDS.items()
+            if kind in present
+        ]
         handles = [
-            Line2D([], [], color=c, ls=s, lw=2, label=w, path_effects=[withStroke(linewidth=4, foreground="black")])
+            Line2D(
+                [],
+                [],
+                color=c,
+                ls=s,
+                lw=2,
+                label=w,
+                path_effects=[withStroke(linewidth=4, foreground="black")],
+            )
             for c, s, w in shown
         ]
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles), fontsize=SMALL + 1, handlelength=4
+            handles=handles,
+            loc="outside lower center",
+            ncols=len(handles),
+            fontsize=SMALL + 1,
+            handlelength=4,
         )
     return figure
 
@@ -188,8 +235,17 @@ def curves(panels: Sequence[Panel], xlabel: str, title: str) -> Figure:
         axis.set_visible(False)
     for axis, panel in zip(axes, panels, strict=False):
         for number, (label, points) in enumerate(panel.lines.items()):
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            axis.plot(*zip(*points, strict=True), label=label, ms=4, markevery=math.ceil(len(points) / 12), **style)
+            style = {
+                "color": COLOURS[number % len(COLOURS)],
+                "marker": MARKERS[number % len(MARKERS)],
+            }
+            axis.plot(
+                *zip(*points, strict=True),
+                label=label,
+                ms=4,
+                markevery=math.ceil(len(points) / 12),
+                **style,
+            )
         only = [*panel.lines, panel.ylabel] if len(panel.lines) == 1 else [panel.ylabel]
         plain(axis, panel.title, xlabel, ", ".join(filter(None, only)))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -202,7 +258,8 @@ def curves(panels: Sequence[Panel], xlabel: str, title: str) -> Figure:
 
 
 def precision_recall(found: Mapping[str, np.ndarray], title: str) -> Figure:
-    """found: class -> (count,), the best precision at recall 1/count, 2/count ... 1, 0 beyond what was reached.
+    """found: class -> (count,), the best precision at recall 1/count, 2/count ... 1, 0 beyond what
+    was reached.
 
     The area under a drawn line is the mean of its values, the average precision.
     """
@@ -215,7 +272,10 @@ def precision_recall(found: Mapping[str, np.ndarray], title: str) -> Figure:
         axis.set_visible(False)
     for number, (axis, (name, curve)) in enumerate(zip(axes, found.items(), strict=False)):
         count = len(curve)
-        plain(axis, f"{name}: AP {curve.mean():.2f}, {count:,} objects" if count else f"{name}: no objects")
+        plain(
+            axis,
+            f"{name}: AP {curve.mean():.2f}, {count:,} objects" if count else f"{name}: no objects",
+        )
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
         axis.tick_params(labelbottom=number + columns >= len(found))
         if count:

@@ -3,10 +3,10 @@
 python -m kdmini.extras.export WEIGHTS --to onnx [--out FILE] [--imgsz 640]
 python -m kdmini.extras.export WEIGHTS --to safetensors [--out FILE]
 
-onnx: images (N, 3, S, S) RGB 0..1 with any N -> boxes_xyxy (N, A, 4) in pixels and scores (N, A, K), before
-non-maximum suppression; BatchNorm is folded. safetensors: the state_dict under the public keys, nothing folded.
-Either one carries names, scale, license and image size as metadata: texts, what is no text in JSON.
-"""
+onnx: images (N, 3, S, S) RGB 0..1 with any N -> boxes_xyxy (N, A, 4) in pixels and scores (N, A,
+K), before non-maximum suppression; BatchNorm is folded. safetensors: the state_dict under the
+public keys, nothing folded. Either one carries names, scale, license and image size as metadata:
+texts, what is no text in JSON."""
 
 import argparse
 import io
@@ -46,29 +46,40 @@ class Decoded(nn.Module):
 
 
 def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = None) -> Path:
-    """Writes the file and returns its path: by default that of the weights with another ending. Raises UserError."""
+    """Writes the file and returns its path: by default that of the weights with another ending.
+    Raises UserError.
+    """
     if out and out.suffix != ENDINGS[to]:  # and so never the weights themselves
         raise UserError(f"--out {out}: name a file that ends in {ENDINGS[to]}")
     check_size(imgsz or 640, "--imgsz")
     detector, trained = load_detector(weights)
     out, size = out or Path(weights).with_suffix(ENDINGS[to]), imgsz or trained
     card = {**detector.card, "names": detector.names, "imgsz": size}
-    about = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in card.items()}
-    content = to_onnx(detector, size, about) if to == "onnx" else to_safetensors(detector.state_dict(), about)
+    about = {
+        k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in card.items()
+    }
+    content = (
+        to_onnx(detector, size, about)
+        if to == "onnx"
+        else to_safetensors(detector.state_dict(), about)
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); name another") from error
+        raise UserError(
+            f"--out {out}: its folder cannot be made ({error.strerror}); name another"
+        ) from error
     write_whole(out, content)
     print(f"{out}: {len(content) / 1e6:.1f} MB")
     return out
 
 
 def to_safetensors(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
-    """The format: 8 bytes with the length of the header, the header in JSON, then the tensors' bytes one by one.
+    """The format: 8 bytes with the length of the header, the header in JSON, then the tensors'
+    bytes one by one.
 
-    https://huggingface.co/docs/safetensors: all is little-endian; offsets count from the end of the header.
-    """
+    https://huggingface.co/docs/safetensors: all is little-endian; offsets count from the end of the
+    header."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **about}}
     parts, end = [], 0
     for key, tensor in state.items():
@@ -82,12 +93,16 @@ def to_safetensors(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
 
 
 def to_onnx(detector: YOLO11, size: int, about: dict[str, str]) -> bytes:
-    """An ONNX model, compared with the detector, which is folded. Raises UserError where the two differ."""
+    """An ONNX model, compared with the detector, which is folded. Raises UserError where the two
+    differ.
+    """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--to onnx needs the package {error.name}: pip install 'kdmini[export]'") from None
+        raise UserError(
+            f"--to onnx needs the package {error.name}: pip install 'kdmini[export]'"
+        ) from None
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = decode_maps(detector(images))
@@ -115,11 +130,15 @@ def to_onnx(detector: YOLO11, size: int, about: dict[str, str]) -> bytes:
 
 
 def compare(content: bytes, images: Tensor, wanted: tuple[Tensor, Tensor]) -> None:
-    """Prints by how much onnxruntime's outputs differ from PyTorch's, in batches of one and of all images."""
+    """Prints by how much onnxruntime's outputs differ from PyTorch's, in batches of one and of all
+    images.
+    """
     try:
         import onnxruntime
     except ImportError:
-        return print("not compared with PyTorch, for want of onnxruntime: pip install 'kdmini[export]'")
+        return print(
+            "not compared with PyTorch, for want of onnxruntime: pip install 'kdmini[export]'"
+        )
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     off = np.zeros(2)  # boxes, scores
     for count in (1, len(images)):
@@ -142,7 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("weights", help="best.pt of a run, or a public file such as yolo11s.pt")
     parser.add_argument("--to", choices=ENDINGS, required=True)
-    parser.add_argument("--out", type=Path, help="default: the name of the weights, with another ending")
+    parser.add_argument(
+        "--out", type=Path, help="default: the name of the weights, with another ending"
+    )
     parser.add_argument("--imgsz", type=int, help="S; default: that of the training")
     args = parser.parse_args(argv)
     signals.exit_on_signals()

@@ -20,7 +20,9 @@ TIMEOUT_S = 30
 def digest_of(path: Path, algorithm: str) -> str:
     """Hex digest of a file; algorithm as hashlib names it ("sha256", "md5")."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(
+            file, lambda: hashlib.new(algorithm, usedforsecurity=False)
+        ).hexdigest()
 
 
 def fetch(url: str, path: Path, digest: str, size: int | None = None) -> Path:
@@ -41,7 +43,9 @@ def fetch(url: str, path: Path, digest: str, size: int | None = None) -> Path:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the ranks of one machine ask for the same file at once
+            fcntl.flock(
+                file, fcntl.LOCK_EX
+            )  # the ranks of one machine ask for the same file at once
             if is_there():
                 part.unlink(missing_ok=True)
                 return path

@@ -1,4 +1,5 @@
-"""Masked generative distillation (MGD): the student's features, cells of them hidden, have to yield the teacher's.
+"""Masked generative distillation (MGD): the student's features, cells of them hidden, have to yield
+the teacher's.
 
 Source: Yang et al., "Masked Generative Distillation", ECCV 2022.
 Legend: N images, C channels, H W cells, l a tap, S and T aligned student and teacher.
@@ -7,10 +8,10 @@ Legend: N images, C channels, H W cells, l a tap, S and T aligned student and te
     G     = Conv3x3, ReLU, Conv3x3, of the teacher's width; trained with the student, used in training alone
     L     = sum_l mean over N, C, H, W of (G_l(S_l * M) - T_l)^2
 
-Simplified: a mean, where the paper sums over C, H, W, so that the weight does not depend on their number.
-The mask comes from torch's global generator, whose state checkpoints keep: runs stay reproducible. Under autocast the
-convolutions run in half precision like all others; the difference is in float32.
-"""
+Simplified: a mean, where the paper sums over C, H, W, so that the weight does not depend on their
+number. The mask comes from torch's global generator, whose state checkpoints keep: runs stay
+reproducible. Under autocast the convolutions run in half precision like all others; the difference
+is in float32."""
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,23 @@ class MaskedGeneration(nn.Module):
     def __init__(self, shapes: Shapes, masked: float = 0.65):
         super().__init__()
         if not 0 <= masked < 1:
-            raise UserError(f"distill: masked is {masked}, the share of cells to hide; use 0 to below 1")
+            raise UserError(
+                f"distill: masked is {masked}, the share of cells to hide; use 0 to below 1"
+            )
         self.masked = masked
         self.generators = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(ct, ct, 3, padding=1), nn.ReLU(), nn.Conv2d(ct, ct, 3, padding=1))
+            nn.Sequential(
+                nn.Conv2d(ct, ct, 3, padding=1), nn.ReLU(), nn.Conv2d(ct, ct, 3, padding=1)
+            )
             for _, ct, _, _ in shapes.values()
         )
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         pairs = aligned(student, teacher).values()
-        each = [self.distance(*pair, generate) for pair, generate in zip(pairs, self.generators, strict=True)]
+        each = [
+            self.distance(*pair, generate)
+            for pair, generate in zip(pairs, self.generators, strict=True)
+        ]
         return torch.stack(each).sum()
 
     def distance(self, student: Tensor, teacher: Tensor, generate: nn.Module) -> Tensor:

@@ -1,7 +1,8 @@
-"""Pearson distillation (PKD): each of the student's channels correlates with the teacher's, whatever their scale.
+"""Pearson distillation (PKD): each of the student's channels correlates with the teacher's,
+whatever their scale.
 
-Source: Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
-NeurIPS 2022.
+Source: Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson
+Correlation Coefficient", NeurIPS 2022.
 Legend: N images, C channels, H W cells, l a tap, S and T aligned student and teacher.
 
     F^ = (F - mean) / sqrt(variance + eps)      mean and variance of a channel over N, H, W
@@ -25,7 +26,9 @@ class PearsonDistillation(nn.Module):
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         pairs = aligned(student, teacher).values()
-        return torch.stack([(standardise(s) - standardise(t)).square().mean() / 2 for s, t in pairs]).sum()
+        return torch.stack(
+            [(standardise(s) - standardise(t)).square().mean() / 2 for s, t in pairs]
+        ).sum()
 
 
 def standardise(feat: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ python -m kdmini.extras.visualize WEIGHTS IMAGES... [--out FOLDER]         into 
     attention.png          where teacher and student look at each tap, and how far apart the two maps are
     before_after.png       where the student looked before training, and after it
 
-Of weights alone there are detections.png and attention.png, without a teacher. The student of a run is best.pt.
-Its maps are those of its own features, not aligned to the teacher's: a sum over channels needs no alignment, and a
-trained align module could look like the teacher in the student's place.
-Legend: N images, S image size, C channels, h, w cells of a map, D detections and G objects of an image.
-"""
+Of weights alone there are detections.png and attention.png, without a teacher. The student of a run
+is best.pt. Its maps are those of its own features, not aligned to the teacher's: a sum over
+channels needs no alignment, and a trained align module could look like the teacher in the student's
+place.
+Legend: N images, S image size, C channels, h, w cells of a map, D detections and G objects of an
+image."""
 
 import argparse
 import io
@@ -43,7 +44,9 @@ from kdmini.optim import Recipe
 from kdmini.runlog import RunFolder, write_whole
 
 Figures = Iterator[tuple[str, draw.Figure]]  # name of the picture, the picture
-TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]  # of a YOLO11, where no distillation names others
+TAPS = [
+    f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)
+]  # of a YOLO11, where no distillation names others
 SHOWN, MOST = 6, 24  # images of a picture where none are named, and at most
 BATCH, DRAWN_FROM = 12, 256  # images of batch.png; of the training set that many are decoded for it
 SCORE, IOU, MAX_DET = 0.25, 0.7, 300  # of detections.png
@@ -58,7 +61,9 @@ def visualize(source: Path, files: Sequence[Path], out: Path | None = None) -> N
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {out} ({error.strerror}); name another with --out") from error
+            raise UserError(
+                f"cannot make the folder {out} ({error.strerror}); name another with --out"
+            ) from error
         content = io.BytesIO()
         figure.savefig(content, format="png")
         write_whole(out / f"{name}.png", content.getvalue())
@@ -77,7 +82,9 @@ def of_weights(path: Path, files: Sequence[Path]) -> Figures:
     place = engine.pick_device("auto")
     detector, imgsz = load_detector(path, place)
     if not files:
-        raise UserError(f"{path}: name images to look at beside the weights, or a run folder instead of them")
+        raise UserError(
+            f"{path}: name images to look at beside the weights, or a run folder instead of them"
+        )
     scenes = look_at(Store(Photographs(files), imgsz, place, name="images"), len(files))
     yield "detections", detections(detector, scenes, path.name, judged=False)
     yield "attention", attention(scenes, {path.name: look(detector, TAPS, scenes.images)}, TAPS)
@@ -95,15 +102,21 @@ def of_run(
     device: str = "auto",
     **others: Any,  # sections that only training reads
 ) -> Figures:
-    """What needs least comes first, to be there whatever the rest meets. The parameters after `files` are sections
-    of the config."""
+    """What needs least comes first, to be there whatever the rest meets. The parameters after
+    `files` are sections of the config.
+    """
     photographs = Photographs(files)
     if records := RunFolder(folder, lead=False).records():
-        yield "curves", draw.curves(panels(records), "epoch (0: before training)", f"The run {folder}")
+        yield (
+            "curves",
+            draw.curves(panels(records), "epoch (0: before training)", f"The run {folder}"),
+        )
 
     place, recipe = engine.pick_device(device), config.call(Recipe, train, "train")
     offered = {"root": data["root"]} if data.get("root") else {}
-    train_set, val_set = (config.build(data[part], f"data.{part}", **offered) for part in ("train", "val"))
+    train_set, val_set = (
+        config.build(data[part], f"data.{part}", **offered) for part in ("train", "val")
+    )
     keys = ("imgsz", "workers", "storage", "limit", "on_bad")
     storing = {"imgsz": 640} | {key: data[key] for key in keys if key in data}
     check_size(storing["imgsz"])
@@ -113,9 +126,15 @@ def of_run(
     loader = TrainLoader(store, min(BATCH, len(store)), recipe.epochs, augment, seed)
     yield "batch", batch(loader)
 
-    torch.manual_seed(seed)  # as train.py does, so that `before` has the weights that training began with
+    torch.manual_seed(
+        seed
+    )  # as train.py does, so that `before` has the weights that training began with
     before = config.build(student, "student", names=val_set.names).to(place)
-    guide = config.build(teacher, "teacher", names=val_set.names).to(place) if teacher and distill else None
+    guide = (
+        config.build(teacher, "teacher", names=val_set.names).to(place)
+        if teacher and distill
+        else None
+    )
     best = folder / "best.pt"
     if not best.exists():
         return print(f"left out: all that needs {best}, which is not there yet")
@@ -129,10 +148,14 @@ def of_run(
         scenes = look_at(Store(photographs, storing["imgsz"], place, name="images"), len(files))
     yield "detections", detections(after, scenes, str(best), judged=not files)
     metric = DetectionMetric(val_set.names)
-    engine.evaluate(after, ValLoader(val_store, recipe.batch), metric, engine.precision(recipe.amp, place)[0])
+    engine.evaluate(
+        after, ValLoader(val_store, recipe.batch), metric, engine.precision(recipe.amp, place)[0]
+    )
     yield "precision_recall", precision_recall(metric)
 
-    pairs = dict((tap, tap) if isinstance(tap, str) else tap for tap in (distill or {"taps": TAPS})["taps"])
+    pairs = dict(
+        (tap, tap) if isinstance(tap, str) else tap for tap in (distill or {"taps": TAPS})["taps"]
+    )
     taps = list(pairs)
     if not taps:
         return print("left out: the attention maps, as the run has no taps")
@@ -141,12 +164,16 @@ def of_run(
     if theirs:
         yield "attention", attention(scenes, {"teacher": theirs, "student": now}, taps)
     else:
-        print("left out: attention.png, as the run has no teacher; before_after.png has the student's maps")
+        print(
+            "left out: attention.png, as the run has no teacher; before_after.png has the student's maps"
+        )
     yield "before_after", attention(scenes, {"before": was, "after": now}, taps, theirs)
 
 
 class Photographs:
-    """Image files without annotations, as a `kdmini.contracts.Dataset`. Raises UserError for one that is no image."""
+    """Image files without annotations, as a `kdmini.contracts.Dataset`. Raises UserError for one
+    that is no image.
+    """
 
     def __init__(self, paths: Sequence[Path]):
         self.names: list[str] = []
@@ -186,10 +213,14 @@ def look(model: nn.Module, taps: Sequence[str], images: Tensor) -> list[Tensor]:
 
 
 def attention(
-    scenes: Scenes, sides: Mapping[str, list[Tensor]], taps: Sequence[str], goal: list[Tensor] | None = None
+    scenes: Scenes,
+    sides: Mapping[str, list[Tensor]],
+    taps: Sequence[str],
+    goal: list[Tensor] | None = None,
 ) -> draw.Figure:
-    """sides: name -> the features of one network or moment at each tap; of two, the distance stands under each pair,
-    and that of either to `goal`, the teacher's."""
+    """sides: name -> the features of one network or moment at each tap; of two, the distance stands
+    under each pair, and that of either to `goal`, the teacher's.
+    """
     captions: dict[str, list[str]] = {tap: [""] * len(scenes.targets) for tap in taps}
     title = f"Where {next(iter(sides))} looks: sum of squares over the channels"
     if len(sides) == 2:
@@ -204,9 +235,12 @@ def attention(
                     for text, a, b in zip(captions[tap], first, last, strict=True)
                 ]
     maps = {
-        tap: [attention_map(feats[number]).cpu().numpy() for feats in sides.values()] for number, tap in enumerate(taps)
+        tap: [attention_map(feats[number]).cpu().numpy() for feats in sides.values()]
+        for number, tap in enumerate(taps)
     }
-    if any(np.linalg.norm(side, axis=(1, 2)).min() < 0.5 for both in maps.values() for side in both):
+    if any(
+        np.linalg.norm(side, axis=(1, 2)).min() < 0.5 for both in maps.values() for side in both
+    ):
         title += "\nA map that is all dark is of features so small that eps outweighs them, as before any training"
     ids = [target["id"] for target in scenes.targets]
     return draw.attention(scenes.pictures, ids, maps, list(sides), captions, title)
@@ -215,32 +249,46 @@ def attention(
 @torch.no_grad()
 def detections(detector: Any, scenes: Scenes, title: str, judged: bool) -> draw.Figure:
     """judged: hits and misses beside the ground truth; else the detections alone."""
-    found = scenes.inverse(detector.decode(detector.eval()(scenes.images), score=SCORE, iou=IOU, max_det=MAX_DET))
+    found = scenes.inverse(
+        detector.decode(detector.eval()(scenes.images), score=SCORE, iou=IOU, max_det=MAX_DET)
+    )
     frames = []
-    for n, (picture, target, mine) in enumerate(zip(scenes.pictures, scenes.targets, found, strict=True)):
+    for n, (picture, target, mine) in enumerate(
+        zip(scenes.pictures, scenes.targets, found, strict=True)
+    ):
         mine = Detections(**{key: value.cpu() for key, value in mine.items()})  # type: ignore[typeddict-item, attr-defined]
         left, top = -scenes.inverse.corner[n] * scenes.inverse.scale[n]
         right, bottom = (len(picture) - scenes.inverse.corner[n]) * scenes.inverse.scale[n]
         place = picture, (left, right, bottom, top), tuple(scenes.inverse.native[n])
-        of_found, of_objects = judge(mine, target) if judged else (["detection"] * len(mine["scores"]), [])
+        of_found, of_objects = (
+            judge(mine, target) if judged else (["detection"] * len(mine["scores"]), [])
+        )
         if judged:
             texts = [detector.names[label] for label in target["labels"]]
             truth = list(map(draw.Box, target["boxes_xyxy"].tolist(), texts, of_objects))
             frames.append(draw.Frame(*place, truth, f"{target['id']}: ground truth"))
-        rows = zip(mine["boxes_xyxy"].tolist(), mine["labels"], mine["scores"], of_found, strict=True)
-        boxes = [draw.Box(box, f"{detector.names[label]} {score:.2f}", kind) for box, label, score, kind in rows]
+        rows = zip(
+            mine["boxes_xyxy"].tolist(), mine["labels"], mine["scores"], of_found, strict=True
+        )
+        boxes = [
+            draw.Box(box, f"{detector.names[label]} {score:.2f}", kind)
+            for box, label, score, kind in rows
+        ]
         frames.append(draw.Frame(*place, boxes, f"{target['id']}: detections"))
     return draw.boxes(frames, 4, f"Detections of {title} with a score over {SCORE}")
 
 
 def judge(found: Detections, target: Target, iou: float = 0.5) -> tuple[list[str], list[str]]:
-    """-> kinds of the detections (D), best score first, and of the objects (G): hit, difficult, false alarm or missed.
+    """-> kinds of the detections (D), best score first, and of the objects (G): hit, difficult,
+    false alarm or missed.
 
-    As VOC counts: a detection stands for the object of its class that it overlaps most, and each is found once.
-    """
+    As VOC counts: a detection stands for the object of its class that it overlaps most, and each is
+    found once."""
     of_found = ["false alarm"] * len(found["scores"])
     of_objects = ["difficult" if difficult else "missed" for difficult in target["difficult"]]
-    overlap = box_iou(found["boxes_xyxy"], torch.from_numpy(target["boxes_xyxy"]).to(found["boxes_xyxy"]))  # (D, G)
+    overlap = box_iou(
+        found["boxes_xyxy"], torch.from_numpy(target["boxes_xyxy"]).to(found["boxes_xyxy"])
+    )  # (D, G)
     overlap[found["labels"][:, None] != torch.from_numpy(target["labels"])] = 0
     for d in range(len(of_found) if of_objects else 0):
         g = int(overlap[d].argmax())
@@ -257,8 +305,12 @@ def batch(loader: TrainLoader) -> draw.Figure:
     for n, picture in enumerate(images.permute(0, 2, 3, 1).numpy()):
         labels = targets["labels"][n].tolist()
         rows = zip(targets["boxes_xyxy"][n].tolist(), labels, strict=True)
-        boxes = [draw.Box(box, loader.store.names[label], "object") for box, label in rows if label >= 0]
-        frames.append(draw.Frame(picture, (0, size, size, 0), (size, size), boxes, targets["ids"][n]))
+        boxes = [
+            draw.Box(box, loader.store.names[label], "object") for box, label in rows if label >= 0
+        ]
+        frames.append(
+            draw.Frame(picture, (0, size, size, 0), (size, size), boxes, targets["ids"][n])
+        )
     return draw.boxes(frames, 4, "Training images as rendered in the first epoch, with their boxes")
 
 
@@ -270,12 +322,17 @@ def precision_recall(metric: DetectionMetric) -> draw.Figure:
         curves[name] = precision_curve(*matches, count)
         values += [curves[name].mean()] if count else []
     mean = f"mean AP {np.mean(values):.3f}" if values else "no objects"
-    return draw.precision_recall(curves, f"Precision and recall at IoU 0.5 over the validation set, as in VOC: {mean}")
+    return draw.precision_recall(
+        curves, f"Precision and recall at IoU 0.5 over the validation set, as in VOC: {mean}"
+    )
 
 
 PLACES = {  # a name in metrics.jsonl -> title and unit of the panel it is drawn in; the group is its label
     r"lambda/(.+)": ("Lambda: how strongly a term counts", "lambda"),
-    r"distance/(aligned|raw)": ("Attention distance to the teacher, held-out images", "sum over the taps"),
+    r"distance/(aligned|raw)": (
+        "Attention distance to the teacher, held-out images",
+        "sum over the taps",
+    ),
     r"distance/raw/(.+)": ("Distance at each tap, student as it is (raw)", "distance"),
     r"distance/aligned/(.+)": ("Distance at each tap, after the align modules", "distance"),
     r"(AP.*|VOC.*)": ("Average precision on the validation set", "average precision"),
@@ -290,9 +347,13 @@ UNDRAWN = {"epoch", "skipped"}
 def panels(records: Sequence[Mapping[str, Any]]) -> list[draw.Panel]:
     """Lines of metrics.jsonl -> what to draw: every number in them, each in its panel."""
     names = dict.fromkeys(name for record in records for name in record)
-    lines: dict[tuple[str, str], dict[str, draw.Line]] = {place: {} for place in (LOSSES, TERMS, *PLACES.values())}
+    lines: dict[tuple[str, str], dict[str, draw.Line]] = {
+        place: {} for place in (LOSSES, TERMS, *PLACES.values())
+    }
     for name in (name for name in names if name not in UNDRAWN):
-        points = [(r["epoch"] + 1, r[name]) for r in records if isinstance(r.get(name), int | float)]
+        points = [
+            (r["epoch"] + 1, r[name]) for r in records if isinstance(r.get(name), int | float)
+        ]
         place, label = LOSSES if f"lambda/{name}" not in names else TERMS, name
         for pattern, known in PLACES.items():
             if match := re.fullmatch(pattern, name):
@@ -308,8 +369,15 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="RUN|WEIGHTS", type=Path, help="a run folder, or best.pt, or a YOLO11 file")
-    parser.add_argument("images", metavar="IMAGES", type=Path, nargs="*", help=f"files to look at, {MOST} at most")
+    parser.add_argument(
+        "source",
+        metavar="RUN|WEIGHTS",
+        type=Path,
+        help="a run folder, or best.pt, or a YOLO11 file",
+    )
+    parser.add_argument(
+        "images", metavar="IMAGES", type=Path, nargs="*", help=f"files to look at, {MOST} at most"
+    )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where the pictures go")
     args = parser.parse_args(argv)
     signals.exit_on_signals()

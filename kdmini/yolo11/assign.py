@@ -29,7 +29,9 @@ def assign(scores: Tensor, boxes_xyxy: Tensor, points: Tensor, targets: Targets)
     if labels.shape[1] == 0:
         return Assignment(torch.zeros_like(boxes_xyxy), torch.zeros_like(scores))
     inside = centre_inside(points, objects_xyxy) & (labels >= 0).unsqueeze(-1)  # (N, G, A)
-    overlap = ciou(objects_xyxy.unsqueeze(2), boxes_xyxy.unsqueeze(1)).clamp(min=0) * inside  # (N, G, A)
+    overlap = (
+        ciou(objects_xyxy.unsqueeze(2), boxes_xyxy.unsqueeze(1)).clamp(min=0) * inside
+    )  # (N, G, A)
     alignment = class_score(scores, labels).pow(ALPHA) * overlap.pow(BETA)  # (N, G, A)
     owned = best_object(top_candidates(alignment) & inside, overlap)  # (N, G, A)
 
@@ -38,7 +40,9 @@ def assign(scores: Tensor, boxes_xyxy: Tensor, points: Tensor, targets: Targets)
     label = labels.clamp(min=0).gather(1, owner)
     boxes = objects_xyxy.gather(1, owner.unsqueeze(-1).expand(-1, -1, 4))
     # scatter, as one_hot would look at its input's values and so wait for the device
-    return Assignment(boxes, torch.zeros_like(scores).scatter_(2, label.unsqueeze(-1), score.unsqueeze(-1)))
+    return Assignment(
+        boxes, torch.zeros_like(scores).scatter_(2, label.unsqueeze(-1), score.unsqueeze(-1))
+    )
 
 
 def centre_inside(points: Tensor, objects_xyxy: Tensor) -> Tensor:
@@ -61,13 +65,17 @@ def top_candidates(alignment: Tensor) -> Tensor:
 
 
 def best_object(candidate: Tensor, overlap: Tensor) -> Tensor:
-    """(N, G, A) -> (N, G, A) bool: an anchor that several objects claim goes to the one it overlaps most."""
+    """(N, G, A) -> (N, G, A) bool: an anchor that several objects claim goes to the one it overlaps
+    most.
+    """
     contested = candidate.sum(1, keepdim=True) > 1
     closest = torch.zeros_like(candidate).scatter_(1, overlap.argmax(1, keepdim=True), True)
     return torch.where(contested, closest, candidate)
 
 
 def target_score(alignment: Tensor, overlap: Tensor) -> Tensor:
-    """(N, G, A) of owned anchors -> (N, A): alignment, scaled so that an object's best anchor gets its best overlap."""
+    """(N, G, A) of owned anchors -> (N, A): alignment, scaled so that an object's best anchor gets
+    its best overlap.
+    """
     scale = overlap.amax(-1, keepdim=True) / (alignment.amax(-1, keepdim=True) + EPS)
     return (alignment * scale).amax(1)

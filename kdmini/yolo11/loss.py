@@ -25,7 +25,9 @@ def detection_loss(
     points, stride_of = anchor_points([p.shape[2:] for p in preds], strides, preds[0].device)
     flat = torch.cat([p.flatten(2) for p in preds], 2).transpose(1, 2).float()  # (N, A, 4R + K)
     dist_logits, logits = flat.split([4 * reg_max, flat.shape[2] - 4 * reg_max], 2)
-    boxes_xyxy = dist_ltrb_to_xyxy(expected_dist(dist_logits, reg_max), points, stride_of)  # (N, A, 4)
+    boxes_xyxy = dist_ltrb_to_xyxy(
+        expected_dist(dist_logits, reg_max), points, stride_of
+    )  # (N, A, 4)
 
     assigned = assign(logits.detach().sigmoid(), boxes_xyxy.detach(), points, targets)
     weight = assigned.scores.sum(-1)  # (N, A), zero on background
@@ -46,7 +48,8 @@ def expected_dist(dist_logits: Tensor, reg_max: int) -> Tensor:
 
 
 def distribution_focal(dist_logits: Tensor, dist_ltrb: Tensor, reg_max: int) -> Tensor:
-    """(N, A, 4R), (N, A, 4) in strides -> (N, A): cross-entropy with the two bins beside the true distance.
+    """(N, A, 4R), (N, A, 4) in strides -> (N, A): cross-entropy with the two bins beside the true
+    distance.
 
     Source: Li et al., "Generalized Focal Loss", NeurIPS 2020, equation 6.
     """

@@ -31,9 +31,19 @@ SCALES = {  # depth, width, max channels
 
 
 class Conv(nn.Module):
-    """Convolution, BatchNorm, SiLU. `groups=c_in` makes it depthwise; `act=False` leaves the SiLU out."""
+    """Convolution, BatchNorm, SiLU. `groups=c_in` makes it depthwise; `act=False` leaves the SiLU
+    out.
+    """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        act: bool = True,
+    ):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
         self.bn: nn.Module = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.03)
@@ -57,7 +67,9 @@ class Bottleneck(nn.Module):
 
 
 class C3k(nn.Module):
-    """Cross-stage partial block: half of the channels pass through two bottlenecks, half go round them."""
+    """Cross-stage partial block: half of the channels pass through two bottlenecks, half go round
+    them.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -79,7 +91,9 @@ class C3k2(nn.Module):
         hidden = int(c_out * expansion)
         self.cv1 = Conv(c_in, 2 * hidden)
         self.cv2 = Conv((2 + repeats) * hidden, c_out)
-        self.m = nn.ModuleList(C3k(hidden) if use_c3k else Bottleneck(hidden) for _ in range(repeats))
+        self.m = nn.ModuleList(
+            C3k(hidden) if use_c3k else Bottleneck(hidden) for _ in range(repeats)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         parts = list(self.cv1(x).chunk(2, 1))
@@ -105,7 +119,9 @@ class SPPF(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention between all positions; keys are half as wide as values, position comes from a 3x3 depthwise."""
+    """Self-attention between all positions; keys are half as wide as values, position comes from a
+    3x3 depthwise.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -120,7 +136,9 @@ class Attention(nn.Module):
         n, c, h, w = x.shape
         qkv = self.qkv(x).view(n, self.heads, -1, h * w)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], 2)  # (N, heads, dim, HW)
-        attention = ((q.transpose(-2, -1) @ k) * self.key_dim**-0.5).softmax(-1)  # (N, heads, HW, HW)
+        attention = ((q.transpose(-2, -1) @ k) * self.key_dim**-0.5).softmax(
+            -1
+        )  # (N, heads, HW, HW)
         out = (v @ attention.transpose(-2, -1)).view(n, c, h, w)
         return self.proj(out + self.pe(v.reshape(n, c, h, w)))
 
@@ -131,7 +149,9 @@ class PSABlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.attn = Attention(channels)
-        self.ffn = nn.Sequential(Conv(channels, 2 * channels), Conv(2 * channels, channels, act=False))
+        self.ffn = nn.Sequential(
+            Conv(channels, 2 * channels), Conv(2 * channels, channels, act=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(x)
@@ -174,13 +194,19 @@ class Detect(nn.Module):
         box_width = max(channels[0] // 4, 4 * REG_MAX)
         cls_width = max(channels[0], min(num_classes, 100))
         self.cv2 = nn.ModuleList(
-            nn.Sequential(Conv(c, box_width, 3), Conv(box_width, box_width, 3), nn.Conv2d(box_width, 4 * REG_MAX, 1))
+            nn.Sequential(
+                Conv(c, box_width, 3),
+                Conv(box_width, box_width, 3),
+                nn.Conv2d(box_width, 4 * REG_MAX, 1),
+            )
             for c in channels
         )
         self.cv3 = nn.ModuleList(
             nn.Sequential(
                 nn.Sequential(Conv(c, c, 3, groups=c), Conv(c, cls_width)),
-                nn.Sequential(Conv(cls_width, cls_width, 3, groups=cls_width), Conv(cls_width, cls_width)),
+                nn.Sequential(
+                    Conv(cls_width, cls_width, 3, groups=cls_width), Conv(cls_width, cls_width)
+                ),
                 nn.Conv2d(cls_width, num_classes, 1),
             )
             for c in channels
@@ -194,14 +220,19 @@ class Detect(nn.Module):
 
     def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
         """(N, C, H, W) at three levels -> (N, 64 + K, H, W) at three levels."""
-        return [torch.cat([box(f), cls(f)], 1) for box, cls, f in zip(self.cv2, self.cv3, feats, strict=True)]
+        return [
+            torch.cat([box(f), cls(f)], 1)
+            for box, cls, f in zip(self.cv2, self.cv3, feats, strict=True)
+        ]
 
 
 class YOLO11(nn.Module):
-    """The detector. `preds` are the raw maps of the three levels, (N, 64 + K, H, W), in training and evaluation.
+    """The detector. `preds` are the raw maps of the three levels, (N, 64 + K, H, W), in training
+    and evaluation.
 
     scale: n, s, m, l, x, or [depth, width, max channels] for one of your own.
-    weights: a file (`yolo11s.pt`, `best.pt`), or {path: ..., classes: by_name | keep} where the classes differ:
+    weights: a file (`yolo11s.pt`, `best.pt`), or {path: ..., classes: by_name | keep} where the
+    classes differ:
         `by_name` carries rows over by class name, `keep` builds the file's own head.
     box, cls, dfl: gains of the three losses.
     """
@@ -225,21 +256,29 @@ class YOLO11(nn.Module):
         self.names = list(names)
         self.scale = scale
         self.gains = {"box": box, "cls": cls, "dfl": dfl}
-        self.model = build_layers(SCALES[scale] if isinstance(scale, str) else scale, len(self.names))
+        self.model = build_layers(
+            SCALES[scale] if isinstance(scale, str) else scale, len(self.names)
+        )
         self.license = file.license if file else ""
         self.sppf_act = file.sppf_act if file else True
         if not self.sppf_act:
             self.get_submodule("model.9.cv1").act = nn.Identity()
         if file:
-            self.load_state_dict(weight_files.fit(file, self.state_dict(), self.names, scale, source.get("classes")))
+            self.load_state_dict(
+                weight_files.fit(file, self.state_dict(), self.names, scale, source.get("classes"))
+            )
 
     @property
     def card(self) -> dict[str, Any]:
-        """What `best.pt` carries beside the tensors. `license` is that of the weights training began from."""
+        """What `best.pt` carries beside the tensors. `license` is that of the weights training
+        began from.
+        """
         return {"scale": self.scale, "sppf_act": self.sppf_act, "license": self.license}
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) RGB 0..1, sides divisible by 32 -> three levels of (N, 64 + K, H/8.., W/8..)."""
+        """(N, 3, H, W) RGB 0..1, sides divisible by 32 -> three levels of (N, 64 + K, H/8..,
+        W/8..).
+        """
         return self.model[23](self._pyramid(images))
 
     def features(self, images: Tensor) -> None:
@@ -264,7 +303,9 @@ class YOLO11(nn.Module):
     def decode(
         self, preds: list[Tensor], score: float = 0.001, iou: float = 0.7, max_det: int = 300
     ) -> list[Detections]:
-        """Boxes above `score` after class-wise NMS, best first, several classes a box; xyxy in input pixels."""
+        """Boxes above `score` after class-wise NMS, best first, several classes a box; xyxy in
+        input pixels.
+        """
         boxes_xyxy, scores = decode_maps(preds)
         return [select(b, s, score, iou, max_det) for b, s in zip(boxes_xyxy, scores, strict=True)]
 
@@ -278,7 +319,9 @@ class YOLO11(nn.Module):
 
 
 # where a layer takes its input from: the layer before it, and for Concat a second one
-SOURCES = tuple({12: (-1, 6), 15: (-1, 4), 18: (-1, 13), 21: (-1, 10)}.get(i, (-1,)) for i in range(23))
+SOURCES = tuple(
+    {12: (-1, 6), 15: (-1, 4), 18: (-1, 13), 21: (-1, 10)}.get(i, (-1,)) for i in range(23)
+)
 
 
 def build_layers(scale: Sequence[float], num_classes: int) -> nn.ModuleList:
@@ -328,14 +371,18 @@ def decode_maps(preds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Raw maps -> boxes_xyxy (N, A, 4) in input pixels and scores (N, A, K), both float32."""
     points, stride_of = anchor_points([p.shape[2:] for p in preds], STRIDES, preds[0].device)
     flat = torch.cat([p.flatten(2) for p in preds], 2).transpose(1, 2).float()  # (N, A, 64 + K)
-    boxes_xyxy = dist_ltrb_to_xyxy(expected_dist(flat[..., : 4 * REG_MAX], REG_MAX), points, stride_of)
+    boxes_xyxy = dist_ltrb_to_xyxy(
+        expected_dist(flat[..., : 4 * REG_MAX], REG_MAX), points, stride_of
+    )
     return boxes_xyxy, flat[..., 4 * REG_MAX :].sigmoid()
 
 
 MAX_CANDIDATES = 30_000  # of one image, before NMS: bounds its time on an untrained model
 
 
-def select(boxes_xyxy: Tensor, scores: Tensor, score: float, iou: float, max_det: int) -> Detections:
+def select(
+    boxes_xyxy: Tensor, scores: Tensor, score: float, iou: float, max_det: int
+) -> Detections:
     """(A, 4), (A, K) -> the detections of one image."""
     anchor, label = (scores > score).nonzero(as_tuple=True)
     found = scores[anchor, label]

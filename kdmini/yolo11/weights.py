@@ -1,10 +1,11 @@
-"""Weight files: public YOLO11 `.pt` files and kdmini's own `best.pt`, read without running what is in them.
+"""Weight files: public YOLO11 `.pt` files and kdmini's own `best.pt`, read without running what is
+in them.
 
-A `.pt` file is a zip of one pickle and the bytes of the tensors. A pickle is a program: unpickling it
-may call anything. Here an interpreter of our own walks through the few opcodes that such files use:
-a name stays a name, and a call becomes a `Node` that notes what would have been called with what.
-Of these notes only the tensors and the tree of modules are looked at. Nothing is imported or called.
-"""
+A `.pt` file is a zip of one pickle and the bytes of the tensors. A pickle is a program: unpickling
+it may call anything. Here an interpreter of our own walks through the few opcodes that such files
+use: a name stays a name, and a call becomes a `Node` that notes what would have been called with
+what. Of these notes only the tensors and the tree of modules are looked at. Nothing is imported or
+called."""
 
 import copy
 import hashlib
@@ -26,7 +27,13 @@ from kdmini.contracts import UserError
 
 Scale = str | tuple[float, ...]  # n, s, m, l, x, or (depth, width, max channels)
 
-SCALE_OF = {(16, 1): "n", (32, 1): "s", (64, 1): "m", (64, 2): "l", (96, 2): "x"}  # channels of layer 0, blocks in 2
+SCALE_OF = {
+    (16, 1): "n",
+    (32, 1): "s",
+    (64, 1): "m",
+    (64, 2): "l",
+    (96, 2): "x",
+}  # channels of layer 0, blocks in 2
 
 COCO_NAME = {  # of the VOC classes that are called otherwise there
     "aeroplane": "airplane",
@@ -37,9 +44,12 @@ COCO_NAME = {  # of the VOC classes that are called otherwise there
     "tvmonitor": "tv",
 }
 CLASS_BRANCH = "model.23.cv3."
-CLASS_ROWS = [f"{CLASS_BRANCH}{level}.2.{kind}" for level in range(3) for kind in ("weight", "bias")]
+CLASS_ROWS = [
+    f"{CLASS_BRANCH}{level}.2.{kind}" for level in range(3) for kind in ("weight", "bias")
+]
 
-# module -> names: all that the pickle of a YOLO11 detection file mentions, the last seven lines only in mid-training
+# module -> names: all that the pickle of a YOLO11 detection file mentions, the last seven lines
+# only in mid-training
 GLOBALS = {
     "collections": "OrderedDict",
     "__builtin__": "set",
@@ -59,8 +69,16 @@ GLOBALS = {
     "ultralytics.utils.loss": "BboxLoss DFLoss v8DetectionLoss",
     "ultralytics.utils.tal": "TaskAlignedAssigner",
 }
-ALLOWED = {" ".join(f"{module}.{name}".rsplit(".", 1)) for module, names in GLOBALS.items() for name in names.split()}
-STORAGES = {"torch HalfStorage": torch.float16, "torch FloatStorage": torch.float32, "torch LongStorage": torch.int64}
+ALLOWED = {
+    " ".join(f"{module}.{name}".rsplit(".", 1))
+    for module, names in GLOBALS.items()
+    for name in names.split()
+}
+STORAGES = {
+    "torch HalfStorage": torch.float16,
+    "torch FloatStorage": torch.float32,
+    "torch LongStorage": torch.int64,
+}
 
 MAX_FILE_BYTES, MAX_OPCODES = 1 << 30, 2_000_000
 MAX_NODES, MAX_NAME, MAX_CLASSES = 20_000, 200, 10_000
@@ -83,13 +101,18 @@ class Refused(Exception):
 
 
 def find(path: str | Path) -> Path:
-    """Where a weight file is; a name without a folder is also looked for in ./weights and in the cache (KDMINI_CACHE,
-    else ~/.cache/kdmini). Raises UserError."""
+    """Where a weight file is; a name without a folder is also looked for in ./weights and in the
+    cache (KDMINI_CACHE, else ~/.cache/kdmini). Raises UserError.
+    """
     wanted = Path(path).expanduser()
     if wanted.is_dir():
         raise UserError(f"weights {str(path)!r} is a folder: name a file in it")
     cache = Path(os.environ.get("KDMINI_CACHE") or "~/.cache/kdmini").expanduser()
-    places = [wanted, Path("weights") / wanted, cache / wanted] if wanted.name == str(wanted) else [wanted]
+    places = (
+        [wanted, Path("weights") / wanted, cache / wanted]
+        if wanted.name == str(wanted)
+        else [wanted]
+    )
     for place in places:
         if place.is_file():
             return place
@@ -101,23 +124,35 @@ def find(path: str | Path) -> Path:
 
 
 def read(path: str | Path) -> WeightFile:
-    """Find, check and read a weight file, and print one line that says what it is. Raises UserError."""
+    """Find, check and read a weight file, and print one line that says what it is. Raises
+    UserError.
+    """
     path = find(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise Refused(f"is larger than {MAX_FILE_BYTES} bytes, which no YOLO11 file is: name another file")
+            raise Refused(
+                f"is larger than {MAX_FILE_BYTES} bytes, which no YOLO11 file is: name another file"
+            )
         data = path.read_bytes()
         entries = unzip(data)
-        file = parse(path, hashlib.sha256(data).hexdigest(), interpret(entries["data.pkl"]), entries)
+        file = parse(
+            path, hashlib.sha256(data).hexdigest(), interpret(entries["data.pkl"]), entries
+        )
     except Refused as reason:
         raise UserError(f"{path} {reason}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check it, or name another file") from error
-    except Exception as error:  # whatever a damaged or crafted file trips over, the file is the cause
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check it, or name another file"
+        ) from error
+    except (
+        Exception
+    ) as error:  # whatever a damaged or crafted file trips over, the file is the cause
         raise UserError(
             f"{path} is damaged or no weight file ({type(error).__name__}: {shown(str(error))}): obtain it again"
         ) from error
-    version, license_ = (shown(text) if text else "not stated" for text in (file.version, file.license))
+    version, license_ = (
+        shown(text) if text else "not stated" for text in (file.version, file.license)
+    )
     print(
         f"{path}: {title(file.scale)}{'' if file.sppf_act else ' (no SiLU in SPPF)'}, {len(file.names)} classes, "
         f"version {version}, license {license_}, sha256 {file.sha256[:12]}"
@@ -126,14 +161,18 @@ def read(path: str | Path) -> WeightFile:
 
 
 def fit(
-    file: WeightFile, state: Mapping[str, Tensor], names: list[str], scale: str | Sequence[float], classes: str | None
+    file: WeightFile,
+    state: Mapping[str, Tensor],
+    names: list[str],
+    scale: str | Sequence[float],
+    classes: str | None,
 ) -> dict[str, Tensor]:
     """-> the complete state_dict for a model of these class names and this scale, out of the file.
 
     state: the state_dict of the freshly initialised model. classes: None or "keep" where the names
     are the file's; "by_name" carries the rows of the class branch over by class name, leaves those
-    of new classes as initialised, and prints what it did. Raises UserError where anything is left over.
-    """
+    of new classes as initialised, and prints what it did. Raises UserError where anything is left
+    over."""
     scale = scale if isinstance(scale, str) else tuple(scale)
     if classes not in (None, "by_name", "keep"):
         raise UserError(f"classes is {classes!r} and has to be by_name or keep")
@@ -158,8 +197,12 @@ def fit(
     return result
 
 
-def _class_rows(file: WeightFile, state: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """The tensors that depend on the classes: the file's rows where it has the class, else those of `state`."""
+def _class_rows(
+    file: WeightFile, state: Mapping[str, Tensor], names: list[str]
+) -> dict[str, Tensor]:
+    """The tensors that depend on the classes: the file's rows where it has the class, else those of
+    `state`.
+    """
     theirs, ours = (tensors[CLASS_ROWS[0]].shape[1:].numel() for tensors in (file.state, state))
     if theirs != ours:
         print(
@@ -168,7 +211,11 @@ def _class_rows(file: WeightFile, state: Mapping[str, Tensor], names: list[str])
         )
         return {key: value for key, value in state.items() if key.startswith(CLASS_BRANCH)}
 
-    other = [key for key in CLASS_ROWS if file.state[key].shape != (len(file.names), *state[key].shape[1:])]
+    other = [
+        key
+        for key in CLASS_ROWS
+        if file.state[key].shape != (len(file.names), *state[key].shape[1:])
+    ]
     _refuse_if(other, "has other shapes in", file)
     row_of = {COCO_NAME.get(name, name): row for row, name in enumerate(file.names)}
     row_of |= {name: row for row, name in enumerate(file.names)}
@@ -178,7 +225,9 @@ def _class_rows(file: WeightFile, state: Mapping[str, Tensor], names: list[str])
     for key, tensor in rows.items():
         for new, row in pairs:
             tensor[new] = file.state[key][row]
-    renamed = [f"{file.names[row]} = {names[new]}" for new, row in pairs if file.names[row] != names[new]]
+    renamed = [
+        f"{file.names[row]} = {names[new]}" for new, row in pairs if file.names[row] != names[new]
+    ]
     new_names = [name for name, row in zip(names, source, strict=True) if row is None]
     print(
         f"{file.path.name}: {len(pairs)} of {len(file.names)} class rows carried over by name "
@@ -189,7 +238,9 @@ def _class_rows(file: WeightFile, state: Mapping[str, Tensor], names: list[str])
 
 def _refuse_if(keys: Iterable[str], what: str, file: WeightFile) -> None:
     if keys := sorted(keys):
-        raise UserError(f"{file.path} {what} {listed(keys)}, so it is no {title(file.scale)}: name another file")
+        raise UserError(
+            f"{file.path} {what} {listed(keys)}, so it is no {title(file.scale)}: name another file"
+        )
 
 
 def title(scale: Scale) -> str:
@@ -208,16 +259,22 @@ def listed(texts: Iterable[str], most: int = 8) -> str:
 
 
 def unzip(data: bytes) -> dict[str, bytearray]:
-    """Entry -> content, without the root folder they share. Entries as torch.save writes them: stored, unique."""
+    """Entry -> content, without the root folder they share. Entries as torch.save writes them:
+    stored, unique.
+    """
     if data[:2] != b"PK":
         raise Refused(foreign(data))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         infos = archive.infolist()
         if any(info.filename.endswith("/constants.pkl") for info in infos):
-            raise Refused("is a TorchScript archive, which is a program: give the .pt file it was exported from")
+            raise Refused(
+                "is a TorchScript archive, which is a program: give the .pt file it was exported from"
+            )
         if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
             raise Refused("has compressed entries, which torch.save never writes: obtain it again")
-        if len({info.filename for info in infos}) < len(infos) or sum(info.file_size for info in infos) > len(data):
+        if len({info.filename for info in infos}) < len(infos) or sum(
+            info.file_size for info in infos
+        ) > len(data):
             raise Refused("has an entry twice: obtain it from a source you trust")
         if len({info.filename.partition("/")[0] for info in infos}) > 1:
             raise Refused("has more than one root folder: obtain it from a source you trust")
@@ -225,7 +282,9 @@ def unzip(data: bytes) -> dict[str, bytearray]:
         for info in infos:
             if info.CRC == 0:
                 info.CRC = None  # type: ignore[assignment]  # not computed, see torch.serialization.set_crc32_options
-            entries[info.filename.partition("/")[2]] = bytearray(archive.read(info))  # raises where the CRC differs
+            entries[info.filename.partition("/")[2]] = bytearray(
+                archive.read(info)
+            )  # raises where the CRC differs
     if "data.pkl" not in entries:
         raise Refused("is a zip without data.pkl, so no weight file: give a YOLO11 .pt file")
     if entries.get("byteorder", b"little") != b"little":
@@ -265,19 +324,27 @@ class Global:
 
 
 # opcode -> what it puts on the stack, and how many values it takes from there
-MADE: dict[str, Any] = dict(NONE=None, NEWTRUE=True, NEWFALSE=False, EMPTY_DICT={}, EMPTY_LIST=[], EMPTY_TUPLE=())
-TAKEN = dict(TUPLE1=1, TUPLE2=2, TUPLE3=3, APPEND=1, SETITEM=2, BINPERSID=1, REDUCE=2, NEWOBJ=2, BUILD=1)
+MADE: dict[str, Any] = dict(
+    NONE=None, NEWTRUE=True, NEWFALSE=False, EMPTY_DICT={}, EMPTY_LIST=[], EMPTY_TUPLE=()
+)
+TAKEN = dict(
+    TUPLE1=1, TUPLE2=2, TUPLE3=3, APPEND=1, SETITEM=2, BINPERSID=1, REDUCE=2, NEWOBJ=2, BUILD=1
+)
 
 
 def interpret(pickled: bytes | bytearray) -> Any:
-    """The object in a pickle of protocol 2, with a Node for all that is no plain value. Runs nothing."""
+    """The object in a pickle of protocol 2, with a Node for all that is no plain value. Runs
+    nothing.
+    """
     stack: list[Any] = []
     marks: list[list[Any]] = []  # the stacks below the open marks
     memo: dict[int, Any] = {}
     arg: Any
     for count, (opcode, arg, _) in enumerate(pickletools.genops(pickled)):
         if count > MAX_OPCODES:
-            raise Refused(f"has a pickle of over {MAX_OPCODES} steps, which no YOLO11 file has: name another file")
+            raise Refused(
+                f"has a pickle of over {MAX_OPCODES} steps, which no YOLO11 file has: name another file"
+            )
         if opcode.name in ("TUPLE", "APPENDS", "SETITEMS"):
             items, stack = stack, marks.pop()
         elif taken := TAKEN.get(opcode.name):
@@ -299,7 +366,9 @@ def interpret(pickled: bytes | bytearray) -> Any:
                 stack.append(tuple(items))
             case "APPEND" | "APPENDS" if type(stack[-1]) is list:
                 stack[-1].extend(items)
-            case "SETITEM" | "SETITEMS" if type(stack[-1]) is dict and {type(key) for key in items[::2]} <= {str, int}:
+            case "SETITEM" | "SETITEMS" if type(stack[-1]) is dict and {
+                type(key) for key in items[::2]
+            } <= {str, int}:
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS":
                 raise ValueError("an item for what is no list or dict")
@@ -311,9 +380,13 @@ def interpret(pickled: bytes | bytearray) -> Any:
                 called, args = items
                 if type(called) is not Global:
                     raise ValueError("a call of what is no function")
-                stack.append({} if called.name == "collections OrderedDict" else Node(called.name, args))
+                stack.append(
+                    {} if called.name == "collections OrderedDict" else Node(called.name, args)
+                )
             case "BUILD":
-                if type(stack[-1]) is not dict:  # an OrderedDict may have attributes too, of no use here
+                if (
+                    type(stack[-1]) is not dict
+                ):  # an OrderedDict may have attributes too, of no use here
                     (stack[-1].state,) = items
             case "PROTO" if arg == 2:
                 pass
@@ -351,36 +424,54 @@ def parse(path: Path, sha256: str, content: Any, entries: Mapping[str, bytearray
         # a file from mid-training may have both: `ema` is what is evaluated
         root = (content.get("ema") or content.get("model")) if type(content) is dict else None
         if not (isinstance(root, Node) and root.name == "ultralytics.nn.tasks DetectionModel"):
-            raise Refused("holds no YOLO11 detector: give a YOLO11 detection file, or a best.pt of kdmini")
+            raise Refused(
+                "holds no YOLO11 detector: give a YOLO11 detection file, or a best.pt of kdmini"
+            )
         facts, names = content, root.state["names"]
         names = [names[row] for row in range(len(names))]
         tree = tree_of(root)
-        state = {name: to_tensor(node) for name, node in tree.items() if node.name.startswith("torch._utils ")}
+        state = {
+            name: to_tensor(node)
+            for name, node in tree.items()
+            if node.name.startswith("torch._utils ")
+        }
         blocks = [name for name in tree if re.fullmatch(r"model\.2\.m\.\d+", name)]
         scale = SCALE_OF.get((len(state.get("model.0.conv.weight", ())), len(blocks)))
         if scale is None:
-            raise Refused("is a detector, but no YOLO11 of the scales n, s, m, l or x: give one that is")
+            raise Refused(
+                "is a detector, but no YOLO11 of the scales n, s, m, l or x: give one that is"
+            )
         sppf_act = tree["model.9.cv1.act"].name != "torch.nn.modules.linear Identity"
 
     rows = len(state[CLASS_ROWS[0]])
-    if type(names) is not list or {type(name) for name in names} != {str} or not len(names) == rows <= MAX_CLASSES:
+    if (
+        type(names) is not list
+        or {type(name) for name in names} != {str}
+        or not len(names) == rows <= MAX_CLASSES
+    ):
         raise Refused(f"has no list of names for its {rows} classes: give another file")
     for key, tensor in state.items():
         if not tensor.isfinite().all():
-            raise Refused(f"has NaN or infinity in {shown(key)}: give a file from before its training diverged")
+            raise Refused(
+                f"has NaN or infinity in {shown(key)}: give a file from before its training diverged"
+            )
     stated = (facts.get(key) for key in ("license", "version"))
     license_, version = (text if type(text) is str else "" for text in stated)
     return WeightFile(path, sha256, state, names, scale, sppf_act is not False, license_, version)
 
 
 def tree_of(root: Node) -> dict[str, Node]:
-    """Dotted name -> every module, parameter and buffer; what is shared stands under each of its names."""
+    """Dotted name -> every module, parameter and buffer; what is shared stands under each of its
+    names.
+    """
     found: list[tuple[str, Any]] = [("", root)]
     for name, node in found:  # which grows meanwhile
         for held in ("_modules", "_parameters", "_buffers") if node is not None else ():
             for child, value in node.state.get(held, {}).items():
                 if len(found) > MAX_NODES or len(name) + len(child) > MAX_NAME:
-                    raise Refused("has modules in modules without end: obtain it from a source you trust")
+                    raise Refused(
+                        "has modules in modules without end: obtain it from a source you trust"
+                    )
                 found.append((f"{name}.{child}" if name else child, value))
     return {name: node for name, node in found if node is not None}
 
@@ -409,6 +500,8 @@ def tensor_maker(entries: Mapping[str, bytearray]) -> Callable[[Any], Tensor]:
         if length * dtype.itemsize != len(content) or last >= length or budget < 0:
             raise ValueError("a tensor that reaches outside its storage")
         tensor = torch.frombuffer(content, dtype=dtype).as_strided(size, stride, offset)
-        return tensor.to(torch.int64 if dtype == torch.int64 else torch.float32, copy=True).contiguous()
+        return tensor.to(
+            torch.int64 if dtype == torch.int64 else torch.float32, copy=True
+        ).contiguous()
 
     return to_tensor

@@ -1,4 +1,6 @@
-"""The loader: batches as a pure function of (seed, epoch, index), random numbers, padding, and the way back."""
+"""The loader: batches as a pure function of (seed, epoch, index), random numbers, padding, and the
+way back.
+"""
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ MASK = 2**64 - 1
 
 
 class Pictures:
-    """Noise with one box over the whole, whose label is the number of the picture, and further random boxes."""
+    """Noise with one box over the whole, whose label is the number of the picture, and further
+    random boxes.
+    """
 
     def __init__(self, sizes, further=0, seed=0):
         self.rng = np.random.default_rng(seed)
@@ -98,9 +102,17 @@ def test_epochs_and_seeds_differ():
     other_seed = next(loader_of(dataset, seed=1).epoch(0))
     assert not torch.equal(first[0], other_seed[0])
     layouts = [loader.draw(epoch, np.arange(23)) for epoch in range(4)]
-    for name in ("image", "a", "b", "centre", "colour"):  # each image is laid out anew, not only the order
+    for name in (
+        "image",
+        "a",
+        "b",
+        "centre",
+        "colour",
+    ):  # each image is laid out anew, not only the order
         values = [getattr(layout, name) for layout in layouts]
-        assert all((values[i] != values[j]).any(-1).mean() > 0.5 for i in range(4) for j in range(i))
+        assert all(
+            (values[i] != values[j]).any(-1).mean() > 0.5 for i in range(4) for j in range(i)
+        )
 
 
 @pytest.mark.parametrize("batch", [4, 23])
@@ -184,7 +196,9 @@ def test_uniforms_do_not_depend_on_order_or_count():
 
 def test_uniforms_look_uniform_and_independent():
     n = 20000
-    block = np.stack([uniforms(seed, epoch, np.arange(n), 6) for seed, epoch in ((0, 0), (0, 1), (1, 0))], -1)
+    block = np.stack(
+        [uniforms(seed, epoch, np.arange(n), 6) for seed, epoch in ((0, 0), (0, 1), (1, 0))], -1
+    )
     u = block.reshape(n, -1)  # columns, and the same columns of the next epoch and the next seed
     assert u.min() >= 0 and u.max() < 1 and u.max() > 0.999
     assert abs(u.mean(0) - 0.5).max() < 5 / np.sqrt(12 * n)
@@ -202,7 +216,9 @@ def test_uniforms_look_uniform_and_independent():
 def test_draws_have_the_strengths_that_were_asked_for():
     dataset = Pictures([(64, 64)] * 2000, further=0)
     dataset.images = [np.zeros((1, 1, 3), np.uint8)] * 2000
-    augment = Augment(mosaic=0.3, translate=0.2, scale=0.4, fliplr=0.25, hsv_h=0.1, hsv_s=0.6, hsv_v=0.5)
+    augment = Augment(
+        mosaic=0.3, translate=0.2, scale=0.4, fliplr=0.25, hsv_h=0.1, hsv_s=0.6, hsv_v=0.5
+    )
     layout = loader_of(dataset, augment=augment).draw(0, np.arange(2000))
     tiled = np.isfinite(layout.centre[:, 0])
     mirrored = layout.a[:, 0, 0] < 0
@@ -213,7 +229,9 @@ def test_draws_have_the_strengths_that_were_asked_for():
     low, high = layout.colour.min(0), layout.colour.max(0)
     gains = np.array([0.1, 0.6, 0.5])
     assert (abs(low - (1 - gains)) < 0.01).all() and (abs(high - (1 + gains)) < 0.01).all()
-    middle = layout.shown[~tiled, 0].mean(-1) / 64  # of letterboxed images: where the picture's centre went
+    middle = (
+        layout.shown[~tiled, 0].mean(-1) / 64
+    )  # of letterboxed images: where the picture's centre went
     assert (abs(middle.min(0) - 0.3) < 0.01).all() and (abs(middle.max(0) - 0.7) < 0.01).all()
     assert (layout.image[:, 0] == np.arange(2000)).all()
     partners = layout.image[tiled, 1:]
@@ -223,26 +241,36 @@ def test_draws_have_the_strengths_that_were_asked_for():
     layout = loader_of(dataset, augment=unshifted).draw(0, np.arange(2000))
     assert layout.colour is None
     # on the canvas of 2S the tiles meet in [S/2, 3S/2]; its middle is what is shown
-    assert (abs(layout.centre.min(0) - 0) < 0.2).all() and (abs(layout.centre.max(0) - 64) < 0.2).all()
+    assert (abs(layout.centre.min(0) - 0) < 0.2).all() and (
+        abs(layout.centre.max(0) - 64) < 0.2
+    ).all()
 
 
 # --- targets ---
 
 
 @pytest.mark.parametrize(
-    ("counts", "padded"), [([0, 0], 8), ([3, 8], 8), ([9, 1], 16), ([16], 16), ([17], 32), ([70], 128)]
+    ("counts", "padded"),
+    [([0, 0], 8), ([3, 8], 8), ([9, 1], 16), ([16], 16), ([17], 32), ([70], 128)],
 )
 def test_targets_are_padded_to_few_sizes(counts, padded):
     rng = np.random.default_rng(0)
     objects = [(rng.random((n, 4)).astype(np.float32), rng.integers(0, 20, n)) for n in counts]
     targets = pad(objects, [str(n) for n in counts], torch.device("cpu"))
     assert targets["ids"] == [str(n) for n in counts]
-    assert targets["boxes_xyxy"].shape == (len(counts), padded, 4) and targets["boxes_xyxy"].dtype == torch.float32
-    assert targets["labels"].shape == (len(counts), padded) and targets["labels"].dtype == torch.int64
+    assert (
+        targets["boxes_xyxy"].shape == (len(counts), padded, 4)
+        and targets["boxes_xyxy"].dtype == torch.float32
+    )
+    assert (
+        targets["labels"].shape == (len(counts), padded) and targets["labels"].dtype == torch.int64
+    )
     for n, (boxes, labels) in enumerate(objects):
         assert np.array_equal(targets["boxes_xyxy"][n, : counts[n]], boxes)
         assert targets["labels"][n, : counts[n]].tolist() == labels.tolist()
-        assert (targets["labels"][n, counts[n] :] == -1).all() and (targets["boxes_xyxy"][n, counts[n] :] == 0).all()
+        assert (targets["labels"][n, counts[n] :] == -1).all() and (
+            targets["boxes_xyxy"][n, counts[n] :] == 0
+        ).all()
 
 
 def test_targets_lie_inside_the_images():
@@ -267,7 +295,13 @@ def test_validation_shows_each_image_once_and_in_order():
     dataset = some()
     loader = ValLoader(Store(dataset, 64, workers=1, storage="resident"), 5)
     batches = list(loader)
-    assert len(batches) == len(loader) == 5 and [len(images) for images, _, _ in batches] == [5, 5, 5, 5, 3]
+    assert len(batches) == len(loader) == 5 and [len(images) for images, _, _ in batches] == [
+        5,
+        5,
+        5,
+        5,
+        3,
+    ]
     targets = [target for _, some_targets, _ in batches for target in some_targets]
     assert [target["id"] for target in targets] == [f"picture {i}" for i in range(23)]
     for target, boxes in zip(targets, dataset.boxes, strict=True):
@@ -277,7 +311,17 @@ def test_validation_shows_each_image_once_and_in_order():
 
 
 def test_boxes_come_back_to_the_pixels_of_the_file():
-    sizes = [(64, 64), (37, 61), (61, 37), (1, 50), (999, 333), (375, 500), (501, 77), (3001, 2003), (97, 4097)]
+    sizes = [
+        (64, 64),
+        (37, 61),
+        (61, 37),
+        (1, 50),
+        (999, 333),
+        (375, 500),
+        (501, 77),
+        (3001, 2003),
+        (97, 4097),
+    ]
     dataset = Pictures(sizes, further=10)
     loader = ValLoader(Store(dataset, 64, workers=1, storage="resident"), 4)
     number = 0
@@ -286,10 +330,13 @@ def test_boxes_come_back_to_the_pixels_of_the_file():
         for target in targets:
             height, width = sizes[number]
             number += 1
-            # the letterbox, from its description: the whole in the middle, as large as fits, at whole pixels
+            # the letterbox, from its description: the whole in the middle, as large as fits, at
+            # whole pixels
             placed = [max(round(side * 64 / max(height, width)), 1) for side in (width, height)]
             if max(height, width) > 64:  # reduced first, to whole pixels
-                reduced = [max(round(side * (64 / max(height, width))), 1) for side in (width, height)]
+                reduced = [
+                    max(round(side * (64 / max(height, width))), 1) for side in (width, height)
+                ]
                 assert reduced == placed
             scale = np.tile(np.array(placed) / [width, height], 2)
             corner = np.tile([(64 - side) // 2 for side in placed], 2)
@@ -300,7 +347,9 @@ def test_boxes_come_back_to_the_pixels_of_the_file():
             error = abs(native["boxes_xyxy"].numpy() - target["boxes_xyxy"])
             assert error.max() < 1e-3
             assert native["boxes_xyxy"].dtype == torch.float32
-            assert torch.equal(native["scores"], given["scores"]) and torch.equal(native["labels"], given["labels"])
+            assert torch.equal(native["scores"], given["scores"]) and torch.equal(
+                native["labels"], given["labels"]
+            )
     assert number == len(sizes)
 
 
@@ -308,10 +357,16 @@ def test_what_lies_in_the_padding_is_clipped_to_the_picture():
     loader = ValLoader(Store(Pictures([(100, 200)]), 64, workers=1, storage="resident"), 1)
     ((_, _, to_native),) = list(loader)
     boxes = torch.tensor([[-5.0, -3.0, 80.0, 70.0], [10.0, 0.0, 20.0, 5.0]])
-    found = to_native([{"boxes_xyxy": boxes, "scores": torch.ones(2), "labels": torch.zeros(2, dtype=torch.long)}])
+    found = to_native(
+        [{"boxes_xyxy": boxes, "scores": torch.ones(2), "labels": torch.zeros(2, dtype=torch.long)}]
+    )
     assert found[0]["boxes_xyxy"][0].tolist() == [0, 0, 200, 100]
     assert found[0]["boxes_xyxy"][1].tolist() == [31.25, 0, 62.5, 0]
-    nothing = {"boxes_xyxy": torch.empty(0, 4), "scores": torch.empty(0), "labels": torch.empty(0, dtype=torch.long)}
+    nothing = {
+        "boxes_xyxy": torch.empty(0, 4),
+        "scores": torch.empty(0),
+        "labels": torch.empty(0, dtype=torch.long),
+    }
     assert to_native([nothing])[0]["boxes_xyxy"].shape == (0, 4)
     with pytest.raises(ValueError):  # one entry for each image
         to_native([])

@@ -1,4 +1,6 @@
-"""Rendering, against a picture worked out pixel by pixel in double precision, and boxes, against the pixels."""
+"""Rendering, against a picture worked out pixel by pixel in double precision, and boxes, against
+the pixels.
+"""
 
 import colorsys
 from dataclasses import replace
@@ -9,7 +11,17 @@ import torch
 from torch.nn.functional import interpolate
 
 from kdmini.data.loader import Augment, TrainLoader
-from kdmini.data.render import PAD, choose, letterbox, mirror, mosaic, recolour, render, render_boxes, zoom
+from kdmini.data.render import (
+    PAD,
+    choose,
+    letterbox,
+    mirror,
+    mosaic,
+    recolour,
+    render,
+    render_boxes,
+    zoom,
+)
 from kdmini.data.store import Store
 
 GREY_LEVEL = 1 / 255
@@ -49,7 +61,9 @@ def keep(images, imgsz, **about):
 
 
 def sample(image, x, y):
-    """The colour at a continuous place, between the four nearest centres of pixels; the border goes on outside."""
+    """The colour at a continuous place, between the four nearest centres of pixels; the border goes
+    on outside.
+    """
     height, width = image.shape[:2]
     x, y = min(max(x - 0.5, 0), width - 1), min(max(y - 0.5, 0), height - 1)
     left, top = int(x), int(y)
@@ -63,7 +77,9 @@ def sample(image, x, y):
 def expected_letterbox(image, size):
     """-> (S, S, 3) grey levels."""
     height, width = image.shape[:2]
-    placed_w, placed_h = (max(round(side * size / max(height, width)), 1) for side in (width, height))
+    placed_w, placed_h = (
+        max(round(side * size / max(height, width)), 1) for side in (width, height)
+    )
     left, top = (size - placed_w) // 2, (size - placed_h) // 2
     out = np.full((size, size, 3), 114.0)
     for row in range(top, top + placed_h):
@@ -74,7 +90,9 @@ def expected_letterbox(image, size):
 
 
 def expected_mosaic(four, size, centre, factor, to, mirrored):
-    """Four pictures meet at `centre` of a canvas (2S, 2S), whose middle is shown at `to` -> (S, S, 3) grey levels."""
+    """Four pictures meet at `centre` of a canvas (2S, 2S), whose middle is shown at `to` -> (S, S,
+    3) grey levels.
+    """
     out = np.full((size, size, 3), 114.0)
     for row in range(size):
         for column in range(size):
@@ -201,7 +219,9 @@ def lit(size, box, channel):
 
 
 def extent(picture, channel):
-    """The corners of what is lit in one channel: pixels over half, (S, S, 3) -> xyxy or None. Grey is not lit."""
+    """The corners of what is lit in one channel: pixels over half, (S, S, 3) -> xyxy or None. Grey
+    is not lit.
+    """
     others = [c for c in range(3) if c != channel]
     over = picture[..., channel] - picture[..., others].max(-1) > 127.5
     rows, columns = np.flatnonzero(over.any(1)), np.flatnonzero(over.any(0))
@@ -209,10 +229,18 @@ def extent(picture, channel):
 
 
 def test_boxes_lie_where_the_pixels_are():
-    # Bilinear interpolation of an edge is half lit exactly on the edge, so that a box found from the pixels over
-    # half is at most half a pixel off; of pictures that were reduced, a little more.
+    # Bilinear interpolation of an edge is half lit exactly on the edge, so that a box found from
+    # the pixels over half is at most half a pixel off; of pictures that were reduced, a little
+    # more.
     size, rng = 64, np.random.default_rng(5)
-    shapes = [((64, 64), 1), ((40, 64), 1), ((64, 21), 1), ((30, 22), 1), ((192, 256), 4), ((320, 150), 5)]
+    shapes = [
+        ((64, 64), 1),
+        ((40, 64), 1),
+        ((64, 21), 1),
+        ((30, 22), 1),
+        ((192, 256), 4),
+        ((320, 150), 5),
+    ]
     clipped = mirrored_seen = dropped = tiles_seen = 0
     for trial in range(60):
         chosen = [shapes[i] for i in rng.integers(0, len(shapes), 3)]
@@ -223,7 +251,10 @@ def test_boxes_lie_where_the_pixels_are():
             x1 = rng.integers(x0 // reduced + 4, width // reduced + 1) * reduced
             y1 = rng.integers(y0 // reduced + 4, height // reduced + 1) * reduced
             boxes.append([x0, y0, x1, y1])
-        images = [lit(shape, box, c) for c, ((shape, _), box) in enumerate(zip(chosen, boxes, strict=True))]
+        images = [
+            lit(shape, box, c)
+            for c, ((shape, _), box) in enumerate(zip(chosen, boxes, strict=True))
+        ]
         images.append(np.zeros((50, 64, 3), np.uint8))  # a picture without objects
         store = keep(images, size, boxes=[[box] for box in boxes] + [[]])
 
@@ -245,11 +276,19 @@ def test_boxes_lie_where_the_pixels_are():
                 scale = abs(layout.a[n, list(four[n]).index(channel)])  # (2,)
                 slack = np.tile(0.5 + 0.25 * scale * (chosen[channel][1] > 1), 2) + 1e-3
                 height, width = chosen[channel][0]
-                whole = (np.array(boxes[channel][2:]) - boxes[channel][:2]) / np.array([width, height])
+                whole = (np.array(boxes[channel][2:]) - boxes[channel][:2]) / np.array(
+                    [width, height]
+                )
                 whole = whole * scale * store.sizes[channel][::-1]  # (2,) sides in rendered pixels
                 if channel in labels:
                     box = found_boxes[labels == channel][0]
-                    assert seen is not None and (abs(box - seen) <= slack).all(), (trial, n, channel, box, seen)
+                    assert seen is not None and (abs(box - seen) <= slack).all(), (
+                        trial,
+                        n,
+                        channel,
+                        box,
+                        seen,
+                    )
                     clipped += (box[2:] - box[:2] < whole - 1).any()
                     mirrored_seen += mirrored[n]
                     tiles_seen += not single
@@ -290,7 +329,9 @@ def test_small_and_thin_boxes_are_left_out(box, stays):
 def test_boxes_of_which_a_tenth_is_left_stay(shown, stays):
     store = one_box([300, 100, 400, 200])
     layout = letterbox(store, np.array([0]), 400)
-    shift = zoom(layout, np.ones(1), 200.0, np.array([[200.0 + 100 - shown, 200.0]]))  # to the right, out of view
+    shift = zoom(
+        layout, np.ones(1), 200.0, np.array([[200.0 + 100 - shown, 200.0]])
+    )  # to the right, out of view
     ((boxes, _),) = render_boxes(store, shift, 400)
     assert len(boxes) == stays
     if stays:
@@ -300,7 +341,12 @@ def test_boxes_of_which_a_tenth_is_left_stay(shown, stays):
 def test_the_size_rule_is_measured_in_the_rendered_picture():
     store = one_box([10, 10, 14, 30], size=(400, 400))  # 4 px
     for factor, stays in ((1.0, True), (0.51, True), (0.49, False)):
-        layout = zoom(letterbox(store, np.array([0]), 400), np.array([factor]), 200.0, np.array([[200.0, 200.0]]))
+        layout = zoom(
+            letterbox(store, np.array([0]), 400),
+            np.array([factor]),
+            200.0,
+            np.array([[200.0, 200.0]]),
+        )
         ((boxes, _),) = render_boxes(store, layout, 400)
         assert len(boxes) == stays
 
@@ -309,14 +355,18 @@ def test_boxes_are_scaled_from_the_pixels_of_the_file():
     store = one_box([100, 60, 300, 120], size=(200, 400), imgsz=128)  # stored as 64 x 128
     ((boxes, _),) = render_boxes(store, letterbox(store, np.array([0]), 128), 128)
     assert np.allclose(boxes, [[32, 32 + 19.2, 96, 32 + 38.4]])
-    store = one_box([100, 1, 300, 9], size=(10, 400), imgsz=128)  # stored as 3 x 128: not the same in x and y
+    store = one_box(
+        [100, 1, 300, 9], size=(10, 400), imgsz=128
+    )  # stored as 3 x 128: not the same in x and y
     ((boxes, _),) = render_boxes(store, letterbox(store, np.array([0]), 128), 128)
     assert np.allclose(boxes, [[32, 62 + 0.3, 96, 62 + 2.7]])
 
 
 def test_difficult_objects_are_not_trained_on():
     boxes = [[5, 5, 20, 20], [30, 30, 60, 60], [8, 8, 40, 40]]
-    store = keep([np.zeros((64, 64, 3), np.uint8)], 64, boxes=[boxes], difficult=[[False, True, False]])
+    store = keep(
+        [np.zeros((64, 64, 3), np.uint8)], 64, boxes=[boxes], difficult=[[False, True, False]]
+    )
     for layout in (
         letterbox(store, np.array([0]), 64),
         mosaic(store, np.zeros((1, 4), int), 64, np.array([[64.0, 64.0]])),
@@ -329,7 +379,10 @@ def test_difficult_objects_are_not_trained_on():
 def test_no_mosaic_in_the_last_epochs():
     store_of = Pictures(noise([(20, 20)] * 8))
     loader = TrainLoader(
-        Store(store_of, 32, workers=1, storage="resident"), 4, epochs=10, augment=Augment(close_mosaic=3)
+        Store(store_of, 32, workers=1, storage="resident"),
+        4,
+        epochs=10,
+        augment=Augment(close_mosaic=3),
     )
     for epoch in range(10):
         layout = loader.draw(epoch, np.arange(8))
@@ -363,7 +416,9 @@ def test_recolour_equals_colorsys():
     factors = 1 + np.array([0.5, 0.9, 0.8]) * rng.uniform(-1, 1, (8, 3))
     factors[0] = 1
     images = torch.from_numpy(rgb.T.reshape(3, 16, 32)).float()
-    found = torch.stack(recolour(images.expand(8, 3, 16, 32).unbind(1), torch.from_numpy(factors).float()), 1)
+    found = torch.stack(
+        recolour(images.expand(8, 3, 16, 32).unbind(1), torch.from_numpy(factors).float()), 1
+    )
     assert found.shape == (8, 3, 16, 32)
     for n, (h, s, v) in enumerate(factors):
         for colour, out in zip(rgb, found[n].reshape(3, -1).T.numpy(), strict=True):
@@ -381,5 +436,7 @@ def test_render_recolours_each_image_with_its_own_factors():
     before = render(store, plain, 32)
     after = render(store, replace(plain, colour=factors), 32)
     for n in range(2):
-        alone = torch.stack(recolour(before[n : n + 1].unbind(1), torch.from_numpy(factors[n : n + 1]).float()), 1)
+        alone = torch.stack(
+            recolour(before[n : n + 1].unbind(1), torch.from_numpy(factors[n : n + 1]).float()), 1
+        )
         assert torch.equal(after[n], alone[0]) and not torch.equal(after[n], before[n])

@@ -1,4 +1,6 @@
-"""The store: what is kept of each picture, where it lies, and what happens when decoding or the disk fails."""
+"""The store: what is kept of each picture, where it lies, and what happens when decoding or the
+disk fails.
+"""
 
 import re
 import sys
@@ -51,7 +53,9 @@ def unpacked(store, index):
     """The stored picture as (H, W, 3) uint8, by arithmetic on the integers."""
     height, width = store.sizes[index]
     start = store.offsets[index]
-    packed = store.pixels[start : start + height * width].numpy().astype(np.int64).reshape(height, width)
+    packed = (
+        store.pixels[start : start + height * width].numpy().astype(np.int64).reshape(height, width)
+    )
     return np.stack([packed % 256, packed // 256 % 256, packed // 65536], -1)
 
 
@@ -77,7 +81,9 @@ def test_every_picture_comes_back_as_it_was(cache, storage):
 
 def test_resident_and_mapped_hold_the_same_bytes(cache):
     images = noise((40, 70), (64, 64), (9, 33), (100, 20))
-    resident, mapped = (Store(Pictures(images), 64, storage=storage) for storage in ("resident", "mapped"))
+    resident, mapped = (
+        Store(Pictures(images), 64, storage=storage) for storage in ("resident", "mapped")
+    )
     assert resident.pixels.numpy().tobytes() == mapped.pixels.numpy().tobytes()
     assert (resident.sizes == mapped.sizes).all() and (resident.offsets == mapped.offsets).all()
 
@@ -92,7 +98,9 @@ def test_offsets_beyond_two_to_the_31_are_gathered_from(tmp_path):
     store = Store(Pictures(noise((32, 32), (32, 32))), 32, storage="resident")
     far = 2**31 + 7
     second = store.pixels[1024:].numpy()
-    pixels = np.memmap(tmp_path / "sparse", np.int32, "w+", shape=far + 1024)  # holes take no room on the disk
+    pixels = np.memmap(
+        tmp_path / "sparse", np.int32, "w+", shape=far + 1024
+    )  # holes take no room on the disk
     pixels[far:] = second
     store.pixels, store.offsets[1] = torch.from_numpy(pixels), far
     picture = render(store, letterbox(store, np.array([1]), 32), 32)[0].permute(1, 2, 0)
@@ -103,14 +111,17 @@ def test_offsets_beyond_two_to_the_31_are_gathered_from(tmp_path):
 def test_offsets_do_not_wrap_at_two_to_the_31(monkeypatch):
     # pictures of 1.6e9 pixels each by their own account, for no machine here could hold them
     huge = [
-        store_module.Picture(np.zeros(1, np.int32), (40000, 40000), (40000, 40000), {"id": str(i)}) for i in range(4)
+        store_module.Picture(np.zeros(1, np.int32), (40000, 40000), (40000, 40000), {"id": str(i)})
+        for i in range(4)
     ]
     monkeypatch.setattr(store_module, "decode_all", lambda *args: iter(huge))
     store = Store(Pictures(huge), 32, storage="resident")
     assert store.offsets.tolist() == [0, 1_600_000_000, 3_200_000_000, 4_800_000_000]
 
 
-@pytest.mark.parametrize("size", [(300, 400), (400, 300), (333, 77), (3, 1000), (65, 64), (401, 399)])
+@pytest.mark.parametrize(
+    "size", [(300, 400), (400, 300), (333, 77), (3, 1000), (65, 64), (401, 399)]
+)
 def test_shrink_keeps_the_aspect(size):
     height, width = size
     reduced = shrink(np.zeros((*size, 3), np.uint8), 64)
@@ -126,7 +137,9 @@ def test_shrink_leaves_small_pictures_alone():
 
 
 def test_shrink_averages_and_does_not_pick():
-    chequered = np.repeat(255 * (np.indices((256, 256)).sum(0) % 2)[..., None], 3, 2).astype(np.uint8)
+    chequered = np.repeat(255 * (np.indices((256, 256)).sum(0) % 2)[..., None], 3, 2).astype(
+        np.uint8
+    )
     reduced = shrink(chequered, 64).astype(int)
     assert abs(reduced - 127.5).max() < 3  # picking single pixels would give 0 or 255 everywhere
     store = Store(Pictures([chequered]), 64, storage="resident")
@@ -136,10 +149,15 @@ def test_shrink_averages_and_does_not_pick():
 
 def test_limit_is_the_same_random_subset_every_time():
     images = noise(*[(4, 4)] * 50)
-    kept = [[t["id"] for t in Store(Pictures(images), 32, limit=12, storage="resident").targets] for _ in range(2)]
+    kept = [
+        [t["id"] for t in Store(Pictures(images), 32, limit=12, storage="resident").targets]
+        for _ in range(2)
+    ]
     assert kept[0] == kept[1] and len(set(kept[0])) == 12
     assert kept[0] == sorted(kept[0], key=lambda text: int(text.split()[1]))
-    assert kept[0] != [f"picture {i}" for i in range(12)]  # random, for a split may be sorted by class
+    assert kept[0] != [
+        f"picture {i}" for i in range(12)
+    ]  # random, for a split may be sorted by class
     assert subset(50, None) == subset(50, 50) == subset(50, 51) == list(range(50))
 
 
@@ -162,7 +180,9 @@ class Unpicklable(Exception):
 
 
 @pytest.mark.parametrize("storage", ["auto", "resident", "mapped"])
-@pytest.mark.parametrize("place", [0, 3, 299])  # the first one is decoded apart; 299 lies in a later portion
+@pytest.mark.parametrize(
+    "place", [0, 3, 299]
+)  # the first one is decoded apart; 299 lies in a later portion
 def test_an_exception_while_decoding_arrives_as_it_was(cache, storage, place):
     images, error = noise(*[(4, 4)] * 300), Unpicklable("a", "b")
     images[place] = error
@@ -170,7 +190,9 @@ def test_an_exception_while_decoding_arrives_as_it_was(cache, storage, place):
 
     def build():
         try:
-            Store(Pictures(images), 32, workers=4, storage=storage, on_bad="skip")  # for files, not for mistakes
+            Store(
+                Pictures(images), 32, workers=4, storage=storage, on_bad="skip"
+            )  # for files, not for mistakes
         except Exception as raised:
             caught.append(raised)
 
@@ -183,7 +205,9 @@ def test_an_exception_while_decoding_arrives_as_it_was(cache, storage, place):
 
 
 @pytest.mark.parametrize("storage", ["resident", "mapped"])
-@pytest.mark.parametrize("bad", [[0], [3, 299], [0, 1, 256, 299]])  # 256 and 299 lie in a later portion
+@pytest.mark.parametrize(
+    "bad", [[0], [3, 299], [0, 1, 256, 299]]
+)  # 256 and 299 lie in a later portion
 def test_bad_images_are_told_together_or_left_out(cache, capsys, storage, bad):
     images = noise(*[(4, 4 + i % 3) for i in range(300)])
     whole = Store(Pictures(images), 32, storage=storage)
@@ -200,7 +224,9 @@ def test_bad_images_are_told_together_or_left_out(cache, capsys, storage, bad):
     assert told == [*lines, f"{said} and left out"]
     good = [i for i in range(300) if i not in bad]
     assert [target["id"] for target in store.targets] == [f"picture {i}" for i in good]
-    assert all(np.array_equal(unpacked(store, new), unpacked(whole, old)) for new, old in enumerate(good))
+    assert all(
+        np.array_equal(unpacked(store, new), unpacked(whole, old)) for new, old in enumerate(good)
+    )
     assert len(store.pixels) == store.sizes.prod(1).sum()
 
 
@@ -214,7 +240,9 @@ def test_nothing_left_is_an_error(on_bad):
 def test_the_scratch_file_is_mapped_and_has_no_name(cache):
     store = Store(Pictures(noise((32, 32))), 32, storage="mapped")
     assert list(cache.iterdir()) == []
-    mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(cache) in line]
+    mappings = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if str(cache) in line
+    ]
     assert len(mappings) == 1 and "deleted" in mappings[0]
     assert len(store.pixels) == 1024
 
@@ -236,7 +264,9 @@ def test_free_memory_is_measured():
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KDMINI_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'file'))}.*KDMINI_CACHE") as caught:
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(tmp_path / 'file'))}.*KDMINI_CACHE"
+    ) as caught:
         Store(Pictures(noise((4, 4))), 32, storage="mapped")
     assert "\n" not in str(caught.value)
 
@@ -254,7 +284,10 @@ def test_the_dataset_folder_is_left_as_it_was(tmp_path, cache, storage):
     (root / "ImageSets" / "Main" / "train.txt").write_text("a\n")
 
     def snapshot():
-        return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in root.rglob("*")}
+        return {
+            path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+            for path in root.rglob("*")
+        }
 
     before = snapshot()
     store = Store(VOC(str(root), ["train"]), 32, storage=storage)

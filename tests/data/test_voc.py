@@ -1,4 +1,6 @@
-"""The VOC reader: splits, corners, faulty files, decoding. Real photographs are read where they lie beside the repo."""
+"""The VOC reader: splits, corners, faulty files, decoding. Real photographs are read where they lie
+beside the repo.
+"""
 
 import copy
 import hashlib
@@ -49,7 +51,9 @@ def add(folder, name, text=None, ending=".jpg", size=(40, 30)):
 
 
 def write_split(folder, split, *lines):
-    (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(
+        "".join(f"{line}\n" for line in lines)
+    )
 
 
 def one(tmp_path, text, **about):
@@ -69,14 +73,21 @@ def ids(dataset):
 def tree_hash(root):
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
-        digest.update(f"{path} {path.stat().st_mtime_ns}".encode() + (path.read_bytes() if path.is_file() else b""))
+        digest.update(
+            f"{path} {path.stat().st_mtime_ns}".encode()
+            + (path.read_bytes() if path.is_file() else b"")
+        )
     return digest.hexdigest()
 
 
 def test_sample_has_the_types_of_the_contract_and_corners_from_zero(tmp_path):
-    image, target = one(tmp_path, xml(thing() + thing("person", extra="<difficult>1</difficult>")))[0]
+    image, target = one(tmp_path, xml(thing() + thing("person", extra="<difficult>1</difficult>")))[
+        0
+    ]
     assert image.shape == (30, 40, 3) and image.dtype == np.uint8 and image.flags.writeable
-    assert target["boxes_xyxy"].tolist() == [[10, 5, 30, 25]] * 2  # pixels 11..30, 6..25 counted from 1: 20 by 20
+    assert (
+        target["boxes_xyxy"].tolist() == [[10, 5, 30, 25]] * 2
+    )  # pixels 11..30, 6..25 counted from 1: 20 by 20
     assert target["boxes_xyxy"].dtype == np.float32 and target["labels"].dtype == np.int64
     assert target["labels"].tolist() == [VOC_NAMES.index("dog"), VOC_NAMES.index("person")]
     assert target["difficult"].tolist() == [False, True] and target["difficult"].dtype == bool
@@ -85,7 +96,9 @@ def test_sample_has_the_types_of_the_contract_and_corners_from_zero(tmp_path):
 
 def test_an_image_without_objects_is_background(tmp_path):
     _, target = one(tmp_path, xml(""))[0]
-    assert target["boxes_xyxy"].shape == (0, 4) and target["labels"].shape == target["difficult"].shape == (0,)
+    assert target["boxes_xyxy"].shape == (0, 4) and target["labels"].shape == target[
+        "difficult"
+    ].shape == (0,)
 
 
 def test_names_are_in_the_usual_order():
@@ -128,7 +141,10 @@ def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path, box, expected):
         (thing(box=bndbox(11, 6, 30, "")), "ymax is ''"),
         (thing(box=BOX.replace("<ymin>6</ymin>", "")), "ymin is ''"),
         (thing(box=""), "xmin is ''"),
-        (thing(box=f"<part><name>head</name>{BOX}</part>"), "xmin is ''"),  # a part's box is not the object's
+        (
+            thing(box=f"<part><name>head</name>{BOX}</part>"),
+            "xmin is ''",
+        ),  # a part's box is not the object's
         (thing(name=" "), "<name> is empty"),
         (thing(extra="<difficult>maybe</difficult>"), "<difficult> is 'maybe'"),
     ],
@@ -148,7 +164,11 @@ def test_parts_are_not_objects(tmp_path):
         assert target["labels"].tolist() == [VOC_NAMES.index("person")]
 
 
-BOMB = "<!DOCTYPE a [<!ENTITY a 'ha'>" + "".join(f"<!ENTITY a{i} '&a{i - 1};&a{i - 1};'>" for i in range(1, 40)) + "]>"
+BOMB = (
+    "<!DOCTYPE a [<!ENTITY a 'ha'>"
+    + "".join(f"<!ENTITY a{i} '&a{i - 1};&a{i - 1};'>" for i in range(1, 40))
+    + "]>"
+)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +184,10 @@ BOMB = "<!DOCTYPE a [<!ENTITY a 'ha'>" + "".join(f"<!ENTITY a{i} '&a{i - 1};&a{i
         ("<!DOCTYPE a [<!ENTITY x 'ha'>]><annotation/>".encode("utf-16-be"), r"a.xml:1: '\x00'"),
         (b"<annotation>\n<!DOCTYPE x></annotation>", "a.xml:2: '<!DOCTYPE'"),
         (BOMB.encode() + b"<annotation>&a39;</annotation>", "a.xml:1: '<!DOCTYPE'"),
-        (b'<!DOCTYPE a [<!ENTITY x SYSTEM "CANARY">]><annotation>&x;</annotation>', "a.xml:1: '<!DOCTYPE'"),
+        (
+            b'<!DOCTYPE a [<!ENTITY x SYSTEM "CANARY">]><annotation>&x;</annotation>',
+            "a.xml:1: '<!DOCTYPE'",
+        ),
     ],
 )
 def test_a_file_that_is_no_annotation_is_refused_at_once(tmp_path, content, said):
@@ -190,7 +213,11 @@ def test_a_file_that_is_no_annotation_is_refused_at_once(tmp_path, content, said
 def test_bom_declared_encoding_and_spaces_in_names_are_accepted(tmp_path, content):
     (tmp_path / "a.xml").write_bytes(content)
     annotation = read_annotation(tmp_path / "a.xml")
-    assert annotation.classes == ["dog"] and annotation.size == (40, 30) and not annotation.difficult.any()
+    assert (
+        annotation.classes == ["dog"]
+        and annotation.size == (40, 30)
+        and not annotation.difficult.any()
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +226,10 @@ def test_bom_declared_encoding_and_spaces_in_names_are_accepted(tmp_path, conten
         ("<size><width>40</width><height>30</height></size>", False),
         ("<size><width>400</width><height>30</height></size>", True),
         ("<size><width>0</width><height>0</height></size>", True),
-        ("<size><width>30</width><height>40</height></size>", True),  # swapped, but no EXIF turn behind it
+        (
+            "<size><width>30</width><height>40</height></size>",
+            True,
+        ),  # swapped, but no EXIF turn behind it
         ("", False),
         ("<size><width>wide</width></size>", False),
     ],
@@ -231,13 +261,20 @@ def test_exif_turns_nothing_and_a_turned_annotation_is_an_error(tmp_path, orient
 
 
 def test_unknown_classes_are_counted_and_the_nearest_name_given(tmp_path):
-    for name, objects in {"a": thing("Person") + thing("Person"), "b": thing("Person"), "c": thing("racoon")}.items():
+    for name, objects in {
+        "a": thing("Person") + thing("Person"),
+        "b": thing("Person"),
+        "c": thing("racoon"),
+    }.items():
         add(tmp_path / "set", name, xml(objects))
     write_split(tmp_path / "set", "train", "a", "b", "c")
     with pytest.raises(UserError) as error:
         VOC(str(tmp_path / "set"), ["train"])
     message = str(error.value)
-    assert "a.xml: unknown class 'Person', the nearest known is 'person'; list the classes in `names:`" in message
+    assert (
+        "a.xml: unknown class 'Person', the nearest known is 'person'; list the classes in `names:`"
+        in message
+    )
     assert message.endswith("(unknown: 'Person' 3x, 'racoon' 1x)")
     dataset = VOC(str(tmp_path / "set"), ["train"], names=["racoon", "Person"])
     assert [dataset[i][1]["labels"].tolist() for i in range(3)] == [[1, 1], [1], [0]]
@@ -256,7 +293,9 @@ def test_all_problems_are_told_at_once(tmp_path, capsys):
     (folder / "Annotations" / "c.xml").write_text("")
     (folder / "JPEGImages" / "d.jpg").write_text("<html>")
     dataset = VOC(str(folder), ["train"])
-    with pytest.raises(UserError, match=r"^train: 4 of 5 images are bad, as .*a\.jpg: no such file; .*on_bad=skip$"):
+    with pytest.raises(
+        UserError, match=r"^train: 4 of 5 images are bad, as .*a\.jpg: no such file; .*on_bad=skip$"
+    ):
         Store(dataset, 32, name="train")
     lines = [line for line in capsys.readouterr().err.splitlines() if ": no" in line]
     assert [Path(line.split(":")[0]).name for line in lines] == ["a.jpg", "b.xml", "c.xml", "d.jpg"]
@@ -266,7 +305,9 @@ def test_all_problems_are_told_at_once(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part, ending", [("JPEGImages", ".jpg"), ("Annotations", ".xml")])
-def test_a_link_out_of_the_set_is_refused_and_one_inside_is_followed(tmp_path, capsys, part, ending):
+def test_a_link_out_of_the_set_is_refused_and_one_inside_is_followed(
+    tmp_path, capsys, part, ending
+):
     folder = tmp_path / "set"
     for name in "abc":
         add(folder, name)
@@ -278,7 +319,9 @@ def test_a_link_out_of_the_set_is_refused_and_one_inside_is_followed(tmp_path, c
     (folder / part / f"c{ending}").rename(folder / "more" / f"c{ending}")
     (folder / part / f"c{ending}").symlink_to(folder / "more" / f"c{ending}")
     dataset = VOC(str(folder), ["all"])
-    with pytest.raises(UserError, match=rf"b{ending}: a link that leads out of the set; put a copy"):
+    with pytest.raises(
+        UserError, match=rf"b{ending}: a link that leads out of the set; put a copy"
+    ):
         dataset[1]
     assert [dataset[i][1]["id"] for i in (0, 2)] == ["set/a", "set/c"]
     outside.rename(folder / part / f"d{ending}")
@@ -303,7 +346,10 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, part, ending):
 def test_a_photograph_is_known_in_every_set_that_names_it(tmp_path):
     for root in ("here", "there", "flat"):
         place = tmp_path / root if root == "flat" else tmp_path / root / "VOCdevkit"
-        for folder, names in {"VOC2007": ("000027", "000032"), "VOC2012": ("2007_000027", "2008_000032")}.items():
+        for folder, names in {
+            "VOC2007": ("000027", "000032"),
+            "VOC2012": ("2007_000027", "2008_000032"),
+        }.items():
             for name in names:
                 add(place / folder, name)
             write_split(place / folder, "train", *names)
@@ -313,7 +359,9 @@ def test_a_photograph_is_known_in_every_set_that_names_it(tmp_path):
         assert len(here & VOC(str(tmp_path / root), ["VOC2007/train"]).photographs) == 1
     (tmp_path / "link").symlink_to(tmp_path / "here")
     assert VOC(str(tmp_path / "link" / "VOCdevkit" / "VOC2012"), ["train"]).photographs == here
-    assert not here & VOC(str(tmp_path / "there"), ["VOC2012/train"]).photographs  # equal ids, other photographs
+    assert (
+        not here & VOC(str(tmp_path / "there"), ["VOC2012/train"]).photographs
+    )  # equal ids, other photographs
     (tmp_path / "flat" / "VOCdevkit").mkdir()  # one year here, one there: `exclude` sees through it
     (tmp_path / "flat" / "VOC2007").rename(tmp_path / "flat" / "VOCdevkit" / "VOC2007")
     mixed = VOC(str(tmp_path / "flat"), ["VOC2012/train"], exclude=["VOC2007/train"])
@@ -340,7 +388,9 @@ def test_root_may_be_relative_or_a_link(tmp_path, monkeypatch):
     assert ids(VOC(".", ["all"])) == ["voc12/2008_000001"]
 
 
-@pytest.mark.parametrize("text", ["a\nb\n", "a\r\nb\r\n", "\n a \n\n\nb", "a -1\nb  1\n", "\ufeffa\t0\nb"])
+@pytest.mark.parametrize(
+    "text", ["a\nb\n", "a\r\nb\r\n", "\n a \n\n\nb", "a -1\nb  1\n", "\ufeffa\t0\nb"]
+)
 def test_split_files_of_every_kind(tmp_path, text):
     for name in "ab":
         add(tmp_path / "set", name)
@@ -348,7 +398,9 @@ def test_split_files_of_every_kind(tmp_path, text):
     assert ids(VOC(str(tmp_path / "set"), ["train"])) == ["set/a", "set/b"]
 
 
-@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "..\\a", "C:\\a", "a\0b", "..", "x/../../a"])
+@pytest.mark.parametrize(
+    "name", ["../a", "/etc/passwd", "..\\a", "C:\\a", "a\0b", "..", "x/../../a"]
+)
 def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
     add(tmp_path / "set", "a")
     (tmp_path / "set" / "ImageSets" / "Main" / "train.txt").write_text(f"{name}\n")
@@ -375,7 +427,9 @@ def test_missing_things_give_one_line_with_a_remedy(tmp_path):
             VOC(str(tmp_path), splits)
         message = str(error.value)
         assert said in message and "\n" not in message
-        assert ("python -m kdmini.extras.download --root" in message) == any("VOC20" in split for split in splits)
+        assert ("python -m kdmini.extras.download --root" in message) == any(
+            "VOC20" in split for split in splits
+        )
 
 
 def test_all_takes_every_annotation_and_prints_both_counts(tmp_path, capsys):
@@ -384,7 +438,10 @@ def test_all_takes_every_annotation_and_prints_both_counts(tmp_path, capsys):
         add(folder, name)
     write_split(folder, "trainval", "2008_000002", "2008_000003")
     assert len(VOC(str(tmp_path), ["VOC2012/all"])) == 3
-    assert "VOC2012/all: 3 annotated images, of which ImageSets/Main/trainval lists 2" in capsys.readouterr().out
+    assert (
+        "VOC2012/all: 3 annotated images, of which ImageSets/Main/trainval lists 2"
+        in capsys.readouterr().out
+    )
 
 
 def test_photographs_are_left_out_and_taken_once_whatever_their_id(tmp_path, capsys):
@@ -412,7 +469,12 @@ def test_other_endings_are_found(tmp_path, ending):
 
 def test_dataset_pickles_serves_threads_and_writes_nothing(tmp_path):
     for number in range(20):
-        add(tmp_path / "set", f"{number:02}", xml(thing(box=bndbox(50, 50, 60, 60)) + thing()), size=(40 + number, 30))
+        add(
+            tmp_path / "set",
+            f"{number:02}",
+            xml(thing(box=bndbox(50, 50, 60, 60)) + thing()),
+            size=(40 + number, 30),
+        )
     write_split(tmp_path / "set", "train", *(f"{number:02}" for number in range(20)))
     before = tree_hash(tmp_path)
     dataset = copy.deepcopy(VOC(str(tmp_path / "set"), ["train"]))  # as pickle does it
@@ -420,7 +482,10 @@ def test_dataset_pickles_serves_threads_and_writes_nothing(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         samples = list(pool.map(dataset.__getitem__, range(20)))
     assert [image.shape[1] for image, _ in samples] == list(range(40, 60))
-    assert dataset.report() == "19 images whose <size> is wrong, 20 boxes under 1 px dropped in 20 images"
+    assert (
+        dataset.report()
+        == "19 images whose <size> is wrong, 20 boxes under 1 px dropped in 20 images"
+    )
     assert tree_hash(tmp_path) == before
 
 
@@ -466,13 +531,22 @@ def huge_png():
     """The header and a little of a picture of 1.6e9 pixels."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10**6))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10**6))
+    )
 
 
-@pytest.mark.parametrize("kind", ["half", "empty", "header", "page", "postscript", "huge", "missing"])
+@pytest.mark.parametrize(
+    "kind", ["half", "empty", "header", "page", "postscript", "huge", "missing"]
+)
 def test_files_that_are_no_whole_image_are_refused_by_name(tmp_path, kind):
     path = tmp_path / "a.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -494,7 +568,9 @@ def test_files_that_are_no_whole_image_are_refused_by_name(tmp_path, kind):
     with pytest.raises(UserError, match=r"a\.jpg: not a usable image") as error:
         decode(path)
     assert "\n" not in str(error.value) and (kind != "huge" or "pixels" in str(error.value))
-    assert kind != "postscript" or "cannot identify" in str(error.value)  # Pillow would start Ghostscript on it
+    assert kind != "postscript" or "cannot identify" in str(
+        error.value
+    )  # Pillow would start Ghostscript on it
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -513,21 +589,43 @@ def test_real_sets_agree_with_torchvision():
             for index in range(0, count, max(count // 20, 1)):
                 image, target = dataset[index]
                 name = target["id"].removeprefix(f"{folder}/")
-                tree = VOCDetection.parse_voc_xml(ET.parse(PHOTOS / folder / "Annotations" / f"{name}.xml").getroot())
+                tree = VOCDetection.parse_voc_xml(
+                    ET.parse(PHOTOS / folder / "Annotations" / f"{name}.xml").getroot()
+                )
                 objects = tree["annotation"]["object"]
-                boxes = [[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
+                boxes = [
+                    [float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")]
+                    for o in objects
+                ]
                 np.testing.assert_array_equal(target["boxes_xyxy"] + [1, 1, 0, 0], boxes)
-                assert [dataset.names[label] for label in target["labels"]] == [o["name"] for o in objects]
+                assert [dataset.names[label] for label in target["labels"]] == [
+                    o["name"] for o in objects
+                ]
                 with Image.open(PHOTOS / folder / "JPEGImages" / f"{name}.jpg") as photo:
                     np.testing.assert_array_equal(image, np.asarray(photo.convert("RGB")))
             assert dataset.report() == ""
 
 
 MESSY = {  # file -> names, boxes kept, one of them, report
-    "bccd/BloodImage_00343": (["RBC", "WBC", "Platelets"], 12, [180, 328, 181, 329], ""),  # a point is one pixel
+    "bccd/BloodImage_00343": (
+        ["RBC", "WBC", "Platelets"],
+        12,
+        [180, 328, 181, 329],
+        "",
+    ),  # a point is one pixel
     "cctv/000000": (["vehicle"], 10, [0, 89, 8, 110], ""),  # floats from 0, no <difficult>, .jpeg
-    "coco256/000000000086": (["person", "motorbike", "handbag"], 3, [152, 183, 281, 559], ""),  # gray
-    "helmet/000102": (["head", "helmet"], 6, [793, 354, 839, 409], "1 images whose <size> is wrong"),
+    "coco256/000000000086": (
+        ["person", "motorbike", "handbag"],
+        3,
+        [152, 183, 281, 559],
+        "",
+    ),  # gray
+    "helmet/000102": (
+        ["head", "helmet"],
+        6,
+        [793, 354, 839, 409],
+        "1 images whose <size> is wrong",
+    ),
     "helmet/000574": (["helmet"], 2, [499, 340, 500, 341], ""),
     "raccoon/raccoon-150": (["raccoon"], 1, [79, 61, 187, 169], ""),  # gray
     "voc_part/2007_000027": (VOC_NAMES, 1, [173, 100, 349, 351], ""),
@@ -542,9 +640,9 @@ def test_real_messy_files(tmp_path, file):
     for part in ("Annotations", "JPEGImages"):
         (tmp_path / part).mkdir()
     for path in source.parent.glob(f"{source.name}.*"):
-        (tmp_path / ("Annotations" if path.suffix == ".xml" else "JPEGImages") / path.name).write_bytes(
-            path.read_bytes()
-        )
+        (
+            tmp_path / ("Annotations" if path.suffix == ".xml" else "JPEGImages") / path.name
+        ).write_bytes(path.read_bytes())
     dataset = VOC(str(tmp_path), ["all"], names=names)
     image, target = dataset[0]
     assert image.ndim == 3 and image.shape[2] == 3
@@ -558,4 +656,6 @@ def test_real_messy_files(tmp_path, file):
 @pytest.mark.parametrize("file", ["grayscale.jpg", "rgba_png_named.jpg"])
 def test_real_messy_pixels(file):
     with Image.open(PHOTOS / "messy" / "pixels" / file) as image:
-        np.testing.assert_array_equal(decode(PHOTOS / "messy" / "pixels" / file), np.asarray(image.convert("RGB")))
+        np.testing.assert_array_equal(
+            decode(PHOTOS / "messy" / "pixels" / file), np.asarray(image.convert("RGB"))
+        )

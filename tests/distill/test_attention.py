@@ -35,11 +35,15 @@ def notes_loss(y_s: list[Tensor], y_t: list[Tensor], p: float = 2) -> Tensor:
 
 
 def authors_map(x: Tensor) -> Tensor:
-    """Zagoruyko & Komodakis, the formula of their published code: a mean over channels, which L2 norm undoes."""
+    """Zagoruyko & Komodakis, the formula of their published code: a mean over channels, which L2
+    norm undoes.
+    """
     return F.normalize(x.pow(2).mean(1).view(x.size(0), -1))
 
 
-def pair(images: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
+def pair(
+    images: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], list[Tensor]]:
     """Feats of student and teacher at three taps."""
     torch.manual_seed(seed)
     sizes = [(8, 6, 6), (5, 4, 7), (16, 3, 3)]
@@ -61,7 +65,10 @@ def loss_of(term: AttentionTransfer, student: list[Tensor], teacher: list[Tensor
 @pytest.mark.parametrize("p", [2.0, 1.0, 4.0])
 def test_values_and_gradients_are_those_of_the_notes(p: float) -> None:
     (student, teacher), (same, _) = pair(), pair()
-    ours, theirs = loss_of(AttentionTransfer("notes", p), student, teacher), notes_loss(same, teacher, p)
+    ours, theirs = (
+        loss_of(AttentionTransfer("notes", p), student, teacher),
+        notes_loss(same, teacher, p),
+    )
     ours.backward()
     theirs.backward()
     assert ours.dtype == torch.float64
@@ -74,13 +81,17 @@ def test_values_and_gradients_are_those_of_the_notes(p: float) -> None:
 
 def test_notes_reduction_is_the_default() -> None:
     student, teacher = pair()
-    assert loss_of(AttentionTransfer(), student, teacher) == loss_of(AttentionTransfer("notes"), student, teacher)
+    assert loss_of(AttentionTransfer(), student, teacher) == loss_of(
+        AttentionTransfer("notes"), student, teacher
+    )
 
 
 def test_values_and_gradients_of_mean_square_are_those_of_the_authors() -> None:
     (student, teacher), (same, _) = pair(), pair()
     ours = loss_of(AttentionTransfer("mean_square"), student, teacher)
-    theirs: Any = sum((authors_map(s) - authors_map(t)).pow(2).mean() for s, t in zip(same, teacher, strict=True))
+    theirs: Any = sum(
+        (authors_map(s) - authors_map(t)).pow(2).mean() for s, t in zip(same, teacher, strict=True)
+    )
     ours.backward()
     theirs.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-7)  # their eps stands elsewhere
@@ -139,9 +150,14 @@ def test_sample_does_not_depend_on_how_images_are_batched() -> None:
     student, teacher = pair(images=6)
     term = AttentionTransfer("sample")
     whole = loss_of(term, student, teacher)
-    parts = [loss_of(term, [s[i : i + 2] for s in student], [t[i : i + 2] for t in teacher]) for i in (0, 2, 4)]
+    parts = [
+        loss_of(term, [s[i : i + 2] for s in student], [t[i : i + 2] for t in teacher])
+        for i in (0, 2, 4)
+    ]
     assert whole.item() == pytest.approx(sum(p.item() for p in parts) / 3)
-    assert loss_of(AttentionTransfer("notes"), student, teacher).item() != pytest.approx(whole.item(), rel=0.1)
+    assert loss_of(AttentionTransfer("notes"), student, teacher).item() != pytest.approx(
+        whole.item(), rel=0.1
+    )
 
 
 @pytest.mark.parametrize("images", [4, 16, 64])
@@ -153,7 +169,9 @@ def test_notes_falls_as_one_over_the_root_of_the_batch(images: int) -> None:
     assert loss_of(term, *repeated).item() == pytest.approx(one / images**0.5)
     for reduction in ("sample", "mean_square"):
         term = AttentionTransfer(reduction)  # type: ignore[arg-type]
-        assert loss_of(term, *repeated).item() == pytest.approx(loss_of(term, student, teacher).item())
+        assert loss_of(term, *repeated).item() == pytest.approx(
+            loss_of(term, student, teacher).item()
+        )
 
 
 def test_taps_are_summed_and_the_teacher_is_not_touched() -> None:
@@ -199,7 +217,9 @@ def test_autocast_does_not_lower_the_precision_of_the_maps() -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("case", ["zeros", "student zero", "teacher zero", "equal", "one image zero"])
+@pytest.mark.parametrize(
+    "case", ["zeros", "student zero", "teacher zero", "equal", "one image zero"]
+)
 def test_loss_and_gradient_are_finite_where_a_norm_is_zero(reduction: Any, case: str) -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)

@@ -19,12 +19,24 @@ def lambda_of_the_notes(epoch: float) -> float:
 
 def test_equals_the_formula_in_every_epoch() -> None:
     for epoch in range(150):
-        assert piecewise_linear(NOTES, epoch) == pytest.approx(lambda_of_the_notes(epoch), abs=1e-12), epoch
+        assert piecewise_linear(NOTES, epoch) == pytest.approx(
+            lambda_of_the_notes(epoch), abs=1e-12
+        ), epoch
 
 
 @pytest.mark.parametrize(
     "epoch, value",
-    [(0, 2), (20, 1), (39, 0.05), (40, 0.3), (70, 0.15), (99, 0.005), (100, 0.05), (105, 0.05), (149, 0.05)],
+    [
+        (0, 2),
+        (20, 1),
+        (39, 0.05),
+        (40, 0.3),
+        (70, 0.15),
+        (99, 0.005),
+        (100, 0.05),
+        (105, 0.05),
+        (149, 0.05),
+    ],
 )
 def test_values_written_down(epoch: int, value: float) -> None:
     """Where the notes' table and their formula differ, at 40 and 100, the formula wins."""
@@ -48,7 +60,10 @@ def test_segments_that_follow_one_another_are_taken(segments: list[list[float]])
 @pytest.mark.parametrize(
     "segments, named",
     [
-        ([[0, 2.0, 40, 0.0], [39, 0.3, 100, 0.0]], r"\[39, 0.3, 100, 0.0\] .* after epoch 40"),  # overlap
+        (
+            [[0, 2.0, 40, 0.0], [39, 0.3, 100, 0.0]],
+            r"\[39, 0.3, 100, 0.0\] .* after epoch 40",
+        ),  # overlap
         ([[40, 2.0, 80, 0.0], [0, 0.3, 40, 0.0]], r"\[0, 0.3, 40, 0.0\]"),  # in the wrong order
         ([[0, 1.0, 0, 1.0]], r"\[0, 1.0, 0, 1.0\]"),  # of no length
         ([[5, 1.0, 2, 1.0]], r"\[5, 1.0, 2, 1.0\]"),  # backwards

@@ -1,4 +1,6 @@
-"""The distillation of one step: a teacher frozen by structure, alignment, terms with weight and schedule, distances."""
+"""The distillation of one step: a teacher frozen by structure, alignment, terms with weight and
+schedule, distances.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -61,11 +63,16 @@ def pair(**changes: Any) -> tuple[Small, Small]:
     return student, teacher
 
 
-def distil(student: Any, teacher: Any, terms: Mapping[str, Any], taps: Any = TAPS, **settings: Any) -> Distillation:
+def distil(
+    student: Any, teacher: Any, terms: Mapping[str, Any], taps: Any = TAPS, **settings: Any
+) -> Distillation:
     shapes = tap_shapes(student, teacher, taps, 32) if teacher else {}
     if isinstance(teacher, Small):
         teacher.runs["forward"] = 0
-    weighted = {name: term if isinstance(term, Weighted) else Weighted(term, 1.0) for name, term in terms.items()}
+    weighted = {
+        name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
+        for name, term in terms.items()
+    }
     return Distillation(student, teacher, weighted, taps, shapes, **settings)
 
 
@@ -80,7 +87,9 @@ def test_the_teacher_is_in_no_optimiser_and_no_checkpoint() -> None:
     student, teacher = pair()
     distillation = distil(student, teacher, {"attention": AttentionTransfer(), "probe": Probe()})
     ours = {id(p) for p in distillation.parameters()}
-    assert ours == {id(p) for m in (distillation.align, *distillation.terms.values()) for p in m.parameters()}
+    assert ours == {
+        id(p) for m in (distillation.align, *distillation.terms.values()) for p in m.parameters()
+    }
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(p.requires_grad for p in student.parameters())
     assert teacher not in set(distillation.modules()) and student not in set(distillation.modules())
@@ -91,7 +100,9 @@ def test_training_leaves_the_teacher_bit_identical() -> None:
     student, teacher = pair()
     before = copy.deepcopy(teacher.state_dict())
     distillation = distil(student, teacher, {"attention": AttentionTransfer("sample")})
-    optimizer = torch.optim.SGD([*student.parameters(), *distillation.parameters()], 0.1, weight_decay=0.1)
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *distillation.parameters()], 0.1, weight_decay=0.1
+    )
     student_before = copy.deepcopy(student.state_dict())
     for step in range(3):
         student.train()
@@ -126,8 +137,12 @@ def test_weight_zero_rests_too() -> None:
     assert teacher.runs == {"forward": 0, "features": 0}
 
 
-@pytest.mark.parametrize("uses, head", [({"feats"}, False), ({"preds"}, True), ({"feats", "preds"}, True)])
-def test_the_teachers_head_runs_only_for_a_term_that_reads_preds(uses: set[str], head: bool) -> None:
+@pytest.mark.parametrize(
+    "uses, head", [({"feats"}, False), ({"preds"}, True), ({"feats", "preds"}, True)]
+)
+def test_the_teachers_head_runs_only_for_a_term_that_reads_preds(
+    uses: set[str], head: bool
+) -> None:
     student, teacher = pair()
     other, probe = Probe(), Probe(uses=frozenset(uses))
     distillation = distil(student, teacher, {"other": other, "probe": probe})
@@ -178,7 +193,9 @@ def test_both_networks_see_the_same_and_the_teachers_maps_carry_no_gradient() ->
 def test_taps_may_be_named_otherwise_in_the_teacher() -> None:
     student, teacher = pair()
     probe = Probe()
-    distillation = distil(student, teacher, {"probe": probe}, taps={"stem": "stem.0", "deep.1": "deep"})
+    distillation = distil(
+        student, teacher, {"probe": probe}, taps={"stem": "stem.0", "deep.1": "deep"}
+    )
     distillation(images(), student(images()), NO_TARGETS, 0)
     ((ours, theirs, _),) = probe.seen
     assert theirs is not None
@@ -240,13 +257,19 @@ def test_a_terms_parameters_learn_and_are_saved() -> None:
 def test_a_malformed_schedule_is_refused() -> None:
     student, teacher = pair()
     with pytest.raises(UserError, match="schedule"):
-        distil(student, teacher, {"probe": Weighted(Probe(), 1.0, [[0, 1.0, 9, 0.0], [5, 1.0, 20, 0.0]])})
+        distil(
+            student,
+            teacher,
+            {"probe": Weighted(Probe(), 1.0, [[0, 1.0, 9, 0.0], [5, 1.0, 20, 0.0]])},
+        )
 
 
 def test_the_terms_value_is_that_of_the_aligned_maps() -> None:
     student, teacher = pair()
     distillation = distil(
-        student, teacher, {"attention": Weighted(AttentionTransfer("sample"), 0.75, [[0, 2.0, 1, 2.0]])}
+        student,
+        teacher,
+        {"attention": Weighted(AttentionTransfer("sample"), 0.75, [[0, 2.0, 1, 2.0]])},
     )
     student.eval()
     distillation.eval()
@@ -273,7 +296,12 @@ def feats(count: int = 4) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "mode, weights, learn",
-    [("all", [24, 64], True), ("unequal", [24], True), ("none", [], False), ("frozen", [24, 64], False)],
+    [
+        ("all", [24, 64], True),
+        ("unequal", [24], True),
+        ("none", [], False),
+        ("frozen", [24, 64], False),
+    ],
 )
 def test_which_parameters_an_alignment_has(mode: Any, weights: list[int], learn: bool) -> None:
     align = Align(SHAPES, mode)
@@ -283,14 +311,21 @@ def test_which_parameters_an_alignment_has(mode: Any, weights: list[int], learn:
     assert len(norms) == len(weights) and not any(m.affine for m in norms)
     assert all(m.bias is None for m in align.modules() if isinstance(m, nn.Conv2d))
     found = align(feats())
-    assert {tap: f.shape[1] for tap, f in found.items()} == {"a": 4 if mode == "none" else 6, "b.0": 8}
+    assert {tap: f.shape[1] for tap, f in found.items()} == {
+        "a": 4 if mode == "none" else 6,
+        "b.0": 8,
+    }
     if mode in ("none", "unequal"):
         assert torch.equal(found["b.0"], feats()["b.0"])
 
 
 def test_alignment_of_all_is_the_default() -> None:
     student, teacher = pair()
-    assert len(list(Align(SHAPES).parameters())) == len(list(distil(student, teacher, {}).align.parameters())) == 2
+    assert (
+        len(list(Align(SHAPES).parameters()))
+        == len(list(distil(student, teacher, {}).align.parameters()))
+        == 2
+    )
 
 
 def test_alignment_is_a_1x1_convolution_and_batchnorm() -> None:
@@ -298,7 +333,10 @@ def test_alignment_is_a_1x1_convolution_and_batchnorm() -> None:
     found = align(given)
     for (tap, f), layer in zip(found.items(), align.layers, strict=True):
         mixed = torch.einsum("nchw,oc->nohw", given[tap], layer[0].weight[:, :, 0, 0])
-        mean, var = mixed.mean((0, 2, 3), keepdim=True), mixed.var((0, 2, 3), keepdim=True, unbiased=False)
+        mean, var = (
+            mixed.mean((0, 2, 3), keepdim=True),
+            mixed.var((0, 2, 3), keepdim=True, unbiased=False),
+        )
         assert torch.allclose(f, (mixed - mean) / (var + 1e-5).sqrt(), atol=1e-5)
 
 
@@ -348,13 +386,17 @@ def test_taps_that_cannot_be_aligned_are_refused() -> None:
 
 def test_distances_are_sums_of_map_distances_with_and_without_alignment() -> None:
     student, teacher = pair()
-    distillation = distil(student, teacher, {"attention": Weighted(AttentionTransfer(), 0.75, [[5, 1.0, 9, 1.0]])})
+    distillation = distil(
+        student, teacher, {"attention": Weighted(AttentionTransfer(), 0.75, [[5, 1.0, 9, 1.0]])}
+    )
     student.eval()
     distillation.eval()
     found = distillation.distances(student, images(3))
     assert list(found) == ["aligned", "aligned/stem", "aligned/deep", "raw", "raw/stem", "raw/deep"]
     for kind in ("aligned", "raw"):
-        assert found[kind].item() == pytest.approx((found[f"{kind}/stem"] + found[f"{kind}/deep"]).item())
+        assert found[kind].item() == pytest.approx(
+            (found[f"{kind}/stem"] + found[f"{kind}/deep"]).item()
+        )
     ours, theirs = student.stem(images(3)), teacher.stem(images(3))
     assert found["raw/stem"].item() == pytest.approx(map_distance(ours, theirs).sum().item())
     aligned = distillation.align.layers[0](ours)
@@ -362,7 +404,9 @@ def test_distances_are_sums_of_map_distances_with_and_without_alignment() -> Non
     assert not any(value.requires_grad for value in found.values())
     halves = [distillation.distances(student, part) for part in images(4).split(2)]
     whole = distillation.distances(student, images(4))
-    assert all(whole[name].item() == pytest.approx(sum(h[name].item() for h in halves)) for name in whole)
+    assert all(
+        whole[name].item() == pytest.approx(sum(h[name].item() for h in halves)) for name in whole
+    )
 
 
 def test_the_raw_distance_of_a_network_from_itself_is_zero() -> None:
@@ -371,7 +415,9 @@ def test_the_raw_distance_of_a_network_from_itself_is_zero() -> None:
     distillation = distil(student, copy.deepcopy(student), {}).eval()
     found = distillation.distances(student, images())
     assert found["raw/stem"] == 0 and found["raw/deep"] == 0
-    assert found["aligned/stem"] > 0 and found["aligned/deep"] > 0  # an alignment at random moves the maps
+    assert (
+        found["aligned/stem"] > 0 and found["aligned/deep"] > 0
+    )  # an alignment at random moves the maps
 
 
 def test_a_trained_alignment_takes_up_the_loss_in_the_students_place() -> None:
@@ -430,18 +476,36 @@ def real_pair() -> tuple[YOLO11, YOLO11]:
 
 def test_one_step_of_the_real_pair() -> None:
     student, teacher = real_pair()
-    distillation = distil(student, teacher, {"attention": Weighted(AttentionTransfer(), 0.75)}, NOTES_TAPS)
+    distillation = distil(
+        student, teacher, {"attention": Weighted(AttentionTransfer(), 0.75)}, NOTES_TAPS
+    )
     assert not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules())  # folded
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not any(module.training for module in teacher.modules())  # nor those that folding made
     batch = torch.rand(2, 3, 64, 64)
-    targets: Any = {"boxes_xyxy": torch.tensor([[[8.0, 8, 40, 48]]] * 2), "labels": torch.zeros(2, 1, dtype=torch.long)}
+    targets: Any = {
+        "boxes_xyxy": torch.tensor([[[8.0, 8, 40, 48]]] * 2),
+        "labels": torch.zeros(2, 1, dtype=torch.long),
+    }
     preds = student(batch)
     task, kd = student.loss(preds, targets), distillation(batch, preds, targets, 0)
-    assert set(task) == {"box", "cls", "dfl"} and set(kd) == {"attention"} and 0 < kd["attention"] < 10
+    assert (
+        set(task) == {"box", "cls", "dfl"} and set(kd) == {"attention"} and 0 < kd["attention"] < 10
+    )
     kd["attention"].backward()
-    reached = {name.split(".")[1] for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
-    assert reached == {str(i) for i in range(23)} - {"11", "12", "14", "15", "18", "21"}  # all but the head
+    reached = {
+        name.split(".")[1]
+        for name, p in student.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
+    assert reached == {str(i) for i in range(23)} - {
+        "11",
+        "12",
+        "14",
+        "15",
+        "18",
+        "21",
+    }  # all but the head
 
 
 def test_folding_does_not_move_the_teacher() -> None:

@@ -39,7 +39,9 @@ def test_keeps_the_outputs_under_their_names() -> None:
     assert feats["stem"].requires_grad  # the student learns through it
 
 
-@pytest.mark.parametrize("name, near", [("stage.11", "stage.1"), ("module.stem", None), ("stam", "stem"), ("", None)])
+@pytest.mark.parametrize(
+    "name, near", [("stage.11", "stage.1"), ("module.stem", None), ("stam", "stem"), ("", None)]
+)
 def test_an_unmatched_tap_is_refused_by_name_with_the_nearest(name: str, near: str | None) -> None:
     with pytest.raises(UserError, match=f"Net has no submodule {name!r}") as caught:
         Taps(Net(), ["stem", name])
@@ -88,7 +90,11 @@ def test_a_copy_made_before_has_no_hooks_and_one_made_after_has() -> None:
     net = Net()
     before = copy.deepcopy(net)
     taps = Taps(net, ["stem", "stage.0"])
-    assert (hooks(before), hooks(net), hooks(copy.deepcopy(net))) == (0, 2, 2)  # why the EMA is built first
+    assert (hooks(before), hooks(net), hooks(copy.deepcopy(net))) == (
+        0,
+        2,
+        2,
+    )  # why the EMA is built first
     before(torch.rand(1, 3, 4, 4))
     with pytest.raises(UserError, match="did not fire"):
         taps.take()

@@ -1,4 +1,6 @@
-"""COCO's form: against pycocotools, against the VOC reader on one set in both forms, and faulty files."""
+"""COCO's form: against pycocotools, against the VOC reader on one set in both forms, and faulty
+files.
+"""
 
 import contextlib
 import io
@@ -21,7 +23,14 @@ from tests.test_train import run
 
 CATEGORIES = [{"id": 90, "name": "dog"}, {"id": 3, "name": "cat"}]
 IMAGE = {"id": 7, "file_name": "a.png", "width": 40, "height": 30}
-OBJECT = {"id": 1, "image_id": 7, "category_id": 90, "bbox": [10, 5, 20, 10.5], "area": 210, "iscrowd": 0}
+OBJECT = {
+    "id": 1,
+    "image_id": 7,
+    "category_id": 90,
+    "bbox": [10, 5, 20, 10.5],
+    "area": 210,
+    "iscrowd": 0,
+}
 
 
 def one(root, objects=(OBJECT,), images=(IMAGE,), categories=CATEGORIES, size=(40, 30), **about):
@@ -35,7 +44,9 @@ def one(root, objects=(OBJECT,), images=(IMAGE,), categories=CATEGORIES, size=(4
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, shapes):
-    """The generated set in this form: ids with gaps, in another order than the names; difficult objects as crowds."""
+    """The generated set in this form: ids with gaps, in another order than the names; difficult
+    objects as crowds.
+    """
     root = tmp_path_factory.mktemp("coco") / "set"
     shutil.copytree(shapes / "JPEGImages", root / "images")
     ids = {name: 80 - 7 * label for label, name in enumerate(SHAPE_NAMES)}
@@ -47,10 +58,21 @@ def converted(tmp_path_factory, shapes):
             about = {"id": 1000 - index, "file_name": target["id"].split("/")[1] + ".jpg"}
             images.append({**about, "height": image.shape[0], "width": image.shape[1]})
             for (x0, y0, x1, y1), label, difficult in zip(
-                target["boxes_xyxy"].tolist(), target["labels"], target["difficult"].tolist(), strict=True
+                target["boxes_xyxy"].tolist(),
+                target["labels"],
+                target["difficult"].tolist(),
+                strict=True,
             ):
-                box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": int(difficult)}
-                what = {"id": len(annotations) + 1, "image_id": 1000 - index, "category_id": ids[SHAPE_NAMES[label]]}
+                box = {
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": int(difficult),
+                }
+                what = {
+                    "id": len(annotations) + 1,
+                    "image_id": 1000 - index,
+                    "category_id": ids[SHAPE_NAMES[label]],
+                }
                 annotations.append({**what, **box})
         annotations.sort(key=lambda row: row["area"] if split == "val" else row["id"])
         categories = [{"id": number, "name": name} for name, number in ids.items()]
@@ -64,7 +86,9 @@ def test_it_reads_what_pycocotools_reads(converted):
     dataset = CocoJson(str(converted), "val.json", "images")
     with contextlib.redirect_stdout(io.StringIO()):
         official = COCO(converted / "val.json")
-    assert dataset.names == [official.cats[number]["name"] for number in sorted(official.getCatIds())]
+    assert dataset.names == [
+        official.cats[number]["name"] for number in sorted(official.getCatIds())
+    ]
     crowds = 0
     for index, number in enumerate(official.imgs):
         image, target = dataset[index]
@@ -73,7 +97,9 @@ def test_it_reads_what_pycocotools_reads(converted):
         assert image.shape == (official.imgs[number]["height"], official.imgs[number]["width"], 3)
         boxes = np.array([row["bbox"] for row in rows])
         np.testing.assert_array_equal(target["boxes_xyxy"][:, :2], boxes[:, :2])
-        np.testing.assert_array_equal(target["boxes_xyxy"][:, 2:] - target["boxes_xyxy"][:, :2], boxes[:, 2:])
+        np.testing.assert_array_equal(
+            target["boxes_xyxy"][:, 2:] - target["boxes_xyxy"][:, :2], boxes[:, 2:]
+        )
         named = [official.cats[row["category_id"]]["name"] for row in rows]
         assert [dataset.names[label] for label in target["labels"]] == named
         assert target["difficult"].tolist() == [bool(row["iscrowd"]) for row in rows]
@@ -93,30 +119,51 @@ def test_a_set_in_both_forms_gives_the_same_images_and_targets(converted, shapes
         for key in ("boxes_xyxy", "labels", "difficult"):
             np.testing.assert_array_equal(target[key], expected[key])
             assert target[key].dtype == expected[key].dtype
-    assert any(voc[index][1]["difficult"].any() for index in range(len(voc))) and coco.report() == ""
+    assert (
+        any(voc[index][1]["difficult"].any() for index in range(len(voc))) and coco.report() == ""
+    )
 
 
 def test_a_run_on_it_is_the_run_on_the_voc_form_bit_for_bit(converted, config_file, tmp_path):
-    entry = "{{build: examples.coco_json:CocoJson, annotations: {0}.json, images: images, names: {1}}}"
-    data = [f"data.{split}={entry.format(split, json.dumps(SHAPE_NAMES))}" for split in ("train", "val")]
+    entry = (
+        "{{build: examples.coco_json:CocoJson, annotations: {0}.json, images: images, names: {1}}}"
+    )
+    data = [
+        f"data.{split}={entry.format(split, json.dumps(SHAPE_NAMES))}" for split in ("train", "val")
+    ]
     short = ["train.epochs=1", "distill=null"]
     run(train_script, "--config", config_file, *short)
     # one folder holds both splits' images: train.py sees that none is in both
-    run(train_script, "--config", config_file, *short, f"data.root={converted}", *data, f"run={tmp_path / 'coco'}")
-    ours, theirs = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("coco", "run"))
+    run(
+        train_script,
+        "--config",
+        config_file,
+        *short,
+        f"data.root={converted}",
+        *data,
+        f"run={tmp_path / 'coco'}",
+    )
+    ours, theirs = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("coco", "run")
+    )
     assert {**ours, "images/s": 0} == {**theirs, "images/s": 0} and ours["box"] > 0
 
 
 def test_boxes_are_clipped_and_dropped_and_an_image_may_have_none(tmp_path):
     boxes = [[-5, 20.5, 10, 50], [40, 5, 10, 10], [3, 3, 0, 9], [39, 29, 1, 1], [30, 0, 99999, 2]]
     objects = [
-        {**OBJECT, "bbox": box, "category_id": 3 if i else 90, "iscrowd": int(i == 4)} for i, box in enumerate(boxes)
+        {**OBJECT, "bbox": box, "category_id": 3 if i else 90, "iscrowd": int(i == 4)}
+        for i, box in enumerate(boxes)
     ]
     dataset = one(tmp_path, objects)
     for _ in range(2):  # a second look is not a second loss
         _, target = dataset[0]
         assert target["boxes_xyxy"].tolist() == [[0, 20.5, 5, 30], [39, 29, 40, 30], [30, 0, 40, 2]]
-        assert target["labels"].tolist() == [1, 0, 0] and target["difficult"].tolist() == [False, False, True]
+        assert target["labels"].tolist() == [1, 0, 0] and target["difficult"].tolist() == [
+            False,
+            False,
+            True,
+        ]
     assert dataset.report() == "2 boxes under 1 px dropped"
     _, target = one(tmp_path / "bare", [])[0]
     assert target["boxes_xyxy"].shape == (0, 4) and target["labels"].dtype == np.int64
@@ -153,20 +200,33 @@ OTHER = {**IMAGE, "id": 8}
 def test_a_faulty_annotation_is_named(tmp_path, change, said):
     with pytest.raises(UserError) as error:
         one(tmp_path, [{**OBJECT, **change}])[0]
-    assert "set.json: " in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "set.json: " in str(error.value)
+        and said in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
     ("about", "said"),
     [
-        ({"images": [IMAGE, {**OTHER, "id": 7, "file_name": "b.png"}]}, "images: id 7 is given 2 times"),
+        (
+            {"images": [IMAGE, {**OTHER, "id": 7, "file_name": "b.png"}]},
+            "images: id 7 is given 2 times",
+        ),
         ({"images": [IMAGE, OTHER]}, "images: file_name 'a.png' is given 2 times"),
-        ({"categories": [*CATEGORIES, {"id": 3, "name": "emu"}]}, "categories: id 3 is given 2 times"),
+        (
+            {"categories": [*CATEGORIES, {"id": 3, "name": "emu"}]},
+            "categories: id 3 is given 2 times",
+        ),
         ({"images": []}, "images: it is empty"),
         ({"categories": []}, "categories: it is empty"),
         ({"images": [{"id": 7}]}, "images[0]: `file_name` is missing"),
         ({"images": [7]}, "images[0]: `id` is missing"),
-        ({"names": ["cat", "god"]}, "annotation 1: unknown class 'dog', the nearest known is 'god'"),
+        (
+            {"names": ["cat", "god"]},
+            "annotation 1: unknown class 'dog', the nearest known is 'god'",
+        ),
         ({"names": ["cat", "dog", "cat"]}, "names a class twice"),
     ],
 )
@@ -235,7 +295,11 @@ def test_a_name_below_the_folder_is_followed(tmp_path):
 
 
 def test_pixels_of_another_size_are_refused_and_left_out(tmp_path, capsys):
-    small = [{**IMAGE}, {**IMAGE, "id": 8, "file_name": "b.png"}, {**IMAGE, "id": 9, "file_name": "c.png"}]
+    small = [
+        {**IMAGE},
+        {**IMAGE, "id": 8, "file_name": "b.png"},
+        {**IMAGE, "id": 9, "file_name": "c.png"},
+    ]
     dataset = one(tmp_path, images=small)
     Image.new("RGB", (30, 40)).save(tmp_path / "images/b.png")
     (tmp_path / "images/c.png").write_text("<html>")

@@ -1,4 +1,6 @@
-"""Generated scenes: boxes against the drawn pixels, determinism, and the set as the VOC reader sees it."""
+"""Generated scenes: boxes against the drawn pixels, determinism, and the set as the VOC reader sees
+it.
+"""
 
 import hashlib
 
@@ -6,14 +8,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.shapes import FILLS, HIDDEN, SHAPE_NAMES, draw_scene, ground, main, outline, stamp, write_set
+from examples.shapes import (
+    FILLS,
+    HIDDEN,
+    SHAPE_NAMES,
+    draw_scene,
+    ground,
+    main,
+    outline,
+    stamp,
+    write_set,
+)
 from kdmini.contracts import UserError
 from kdmini.data.voc import VOC
 
 
 def digest(root):
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return [(path.relative_to(root), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return [
+        (path.relative_to(root), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
+    ]
 
 
 def polygon_area(points):
@@ -22,8 +36,16 @@ def polygon_area(points):
 
 
 def test_outlines_have_the_areas_of_geometry():
-    """Shoelace against the textbook: pi r^2, side^2, 3 sqrt(3) / 4 r^2, five squares of side 2 / sqrt(10)."""
-    expected = {"circle": np.pi, "ring": np.pi, "square": 2, "triangle": 3 * 3**0.5 / 4, "cross": 5 * 0.4}
+    """Shoelace against the textbook: pi r^2, side^2, 3 sqrt(3) / 4 r^2, five squares of side 2 /
+    sqrt(10).
+    """
+    expected = {
+        "circle": np.pi,
+        "ring": np.pi,
+        "square": 2,
+        "triangle": 3 * 3**0.5 / 4,
+        "cross": 5 * 0.4,
+    }
     for name in SHAPE_NAMES:
         points = outline(name)
         assert np.hypot(*points.T).max() == pytest.approx(1)
@@ -39,7 +61,9 @@ def test_a_stamp_is_covered_up_to_its_four_sides(name):
         rows, columns = np.nonzero(cover >= 0.5)
         assert colours.shape == (*cover.shape, 3) and max(cover.shape) == 30
         assert rows.min() <= 1 and columns.min() <= 1
-        assert rows.max() >= cover.shape[0] - 3 and columns.max() >= cover.shape[1] - 3  # a sharp point fades
+        assert (
+            rows.max() >= cover.shape[0] - 3 and columns.max() >= cover.shape[1] - 3
+        )  # a sharp point fades
         assert colours.min() >= 0 and colours.max() <= 255
     assert (cover[len(cover) // 2 - 1, cover.shape[1] // 2 - 1] == 0) == (name == "ring")
 
@@ -57,7 +81,9 @@ def test_boxes_are_tight_around_the_pixels_that_differ_from_the_ground():
         x0, y0 = union[:, :2].min(0)
         x1, y1 = union[:, 2:].max(0)
         drawn = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert np.abs(np.array([x0, y0, x1, y1]) - drawn).max() <= 2  # pixels covered by less than half
+        assert (
+            np.abs(np.array([x0, y0, x1, y1]) - drawn).max() <= 2
+        )  # pixels covered by less than half
         checked += len(things)
     assert checked > 100
 
@@ -73,7 +99,9 @@ def test_boxes_and_difficult_follow_what_can_be_seen():
             x0, y0, x1, y1 = thing.box_xyxy
             mask = owner == number
             assert mask[y0:y1, x0:x1].sum() == mask.sum()
-            assert all(edge.any() for edge in (mask[y0, :], mask[y1 - 1, :], mask[:, x0], mask[:, x1 - 1]))
+            assert all(
+                edge.any() for edge in (mask[y0, :], mask[y1 - 1, :], mask[:, x0], mask[:, x1 - 1])
+            )
             hidden += thing.difficult
     assert 0 < hidden < 75 and HIDDEN == 0.6
 
@@ -87,7 +115,8 @@ def test_scenes_vary():
     assert len({tuple(size) for size in sizes}) > 60
     assert sizes.max() <= 160 and sizes.max(1).min() >= 102 and (sizes[:, 0] > sizes[:, 1]).any()
     sides = [
-        max(thing.box_xyxy[2] - thing.box_xyxy[0], thing.box_xyxy[3] - thing.box_xyxy[1]) / max(image.size)
+        max(thing.box_xyxy[2] - thing.box_xyxy[0], thing.box_xyxy[3] - thing.box_xyxy[1])
+        / max(image.size)
         for image, found, _ in scenes
         for thing in found
         if len(found) == 1
@@ -103,9 +132,13 @@ def test_the_set_is_read_back_as_it_was_drawn(tmp_path):
         for sample, index in enumerate(numbers):
             pixels, target = dataset[sample]
             image, things, _ = draw_scene(4, index, 64)
-            assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < 15  # JPEG; another scene is farther off
+            assert (
+                np.abs(pixels.astype(int) - np.asarray(image)).mean() < 15
+            )  # JPEG; another scene is farther off
             assert target["boxes_xyxy"].tolist() == [list(thing.box_xyxy) for thing in things]
-            assert [SHAPE_NAMES[label] for label in target["labels"]] == [thing.name for thing in things]
+            assert [SHAPE_NAMES[label] for label in target["labels"]] == [
+                thing.name for thing in things
+            ]
             assert target["difficult"].tolist() == [thing.difficult for thing in things]
         assert dataset.report() == ""
 
@@ -114,7 +147,10 @@ def test_same_settings_same_bytes_and_other_seeds_differ(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_set(tmp_path / name, train=2, val=1, size=48, seed=seed)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
-    first, other = ({path: sha for path, sha in digest(tmp_path / name) if path.suffix == ".jpg"} for name in "ac")
+    first, other = (
+        {path: sha for path, sha in digest(tmp_path / name) if path.suffix == ".jpg"}
+        for name in "ac"
+    )
     assert first.keys() == other.keys() and not set(first.values()) & set(other.values())
     assert draw_scene(0, 1, 48)[1] == draw_scene(0, 1, 48)[1]
 
@@ -155,7 +191,20 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
 
 
 def test_the_command_line(tmp_path):
-    main(["--root", str(tmp_path / "set"), "--train", "1", "--val", "1", "--size", "40", "--seed", "2"])
+    main(
+        [
+            "--root",
+            str(tmp_path / "set"),
+            "--train",
+            "1",
+            "--val",
+            "1",
+            "--size",
+            "40",
+            "--seed",
+            "2",
+        ]
+    )
     assert len(list((tmp_path / "set" / "JPEGImages").iterdir())) == 2
     with pytest.raises(SystemExit, match=r"^error: .*at least 1"):
         main(["--root", str(tmp_path / "other"), "--val", "0"])

@@ -1,4 +1,6 @@
-"""Images with text files: against the VOC reader on one set in both forms, torchvision's boxes, and faulty files."""
+"""Images with text files: against the VOC reader on one set in both forms, torchvision's boxes, and
+faulty files.
+"""
 
 import json
 import os
@@ -51,49 +53,96 @@ def converted(tmp_path_factory, shapes):
             boxes = box_convert(torch.from_numpy(target["boxes_xyxy"]).double(), "xyxy", "cxcywh")
             parts = boxes / torch.tensor(image.shape[1::-1]).repeat(2)
             rows = zip(target["labels"], parts.tolist(), strict=True)
-            lines = [" ".join([str(label), *(f"{part:.8f}" for part in row)]) for label, row in rows]
+            lines = [
+                " ".join([str(label), *(f"{part:.8f}" for part in row)]) for label, row in rows
+            ]
             (root / f"labels/{split}/{name}.txt").write_text("\n".join(lines))
-    (root / "data.yaml").write_text(f"path: ../elsewhere\nnc: 6\nnames: {json.dumps(SHAPE_NAMES)}\n")
+    (root / "data.yaml").write_text(
+        f"path: ../elsewhere\nnc: 6\nnames: {json.dumps(SHAPE_NAMES)}\n"
+    )
     return root
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_set_in_both_forms_gives_the_same_images_and_targets(converted, shapes, split):
-    voc, yolo = VOC(str(shapes), [split], names=SHAPE_NAMES), YoloTxt(str(converted), f"images/{split}")
+    voc, yolo = (
+        VOC(str(shapes), [split], names=SHAPE_NAMES),
+        YoloTxt(str(converted), f"images/{split}"),
+    )
     assert yolo.names == voc.names and len(yolo) == len(voc) == {"train": 24, "val": 8}[split]
     for index in range(len(voc)):
         (image, target), (expected_image, expected) = yolo[index], voc[index]
         np.testing.assert_array_equal(image, expected_image)
         np.testing.assert_allclose(target["boxes_xyxy"], expected["boxes_xyxy"], atol=1e-4)
         np.testing.assert_array_equal(target["labels"], expected["labels"])
-        assert [target[key].dtype for key in ("boxes_xyxy", "labels", "difficult")] == [np.float32, np.int64, bool]
-        assert target["id"] == expected["id"].split("/")[1] + ".jpg" and not target["difficult"].any()
+        assert [target[key].dtype for key in ("boxes_xyxy", "labels", "difficult")] == [
+            np.float32,
+            np.int64,
+            bool,
+        ]
+        assert (
+            target["id"] == expected["id"].split("/")[1] + ".jpg" and not target["difficult"].any()
+        )
     assert yolo.report() == ""
 
 
 def test_a_run_trains_and_is_scored_on_it(converted, config_file, tmp_path):
-    data = [f"data.{s}={{build: examples.yolo_txt:YoloTxt, images: images/{s}}}" for s in ("train", "val")]
-    run(train_script, "--config", config_file, f"data.root={converted}", *data, "train.epochs=2", "distill=null")
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    data = [
+        f"data.{s}={{build: examples.yolo_txt:YoloTxt, images: images/{s}}}"
+        for s in ("train", "val")
+    ]
+    run(
+        train_script,
+        "--config",
+        config_file,
+        f"data.root={converted}",
+        *data,
+        "train.epochs=2",
+        "distill=null",
+    )
+    records = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert records[-1]["box"] > 0 and records[-1]["AP50-95"] >= 0 and len(records) == 2
     same = [data[0], data[1].replace("images/val", "images/train")]
     with pytest.raises(SystemExit, match="24 images are in train and val both"):
-        run(train_script, "--config", config_file, f"data.root={converted}", *same, f"run={tmp_path / 'other'}")
+        run(
+            train_script,
+            "--config",
+            config_file,
+            f"data.root={converted}",
+            *same,
+            f"run={tmp_path / 'other'}",
+        )
 
 
 def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path):
-    lines = ["1 0.5 0.5 0.25 0.2", "", "0 0 1 0.5 0.5", "2 1.0 0.5 0.03 0.5", "2.0 0.99 0.5 1.005 1", "1 0.5 0.5 0 1"]
+    lines = [
+        "1 0.5 0.5 0.25 0.2",
+        "",
+        "0 0 1 0.5 0.5",
+        "2 1.0 0.5 0.03 0.5",
+        "2.0 0.99 0.5 1.005 1",
+        "1 0.5 0.5 0 1",
+    ]
     dataset = one(tmp_path, "\r\n".join(lines))
     for _ in range(2):  # a second look is not a second loss
         _, target = dataset[0]
         expected = [[15, 12, 25, 18], [0, 22.5, 10, 30], [19.5, 0, 40, 30]]
         np.testing.assert_allclose(target["boxes_xyxy"], expected, rtol=1e-6)
-        assert target["labels"].tolist() == [1, 0, 2] and target["difficult"].tolist() == [False] * 3
+        assert (
+            target["labels"].tolist() == [1, 0, 2] and target["difficult"].tolist() == [False] * 3
+        )
     assert dataset.report() == "2 boxes under 1 px dropped"
 
 
 def test_images_without_labels_are_background_and_endings_of_all_kinds_are_found(tmp_path):
-    for name, text in {"b.png": None, "a.JPG": "", "a.png": "", "c.webp": b"\xef\xbb\xbf0 .5 .5 .5 .5\n"}.items():
+    for name, text in {
+        "b.png": None,
+        "a.JPG": "",
+        "a.png": "",
+        "c.webp": b"\xef\xbb\xbf0 .5 .5 .5 .5\n",
+    }.items():
         add(tmp_path, name, text)
     (tmp_path / "labels/train/classes.txt").write_text("cat\ndog\n")  # as some tools leave it there
     dataset = YoloTxt(str(tmp_path), names=NAMES)
@@ -125,7 +174,9 @@ def test_images_without_labels_are_background_and_endings_of_all_kinds_are_found
 )
 def test_a_faulty_line_is_named(tmp_path, line, said):
     good = b"1 .5 .5 .5 .5\n"
-    dataset = one(tmp_path, good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
+    dataset = one(
+        tmp_path, good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good
+    )
     with pytest.raises(UserError) as error:
         dataset[0]
     message = str(error.value)
@@ -147,7 +198,9 @@ def test_all_faulty_files_are_told_at_once_and_can_be_left_out(tmp_path, capsys)
         Store(dataset, 32)
     told = [line for line in capsys.readouterr().err.splitlines() if str(tmp_path) in line]
     for line, part in zip(
-        told, ["a.txt:1:", "b.png: not a usable", "train/c: image or", "train/d: image or"], strict=True
+        told,
+        ["a.txt:1:", "b.png: not a usable", "train/c: image or", "train/d: image or"],
+        strict=True,
     ):
         assert part in line
     assert [target["id"] for target in Store(dataset, 32, on_bad="skip").targets] == ["e.png"]

@@ -16,19 +16,32 @@ SMALL = [f"student.scale={TINY}", "teacher.scale=[0.5, 0.125, 1024]", "teacher.w
 
 
 def teach(path: Path, imgsz: int, targets: Any, steps: int) -> list[float]:
-    """-> the sum of the terms at each step. They reach the student and their own parameters, and not the teacher."""
+    """-> the sum of the terms at each step. They reach the student and their own parameters, and
+    not the teacher.
+    """
     torch.manual_seed(0)
     settings = config.load(path, SMALL)
-    student, teacher = (config.build(settings[who], who, names=NAMES) for who in ("student", "teacher"))
+    student, teacher = (
+        config.build(settings[who], who, names=NAMES) for who in ("student", "teacher")
+    )
     images = torch.rand(4, 3, imgsz, imgsz)
     for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.momentum = None  # the statistics are those of the images, so that these are seen to the last layer
+        norm.momentum = (
+            None  # the statistics are those of the images, so that these are seen to the last layer
+        )
     teacher.train()(images)
     distillation = config.call(
-        train_script.make_distillation, settings["distill"], "distill", student=student, teacher=teacher, imgsz=imgsz
+        train_script.make_distillation,
+        settings["distill"],
+        "distill",
+        student=student,
+        teacher=teacher,
+        imgsz=imgsz,
     )
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    optimizer = make_sgd([student, distillation.terms], Recipe(epochs=1, batch=4, nbs=4, lr0=0.2, weight_decay=0))
+    optimizer = make_sgd(
+        [student, distillation.terms], Recipe(epochs=1, batch=4, nbs=4, lr0=0.2, weight_decay=0)
+    )
     losses: list[float] = []
     for _ in range(steps):
         loss: Any = sum(distillation(images, student(images), targets, 0).values())
@@ -36,7 +49,10 @@ def teach(path: Path, imgsz: int, targets: Any, steps: int) -> list[float]:
         losses.append(loss.item())
         if len(losses) == 1:
             assert sum(p.grad.abs().sum() for p in student.parameters() if p.grad is not None) > 0
-            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distillation.terms.parameters())
+            assert all(
+                p.grad is not None and p.grad.abs().sum() > 0
+                for p in distillation.terms.parameters()
+            )
         nn.utils.clip_grad_norm_([*student.parameters(), *distillation.terms.parameters()], 10.0)
         optimizer.step()
         optimizer.zero_grad()

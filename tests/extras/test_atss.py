@@ -1,4 +1,6 @@
-"""ATSS against plain loops in float64, torchvision's losses and counts by hand; and whole runs with a teacher."""
+"""ATSS against plain loops in float64, torchvision's losses and counts by hand; and whole runs with
+a teacher.
+"""
 
 import json
 import math
@@ -54,8 +56,12 @@ def empty_maps(height: int, width: int) -> list[torch.Tensor]:
     return [torch.zeros(1, 1, math.ceil(height / s), math.ceil(width / s)) for s in LEVELS.values()]
 
 
-def random_targets(rng: np.random.Generator, n: int, g: int, size: tuple[int, int], num_classes: int = 3) -> dict:
-    """Boxes of 4 pixels to beyond the image, crowded; a third of the places is padding, wherever it stands."""
+def random_targets(
+    rng: np.random.Generator, n: int, g: int, size: tuple[int, int], num_classes: int = 3
+) -> dict:
+    """Boxes of 4 pixels to beyond the image, crowded; a third of the places is padding, wherever it
+    stands.
+    """
     centres = rng.uniform(0, 1, (n, g, 2)) * size[::-1]
     sides = np.exp(rng.uniform(math.log(4), math.log(200), (n, g, 2)))
     labels = torch.from_numpy(rng.integers(0, num_classes, (n, g)))
@@ -65,16 +71,24 @@ def random_targets(rng: np.random.Generator, n: int, g: int, size: tuple[int, in
 
 
 def by_the_paper(maps: list[torch.Tensor], targets: dict) -> tuple[list[list[int]], int]:
-    """Algorithm 1 in plain loops -> the object of each anchor or -1, of each image; the number contested."""
+    """Algorithm 1 in plain loops -> the object of each anchor or -1, of each image; the number
+    contested.
+    """
     levels = []
     for feat, stride in zip(maps, LEVELS.values(), strict=True):
         rows, columns = feat.shape[2:]
         levels.append(
-            [((c + 0.5) * stride, (r + 0.5) * stride, 8 * stride) for r in range(rows) for c in range(columns)]
+            [
+                ((c + 0.5) * stride, (r + 0.5) * stride, 8 * stride)
+                for r in range(rows)
+                for c in range(columns)
+            ]
         )
     flat = [anchor for level in levels for anchor in level]
     owners, contested = [], 0
-    for boxes, labels in zip(targets["boxes_xyxy"].tolist(), targets["labels"].tolist(), strict=True):
+    for boxes, labels in zip(
+        targets["boxes_xyxy"].tolist(), targets["labels"].tolist(), strict=True
+    ):
         claims: dict[int, list[tuple[float, int]]] = {}
         for g, (x1, y1, x2, y2) in enumerate(boxes):
             if labels[g] < 0:
@@ -100,7 +114,9 @@ def by_the_paper(maps: list[torch.Tensor], targets: dict) -> tuple[list[list[int
     return owners, contested
 
 
-@pytest.mark.parametrize("seed, size, g", [(0, (128, 96), 12), (1, (64, 64), 6), (2, (160, 224), 30)])
+@pytest.mark.parametrize(
+    "seed, size, g", [(0, (128, 96), 12), (1, (64, 64), 6), (2, (160, 224), 30)]
+)
 def test_assignment_is_that_of_the_paper(seed: int, size: tuple[int, int], g: int) -> None:
     maps = empty_maps(*size)
     targets = random_targets(np.random.default_rng(seed), 3, g, size)
@@ -112,13 +128,17 @@ def test_assignment_is_that_of_the_paper(seed: int, size: tuple[int, int], g: in
         expected = [targets["labels"][n, g].item() if g >= 0 else -1 for g in owner]
         assert found.labels[n].tolist() == expected
         positive = found.labels[n] >= 0
-        assert torch.equal(found.boxes_xyxy[n][positive], targets["boxes_xyxy"][n, [g for g in owner if g >= 0]])
+        assert torch.equal(
+            found.boxes_xyxy[n][positive], targets["boxes_xyxy"][n, [g for g in owner if g >= 0]]
+        )
 
 
 def test_generalised_iou_is_torchvisions_also_for_boxes_without_area() -> None:
     boxes = random_targets(np.random.default_rng(0), 2, 200, (64, 64))["boxes_xyxy"]
     boxes[1, :5, 2:] = boxes[1, :5, :2]  # as the padding of a batch
-    torch.testing.assert_close(1 - giou(*boxes), generalized_box_iou_loss(*boxes), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        1 - giou(*boxes), generalized_box_iou_loss(*boxes), atol=1e-6, rtol=0
+    )
 
 
 def test_centerness_by_hand() -> None:
@@ -140,7 +160,9 @@ def test_losses_are_those_of_the_papers() -> None:
     points, sides, _ = (x.tolist() if isinstance(x, torch.Tensor) else x for x in anchors(maps))
     cls = box = bce = weights = positives = 0.0
     for i in range(n):
-        rows = {key: torch.cat([m[i].flatten(1) for m in preds[key]], 1).T.tolist() for key in preds}
+        rows = {
+            key: torch.cat([m[i].flatten(1) for m in preds[key]], 1).T.tolist() for key in preds
+        }
         for a, g in enumerate(owners[i]):
             for c, x in enumerate(rows["cls"][a]):
                 p = 1 / (1 + math.exp(-x))
@@ -155,13 +177,21 @@ def test_losses_are_those_of_the_papers() -> None:
             cx, cy = px + 0.1 * dx * side, py + 0.1 * dy * side
             w, h = side * math.exp(0.2 * dw), side * math.exp(0.2 * dh)
             drawn = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
-            box += centred * (1 - generalized_box_iou(torch.tensor([drawn]), torch.tensor([true])).item())
+            box += centred * (
+                1 - generalized_box_iou(torch.tensor([drawn]), torch.tensor([true])).item()
+            )
             p = 1 / (1 + math.exp(-rows["centerness"][a][0]))
             bce -= centred * math.log(p) + (1 - centred) * math.log(1 - p)
             weights, positives = weights + centred, positives + 1
     assert positives > 5 and weights > 1
-    found = {name: loss.item() for name, loss in model.loss(preds, targets | single(targets)).items()}
-    expected = {"box": 2 * box / weights, "cls": 3 * cls / positives, "centerness": 5 * bce / positives}
+    found = {
+        name: loss.item() for name, loss in model.loss(preds, targets | single(targets)).items()
+    }
+    expected = {
+        "box": 2 * box / weights,
+        "cls": 3 * cls / positives,
+        "centerness": 5 * bce / positives,
+    }
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -175,11 +205,15 @@ def test_decode_puts_boxes_where_the_anchors_are() -> None:
              (("cls", 3, 20.0), ("box", 4, 0.0), ("centerness", 1, 0.0))}  # fmt: skip
     preds = tree_map(torch.clone, preds)
     preds["cls"][1][0, 2, 1, 4] = 0.0  # class 2 at p4, row 1, column 4: centre (72, 24), side 128
-    preds["cls"][0][0, 1, 7, 0] = 1.0  # class 1 at p3, last row, first column: centre (4, 60), side 64
+    preds["cls"][0][0, 1, 7, 0] = (
+        1.0  # class 1 at p3, last row, first column: centre (4, 60), side 64
+    )
     preds["box"][0][0, :, 7, 0] = torch.tensor([1.0, -2.0, 5 * math.log(0.5), 5 * math.log(2)])
     (found,) = model.decode(preds, score=0.1, iou=0.5, max_det=10)
     assert found["labels"].tolist() == [1, 2]
-    torch.testing.assert_close(found["scores"], torch.tensor([0.5 * torch.tensor(1.0).sigmoid(), 0.25]))
+    torch.testing.assert_close(
+        found["scores"], torch.tensor([0.5 * torch.tensor(1.0).sigmoid(), 0.25])
+    )
     expected = [[10.4 - 16, 47.2 - 64, 10.4 + 16, 47.2 + 64], [72 - 64, 24 - 64, 72 + 64, 24 + 64]]
     torch.testing.assert_close(found["boxes_xyxy"], torch.tensor(expected))
     huge = deltas_to_xyxy(torch.full((1, 1, 4), 1e4), torch.zeros(1, 2), torch.ones(1, 1))
@@ -187,13 +221,21 @@ def test_decode_puts_boxes_where_the_anchors_are() -> None:
 
 
 def test_nothing_in_the_step_looks_at_values_and_the_size_is_that_of_the_paper() -> None:
-    """On the meta device there are none to look at. ResNet-50: 23,508,032; FPN: 3,868,672; head for 80: 4,918,618."""
+    """On the meta device there are none to look at. ResNet-50: 23,508,032; FPN: 3,868,672; head for
+    80: 4,918,618.
+    """
     with torch.device("meta"):
         model = ATSS([str(i) for i in range(80)], "resnet50")
         taps = Taps(model, [*LEVELS])
-        targets = {"boxes_xyxy": torch.zeros(2, 5, 4), "labels": torch.zeros(2, 5, dtype=torch.int64), "ids": ["", ""]}
+        targets = {
+            "boxes_xyxy": torch.zeros(2, 5, 4),
+            "labels": torch.zeros(2, 5, dtype=torch.int64),
+            "ids": ["", ""],
+        }
         sum(model.loss(model(torch.zeros(2, 3, 96, 96)), targets).values()).backward()
-        assert [tuple(feat.shape[1:]) for feat in taps.take().values()] == [(256, s, s) for s in (12, 6, 3, 2, 1)]
+        assert [tuple(feat.shape[1:]) for feat in taps.take().values()] == [
+            (256, s, s) for s in (12, 6, 3, 2, 1)
+        ]
         model.features(torch.zeros(2, 3, 96, 96))
         assert len(taps.take()) == 5
     assert sum(p.numel() for p in model.parameters()) == 23_508_032 + 3_868_672 + 4_918_618
@@ -224,13 +266,18 @@ def test_the_detector_normalises_for_itself() -> None:
 
 
 def test_a_single_scene_is_learnt_by_heart() -> None:
-    model, images = tiny(width=32), torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    model, images = (
+        tiny(width=32),
+        torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0)),
+    )
     boxes_xyxy, labels = torch.tensor([[[3.0, 3, 25, 29], [30, 8, 62, 30]]]), torch.tensor([[0, 1]])
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     for _ in range(40):
         preds = model(images)
         optimizer.zero_grad()
-        sum(model.loss(preds, {"boxes_xyxy": boxes_xyxy, "labels": labels, "ids": ["a"]}).values()).backward()
+        sum(
+            model.loss(preds, {"boxes_xyxy": boxes_xyxy, "labels": labels, "ids": ["a"]}).values()
+        ).backward()
         optimizer.step()
     (found,) = model.eval().decode(model(images), 0.2, 0.5, 10)
     assert sorted(found["labels"].tolist()) == [0, 1]
@@ -304,7 +351,10 @@ def test_best_pt_is_loaded_whole(finished: Path) -> None:
         ({"backbone": "resnet18", "width": 12}, "multiple of 8"),
         ({"weights": "BEST", "backbone": "resnet34", "width": 8}, "resnet34"),
         ({"weights": "BEST", "backbone": "resnet18", "width": 16}, "'width': 8"),
-        ({"weights": "BEST", "backbone": "resnet18", "width": 8, "names": NAMES[::-1]}, "has the classes ['circle'"),
+        (
+            {"weights": "BEST", "backbone": "resnet18", "width": 8, "names": NAMES[::-1]},
+            "has the classes ['circle'",
+        ),
         ({"weights": "absent.pt", "backbone": "resnet18", "width": 8}, "no such file"),
         ({"backbone_weights": "TEXT", "backbone": "resnet18", "width": 8}, "no file of weights"),
         ({"weights": "PLAIN", "backbone": "resnet18", "width": 8}, "no best.pt of kdmini"),
@@ -312,7 +362,9 @@ def test_best_pt_is_loaded_whole(finished: Path) -> None:
         ({"weights": "DAMAGED", "backbone": "resnet18", "width": 8}, "damaged"),
     ],
 )
-def test_wrong_settings_are_refused_in_one_line(finished: Path, tmp_path: Path, settings: dict, told: str) -> None:
+def test_wrong_settings_are_refused_in_one_line(
+    finished: Path, tmp_path: Path, settings: dict, told: str
+) -> None:
     best = finished / "run/best.pt"
     (tmp_path / "TEXT").write_text("weights")
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "PLAIN")
@@ -320,8 +372,14 @@ def test_wrong_settings_are_refused_in_one_line(finished: Path, tmp_path: Path, 
         content = bytearray(best.read_bytes())
         content[len(content) // 2] ^= 1
         (tmp_path / "DAMAGED").write_bytes(content)
-    files = {"BEST": str(best), **{name: str(tmp_path / name) for name in ("TEXT", "PLAIN", "DAMAGED")}}
-    section = {key: files.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
+    files = {
+        "BEST": str(best),
+        **{name: str(tmp_path / name) for name in ("TEXT", "PLAIN", "DAMAGED")},
+    }
+    section = {
+        key: files.get(value, value) if isinstance(value, str) else value
+        for key, value in settings.items()
+    }
     with pytest.raises(UserError) as refusal:
         config.build({"build": "kdmini.extras.atss:ATSS", "names": NAMES, **section}, "student")
     assert told in str(refusal.value) and "\n" not in str(refusal.value)
@@ -335,5 +393,9 @@ def test_a_backbone_begins_from_a_file_of_torchvision(tmp_path: Path, zipped: bo
     if not zipped:
         tensors = {key: value for key, value in tensors.items() if "num_batches" not in key}
     torch.save(tensors, tmp_path / "resnet18.pth", _use_new_zipfile_serialization=zipped)
-    body = ATSS(NAMES, "resnet18", backbone_weights=str(tmp_path / "resnet18.pth"), width=8).body.state_dict()
-    assert len(body) == 120 and all(torch.equal(value, source.state_dict()[key]) for key, value in body.items())
+    body = ATSS(
+        NAMES, "resnet18", backbone_weights=str(tmp_path / "resnet18.pth"), width=8
+    ).body.state_dict()
+    assert len(body) == 120 and all(
+        torch.equal(value, source.state_dict()[key]) for key, value in body.items()
+    )

@@ -1,4 +1,6 @@
-"""The comparison of runs: numbers worked out by hand and by numpy, real runs of train.py, folders that are damaged."""
+"""The comparison of runs: numbers worked out by hand and by numpy, real runs of train.py, folders
+that are damaged.
+"""
 
 import json
 import re
@@ -14,7 +16,11 @@ from kdmini.contracts import UserError
 from kdmini.extras.compare import curves, group, label, main, read_run, spread
 from tests.test_train import run
 
-SETTINGS = {"seed": 0, "student": {"build": "a.b:YOLO11", "scale": "n"}, "train": {"epochs": 3, "lr0": 0.01}}
+SETTINGS = {
+    "seed": 0,
+    "student": {"build": "a.b:YOLO11", "scale": "n"},
+    "train": {"epochs": 3, "lr0": 0.01},
+}
 
 
 def write(folder, scores, seed=0, settings=None, speed=(10.0, 30.0, 20.0)):
@@ -26,7 +32,12 @@ def write(folder, scores, seed=0, settings=None, speed=(10.0, 30.0, 20.0)):
     for epoch, (score, images) in enumerate(zip(scores, speed, strict=False)):
         records.append({"epoch": epoch, "images/s": images})
         if score is not None:
-            records[-1] |= {"AP50-95": score, "VOC": score + 0.1, "VOC07": score + 0.2, "distance/raw": 4.0 - epoch}
+            records[-1] |= {
+                "AP50-95": score,
+                "VOC": score + 0.1,
+                "VOC07": score + 0.2,
+                "distance/raw": 4.0 - epoch,
+            }
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(folder)
 
@@ -35,8 +46,12 @@ def rows_of(text, table=0):
     """The cells of a Markdown table, its header included; the lines have one width."""
     lines = text.split("\n\n")
     tables = [part.splitlines() for part in lines if part.startswith("| row")]
-    assert len({len(line) for line in tables[table]}) == 1 and re.fullmatch(r"[| -]+", tables[table][1])
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in tables[table]]
+    assert len({len(line) for line in tables[table]}) == 1 and re.fullmatch(
+        r"[| -]+", tables[table][1]
+    )
+    cells = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in tables[table]
+    ]
     return [cells[0], *cells[2:]]
 
 
@@ -52,11 +67,26 @@ def test_seeds_make_a_row_with_mean_and_spread_and_are_paired_with_the_first(tmp
     plain, kd = [0.30, 0.32, 0.37], [0.33, 0.34, 0.38]
     first = [write(tmp_path / f"a{s}", [0.1, score, 0.2], s) for s, score in enumerate(plain)]
     faster = {"train": {"epochs": 3, "lr0": 0.02}}
-    second = [write(tmp_path / f"b{s}", [None, 0.1, score], s, faster) for s, score in enumerate(kd)]
-    third = write(tmp_path / "c7", [0.5, None, 0.5], 7, {"train": {"epochs": 3, "lr0": 0.04}}, (1.0, 2.0, 4.0))
-    text = compare(tmp_path, capsys, first[0], second[2], first[1], second[0], first[2], third, second[1])
+    second = [
+        write(tmp_path / f"b{s}", [None, 0.1, score], s, faster) for s, score in enumerate(kd)
+    ]
+    third = write(
+        tmp_path / "c7", [0.5, None, 0.5], 7, {"train": {"epochs": 3, "lr0": 0.04}}, (1.0, 2.0, 4.0)
+    )
+    text = compare(
+        tmp_path, capsys, first[0], second[2], first[1], second[0], first[2], third, second[1]
+    )
     header, a, b, c = rows_of(text)
-    assert header == ["row", "VOC07", "VOC", "AP50-95", "best epoch", "images/s", "distance/raw", "runs"]
+    assert header == [
+        "row",
+        "VOC07",
+        "VOC",
+        "AP50-95",
+        "best epoch",
+        "images/s",
+        "distance/raw",
+        "runs",
+    ]
     assert [row[0] for row in (a, b, c)] == ["lr0=0.01", "lr0=0.02", "lr0=0.04"]
     for row, scores in ((a, plain), (b, kd)):
         for column, more in ((3, 0), (2, 0.1), (1, 0.2)):
@@ -68,7 +98,10 @@ def test_seeds_make_a_row_with_mean_and_spread_and_are_paired_with_the_first(tmp
     assert a[7] == "a0 (seed 0), a1 (seed 1), a2 (seed 2)" and c[7] == "c7 (seed 7)"
     _, paired = rows_of(text, 1)  # no seed of the third row is one of the first's
     gains = np.subtract(kd, plain)
-    assert paired[0] == "lr0=0.02" and paired[3] == f"{gains.mean():+.4f} ± {gains.std(ddof=1):.4f} (n=3)"
+    assert (
+        paired[0] == "lr0=0.02"
+        and paired[3] == f"{gains.mean():+.4f} ± {gains.std(ddof=1):.4f} (n=3)"
+    )
     assert " epochs: under way" not in text
 
 
@@ -76,7 +109,10 @@ def test_the_spread_is_that_of_numpy():
     values = np.random.default_rng(0).normal(0.4, 0.01, 5)
     assert spread(values.tolist()) == f"{values.mean():.4f} ± {values.std(ddof=1):.4f} (n=5)"
     assert spread([0.25]) == "0.2500 (n=1)" and spread([]) == "-"
-    assert spread([-0.01, -0.03], "+.4f") == "-0.0200 ± 0.0141 (n=2)" and spread([0.01], "+.4f") == "+0.0100 (n=1)"
+    assert (
+        spread([-0.01, -0.03], "+.4f") == "-0.0200 ± 0.0141 (n=2)"
+        and spread([0.01], "+.4f") == "+0.0100 (n=1)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,9 +135,13 @@ def test_the_spread_is_that_of_numpy():
 )  # fmt: skip
 def test_a_row_is_named_by_the_keys_in_which_it_differs(tmp_path, others, labels):
     folders = [write(tmp_path / "first", [0.1])]
-    folders += [write(tmp_path / f"run{i}", [0.1], i, settings) for i, settings in enumerate(others, 1)]
+    folders += [
+        write(tmp_path / f"run{i}", [0.1], i, settings) for i, settings in enumerate(others, 1)
+    ]
     rows = group([read_run(folder) for folder in folders])
-    assert label(rows) == (labels or ["data unset", "data=train, splits=['x|y', 'z']", "data=train, splits unset"])
+    assert label(rows) == (
+        labels or ["data unset", "data=train, splits=['x|y', 'z']", "data=train, splits unset"]
+    )
 
 
 def test_rows_that_differ_in_too_much_for_a_name_are_named_by_their_folder(tmp_path, capsys):
@@ -110,7 +150,9 @@ def test_rows_that_differ_in_too_much_for_a_name_are_named_by_their_folder(tmp_p
     other = write(tmp_path / "other", [0.2], 0, {"data": {**keys, "a": 1}})
     third = write(tmp_path / "third", [0.3], 0, {"data": {key: i + 1 for key, i in keys.items()}})
     text = compare(tmp_path, capsys, other, third)
-    assert [row[0] for row in rows_of(text)[1:]] == [other, third] and rows_of(text, 1)[1][0] == third
+    assert [row[0] for row in rows_of(text)[1:]] == [other, third] and rows_of(text, 1)[1][
+        0
+    ] == third
     full = ", ".join([*(f"key{i}={i}" for i in range(12)), "a=1"])
     assert f"\n{other}: {full}\n" in text
     assert rows_of(compare(tmp_path, capsys, one, other))[1][0] == "data unset"
@@ -118,15 +160,27 @@ def test_rows_that_differ_in_too_much_for_a_name_are_named_by_their_folder(tmp_p
 
 def test_real_runs_are_read_with_the_names_they_log(config_file, tmp_path, capsys):
     for seed in (1, 2):
-        run(train_script, "--config", config_file, "train.epochs=1", f"run={tmp_path / str(seed)}", f"seed={seed}")
+        run(
+            train_script,
+            "--config",
+            config_file,
+            "train.epochs=1",
+            f"run={tmp_path / str(seed)}",
+            f"seed={seed}",
+        )
     capsys.readouterr()
     text = compare(tmp_path, capsys, tmp_path / "1", tmp_path / "2")
     _, row = rows_of(text)
     assert row[0] == "1" and row[4] == "1, 1" and "epochs: under way" not in text
-    logged = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in "12"]
+    logged = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        for name in "12"
+    ]
     for cell, key in {1: "VOC07", 2: "VOC", 3: "AP50-95", 6: "distance/raw"}.items():
         assert row[cell] == spread([record[key] for record in logged])
-    assert row[5] == spread([record["images/s"] for record in logged], ".1f") and row[6].endswith("(n=2)")
+    assert row[5] == spread([record["images/s"] for record in logged], ".1f") and row[6].endswith(
+        "(n=2)"
+    )
 
 
 def test_runs_under_way_and_cut_off_lines_are_read_as_far_as_they_go(tmp_path, capsys):
@@ -140,7 +194,13 @@ def test_runs_under_way_and_cut_off_lines_are_read_as_far_as_they_go(tmp_path, c
     (tmp_path / "fresh/metrics.jsonl").unlink()
     odd = write(tmp_path / "odd", [0.2], 1, {"device": "cpu"})
     with (tmp_path / "odd/metrics.jsonl").open("a") as file:
-        lines = ["[1, 2]", "7", '{"epoch": "2", "AP50-95": 0.9}', '{"AP50-95": 0.9}', '{"epoch": 1, "AP50-95": NaN}']
+        lines = [
+            "[1, 2]",
+            "7",
+            '{"epoch": "2", "AP50-95": 0.9}',
+            '{"AP50-95": 0.9}',
+            '{"epoch": 1, "AP50-95": NaN}',
+        ]
         lines += [
             '{"epoch": 2, "AP50-95": Infinity, "images/s": "fast"}',
             '{"epoch": 3, "AP50-95": 1' + "0" * 400 + "}",
@@ -148,18 +208,28 @@ def test_runs_under_way_and_cut_off_lines_are_read_as_far_as_they_go(tmp_path, c
         file.write("\n".join(lines))
     text = compare(tmp_path, capsys, whole, cut, begun, odd, fresh)
     _, first, second = rows_of(text)
-    assert first[3:5] == ["0.2500 ± 0.0707 (n=2)", "3, 2"] and second[3:5] == ["0.2000 (n=1)", "-, 1, -"]
-    assert second[6] == "4.0000 (n=1)"  # of the run that has begun, the distance is that before training
+    assert first[3:5] == ["0.2500 ± 0.0707 (n=2)", "3, 2"] and second[3:5] == [
+        "0.2000 (n=1)",
+        "-, 1, -",
+    ]
+    assert (
+        second[6] == "4.0000 (n=1)"
+    )  # of the run that has begun, the distance is that before training
     for name, done in {"cut": 2, "begun": 0, "odd": 1, "fresh": 0}.items():
         assert f"{tmp_path / name}: {done} of 3 epochs: under way" in text
     assert f"{whole}: " not in text
     rows = group([read_run(folder) for folder in (whole, cut, begun)])
-    assert curves(rows) == {"device unset": {1: [0.1, 0.1], 2: [0.2, 0.2]}}  # as far as both have come
+    assert curves(rows) == {
+        "device unset": {1: [0.1, 0.1], 2: [0.2, 0.2]}
+    }  # as far as both have come
 
 
 def test_a_folder_that_is_no_run_is_named_and_the_others_are_compared(tmp_path, capsys):
     good = write(tmp_path / "good", [0.1])
-    bad = {name: tmp_path / name for name in ("missing", "empty", "yaml", "text", "binary", "deep", "folder")}
+    bad = {
+        name: tmp_path / name
+        for name in ("missing", "empty", "yaml", "text", "binary", "deep", "folder")
+    }
     for name in list(bad)[2:]:
         write(bad[name], [0.1])
     bad["empty"].mkdir()
@@ -170,7 +240,15 @@ def test_a_folder_that_is_no_run_is_named_and_the_others_are_compared(tmp_path, 
     (bad["folder"] / "metrics.jsonl").unlink()
     (bad["folder"] / "metrics.jsonl").mkdir()
     with pytest.raises(SystemExit) as stop:
-        main([str(bad["missing"]), good, *map(str, list(bad.values())[1:]), "--out", str(tmp_path / "out")])
+        main(
+            [
+                str(bad["missing"]),
+                good,
+                *map(str, list(bad.values())[1:]),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     out, err = capsys.readouterr()
     assert stop.value.code == 1 and "| good (seed 0)" in out
     assert len(err.splitlines()) == len(bad)
@@ -184,7 +262,9 @@ def test_a_folder_that_is_no_run_is_named_and_the_others_are_compared(tmp_path, 
 def test_the_same_config_and_seed_twice_is_no_spread(tmp_path):
     one, other = write(tmp_path / "one", [0.1]), write(tmp_path / "other", [0.2])
     for pair in ((one, other), (one, one)):
-        with pytest.raises(SystemExit, match=rf"^error: {pair[1]}: same config and seed as {one}; name one"):
+        with pytest.raises(
+            SystemExit, match=rf"^error: {pair[1]}: same config and seed as {one}; name one"
+        ):
             main([*pair, "--out", str(tmp_path / "out")])
     with pytest.raises(UserError):
         group([read_run(one), read_run(other)])
@@ -202,11 +282,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_without_matplotlib_the_table_is_there_and_a_line_tells_what_to_install(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_table_is_there_and_a_line_tells_what_to_install(
+    tmp_path, capsys, monkeypatch
+):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     main([write(tmp_path / "a", [0.1]), "--out", str(tmp_path / "out")])
-    assert capsys.readouterr().out.endswith("no picture: it takes matplotlib, `pip install 'kdmini[plots]'`\n")
+    assert capsys.readouterr().out.endswith(
+        "no picture: it takes matplotlib, `pip install 'kdmini[plots]'`\n"
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["compare.md"]
 
 
@@ -216,12 +300,17 @@ def test_nothing_evaluated_is_no_picture(tmp_path, capsys):
 
 
 def test_the_picture_has_a_line_a_row_and_a_band_between_the_seeds(tmp_path):
-    """Where the band is, and where it is not, by the pixels below and above the mean of two flat curves."""
+    """Where the band is, and where it is not, by the pixels below and above the mean of two flat
+    curves.
+    """
     pytest.importorskip("matplotlib")
     folders = [write(tmp_path / f"$a_{s}", [score] * 3, s) for s, score in enumerate((0.2, 0.6))]
     folders.append(write(tmp_path / "_b", [0.8] * 3, 0, {"note": "$x^$ 90%"}))
     main([*folders, "--out", str(tmp_path / "deep/out")])
-    assert sorted(path.name for path in (tmp_path / "deep/out").iterdir()) == ["compare.md", "compare.png"]
+    assert sorted(path.name for path in (tmp_path / "deep/out").iterdir()) == [
+        "compare.md",
+        "compare.png",
+    ]
     pixels = np.asarray(Image.open(tmp_path / "deep/out/compare.png").convert("RGB")).astype(int)
     assert min(pixels.shape[:2]) > 500
     column = pixels[:, pixels.shape[1] // 3]  # away from the legend's text and the markers

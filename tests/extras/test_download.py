@@ -1,4 +1,6 @@
-"""VOC's archives: checked, extracted whole or not at all. The only server is our own, on the loopback."""
+"""VOC's archives: checked, extracted whole or not at all. The only server is our own, on the
+loopback.
+"""
 
 import hashlib
 import io
@@ -27,7 +29,9 @@ class Quiet(SimpleHTTPRequestHandler):
 def server(tmp_path):
     """A folder that is served, and the paths asked for."""
     (tmp_path / "served").mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "served")) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "served")
+    ) as server:
         server.paths, server.folder = [], tmp_path / "served"
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -42,7 +46,10 @@ def make_tar(path, names, split, extra=()):
     below = "VOCdevkit/VOC2007"
     content = {f"{below}/ImageSets/Main/{split}.txt": "".join(f"{name}\n" for name in names)}
     for name in names:
-        content |= {f"{below}/Annotations/{name}.xml": "<annotation/>", f"{below}/JPEGImages/{name}.jpg": ""}
+        content |= {
+            f"{below}/Annotations/{name}.xml": "<annotation/>",
+            f"{below}/JPEGImages/{name}.jpg": "",
+        }
     with tarfile.open(path, "w") as tar:
         for name, text in content.items():
             member = tarfile.TarInfo(name)
@@ -57,7 +64,10 @@ def releases(folder, *urls, extra=()):
     """2007 in miniature: three images in two archives, written to `folder`."""
     folder.mkdir(exist_ok=True)
     archives = []
-    for file, names, split in [("trainval.tar", ["000001", "000003"], "trainval"), ("test.tar", ["000002"], "test")]:
+    for file, names, split in [
+        ("trainval.tar", ["000001", "000003"], "trainval"),
+        ("test.tar", ["000002"], "test"),
+    ]:
         md5 = make_tar(folder / file, names, split, extra if split == "test" else ())
         archives.append(Archive(file, md5, [f"{url}/{file}" for url in urls]))
     return {"2007": Release(archives, 3, {"trainval": 2, "test": 1})}
@@ -72,7 +82,11 @@ def test_archives_are_fetched_from_the_first_host_that_answers_and_joined(tmp_pa
     root = tmp_path / "data"
     download(root, ["2007"], table)
     assert "VOC2007: complete, 3 annotated images (trainval 2, test 1)" in capsys.readouterr().out
-    assert len(VOC(str(root), ["VOC2007/trainval", "VOC2007/test"])) == len(VOC(str(root), ["VOC2007/all"])) == 3
+    assert (
+        len(VOC(str(root), ["VOC2007/trainval", "VOC2007/test"]))
+        == len(VOC(str(root), ["VOC2007/all"]))
+        == 3
+    )
     assert server.paths == ["/trainval.tar", "/test.tar"] and not hidden(root)
 
 
@@ -96,7 +110,11 @@ def test_without_network_the_message_says_what_to_put_where(tmp_path):
     with pytest.raises(UserError) as error:
         download(tmp_path / "data", ["2007"], table)
     message = str(error.value)
-    assert "trainval.tar" in message and table["2007"].archives[0].md5 in message and str(tmp_path / "data") in message
+    assert (
+        "trainval.tar" in message
+        and table["2007"].archives[0].md5 in message
+        and str(tmp_path / "data") in message
+    )
     assert "2 hosts tried" in message and "\n" not in message
 
 
@@ -106,7 +124,10 @@ def test_another_file_or_a_web_page_is_not_taken(tmp_path, server):
         (server.folder / "trainval.tar").write_bytes(content)
         with pytest.raises(UserError, match="put the tar of that name, md5"):
             download(tmp_path / "data", ["2007"], table)
-        assert not (tmp_path / "data" / "trainval.tar").exists() and not (tmp_path / "data" / "VOCdevkit").exists()
+        assert (
+            not (tmp_path / "data" / "trainval.tar").exists()
+            and not (tmp_path / "data" / "VOCdevkit").exists()
+        )
 
 
 def member(name, kind=tarfile.REGTYPE, link=""):
@@ -130,12 +151,20 @@ def test_a_hostile_tar_leaves_nothing(tmp_path, hostile):
     root = tmp_path / "data"
     with pytest.raises(UserError, match=r"test\.tar: cannot be extracted"):
         download(root, ["2007"], releases(root, DEAD, extra=hostile))
-    assert not list(tmp_path.rglob("canary")) and not (root / "VOCdevkit" / "VOC2007").exists() and not hidden(root)
+    assert (
+        not list(tmp_path.rglob("canary"))
+        and not (root / "VOCdevkit" / "VOC2007").exists()
+        and not hidden(root)
+    )
 
 
 def test_an_archive_that_lacks_images_is_refused(tmp_path):
     root = tmp_path / "data"
-    table = {"2007": releases(root, DEAD)["2007"]._replace(annotations=4, splits={"trainval": 2, "test": 1, "val": 1})}
+    table = {
+        "2007": releases(root, DEAD)["2007"]._replace(
+            annotations=4, splits={"trainval": 2, "test": 1, "val": 1}
+        )
+    }
     with pytest.raises(UserError, match="annotations: 3 of 4, images: 3 of 4, val: 0 of 1"):
         download(root, ["2007"], table)
     assert not (root / "VOCdevkit" / "VOC2007").exists() and not hidden(root)
@@ -143,7 +172,15 @@ def test_an_archive_that_lacks_images_is_refused(tmp_path):
 
 def test_what_a_killed_run_left_is_cleared(tmp_path):
     root = tmp_path / "data"
-    stale = root / "VOCdevkit" / ".VOC2007.part" / "VOCdevkit" / "VOC2007" / "Annotations" / "999999.xml"
+    stale = (
+        root
+        / "VOCdevkit"
+        / ".VOC2007.part"
+        / "VOCdevkit"
+        / "VOC2007"
+        / "Annotations"
+        / "999999.xml"
+    )
     stale.parent.mkdir(parents=True)
     stale.write_text("half")
     download(root, ["2007"], releases(root, DEAD))
@@ -164,7 +201,9 @@ def test_an_incomplete_folder_is_named_and_kept(tmp_path):
 def test_the_real_table_and_the_command_line(tmp_path, monkeypatch, capsys):
     from torchvision.datasets.voc import DATASET_YEAR_DICT as known
 
-    theirs = {entry["md5"]: entry for key, entry in known.items() if key in ("2007", "2007-test", "2012")}
+    theirs = {
+        entry["md5"]: entry for key, entry in known.items() if key in ("2007", "2007-test", "2012")
+    }
     ours = {archive.md5: archive for release in RELEASES.values() for archive in release.archives}
     assert ours.keys() == theirs.keys()
     for md5, archive in ours.items():
@@ -183,7 +222,9 @@ def test_the_real_table_and_the_command_line(tmp_path, monkeypatch, capsys):
         voc_download.main(["--root", str(tmp_path), "--sets", "2012"])
 
 
-def test_weights_are_checked_and_go_where_a_config_finds_them(tmp_path, server, monkeypatch, capsys):
+def test_weights_are_checked_and_go_where_a_config_finds_them(
+    tmp_path, server, monkeypatch, capsys
+):
     monkeypatch.setenv("KDMINI_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     content = b"weights" * 1000
@@ -191,7 +232,10 @@ def test_weights_are_checked_and_go_where_a_config_finds_them(tmp_path, server, 
     monkeypatch.setattr(voc_download, "WEIGHTS", {"yolo11s.pt": (len(content), sha256)})
     (server.folder / "yolo11s.pt").write_bytes(content)
     voc_download.download_weights(["yolo11s.pt"], f"{server.url}/")
-    assert find("yolo11s.pt").read_bytes() == content and "complete, 7,000 bytes" in capsys.readouterr().out
+    assert (
+        find("yolo11s.pt").read_bytes() == content
+        and "complete, 7,000 bytes" in capsys.readouterr().out
+    )
     (tmp_path / "cache/yolo11s.pt").unlink()
     (server.folder / "yolo11s.pt").write_bytes(content[::-1])
     with pytest.raises(UserError, match="another file came"):

@@ -92,12 +92,20 @@ def test_onnx_gives_the_outputs_of_the_detector_at_any_batch(
     path = tmp_path / "new" / "model.onnx"
     main([str(weights), "--to", "onnx", "--out", str(path)])
     told = capfd.readouterr()
-    assert told.err == "" and len(told.out.splitlines()) == 3  # the weights, the comparison, the file
-    assert "largest difference" in told.out and [p.name for p in path.parent.iterdir()] == ["model.onnx"]
+    assert (
+        told.err == "" and len(told.out.splitlines()) == 3
+    )  # the weights, the comparison, the file
+    assert "largest difference" in told.out and [p.name for p in path.parent.iterdir()] == [
+        "model.onnx"
+    ]
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
-    assert json.loads(about["names"]) == NAMES and about["imgsz"] == "64" and about["license"] == "AGPL-3.0"
+    assert (
+        json.loads(about["names"]) == NAMES
+        and about["imgsz"] == "64"
+        and about["license"] == "AGPL-3.0"
+    )
     anchors = 8 * 8 + 4 * 4 + 2 * 2
     for count in (1, 3):
         images = torch.rand(count, 3, 64, 64)
@@ -115,8 +123,12 @@ def test_onnx_gives_the_outputs_of_the_detector_at_any_batch(
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
-def test_a_package_that_is_missing_is_named(model: YOLO11, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    monkeypatch.setitem(sys.modules, "onnx", sys)  # so that the test does not depend on what is installed
+def test_a_package_that_is_missing_is_named(
+    model: YOLO11, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, "onnx", sys
+    )  # so that the test does not depend on what is installed
     monkeypatch.setitem(sys.modules, "onnxscript", sys)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package}: pip install 'kdmini\[export\]'"):

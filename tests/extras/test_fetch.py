@@ -43,10 +43,14 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(server.waits_s)
         if wanted and server.refuses_ranges:
             return self.send_error(416)
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.takes_ranges else 0
+        start = (
+            int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.takes_ranges else 0
+        )
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+            self.send_header(
+                "Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}"
+            )
         self.send_header("Content-Length", str(len(server.body) - start))
         self.end_headers()
         self.wfile.write(server.body[start : server.drops_after])
@@ -58,7 +62,9 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         yield server
         server.shutdown()
 
@@ -124,18 +130,26 @@ def test_a_part_larger_than_the_file_starts_over(server: Server, path: Path) -> 
 
 
 def test_a_whole_part_needs_no_server(path: Path) -> None:
-    assert fetch("http://127.0.0.1:9/", with_part(path, DATA), DIGEST, len(DATA)).read_bytes() == DATA
+    assert (
+        fetch("http://127.0.0.1:9/", with_part(path, DATA), DIGEST, len(DATA)).read_bytes() == DATA
+    )
 
 
 @pytest.mark.parametrize("body", [DATA[:-1] + b"x", DATA + b"x", DATA[:-1]])
-def test_another_file_is_refused_and_the_one_there_kept(server: Server, path: Path, body: bytes) -> None:
+def test_another_file_is_refused_and_the_one_there_kept(
+    server: Server, path: Path, body: bytes
+) -> None:
     server.body = body
     path.parent.mkdir()
     path.write_bytes(b"what was there")
     with pytest.raises(UserError) as caught:
         fetch(server.url, path, DIGEST, len(DATA))
     message = str(caught.value)
-    assert server.url in message and DIGEST[7:] in message and hashlib.sha256(body).hexdigest() in message
+    assert (
+        server.url in message
+        and DIGEST[7:] in message
+        and hashlib.sha256(body).hexdigest() in message
+    )
     assert "\n" not in message
     assert os.listdir(path.parent) == [path.name] and path.read_bytes() == b"what was there"
 
@@ -153,12 +167,19 @@ def test_offline_says_where_to_put_the_file(path: Path) -> None:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/yolo11n.pt"
         with pytest.raises(UserError) as caught:
             fetch(url, path, DIGEST)
-    assert url in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        url in str(caught.value)
+        and str(path) in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_server_that_falls_silent_times_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdmini.extras.fetch.TIMEOUT_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(UserError, match="timed out"),
+    ):
         fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/f", path, DIGEST)
 
 

@@ -1,4 +1,6 @@
-"""Frequency attention against its equation in loops, in float64: the filter as a convolution, without an FFT."""
+"""Frequency attention against its equation in loops, in float64: the filter as a convolution,
+without an FFT.
+"""
 
 import json
 import math
@@ -20,29 +22,44 @@ from tests.conftest import ROOT
 from tests.extras.teaching import SMALL, teach
 
 NO_TARGETS: Any = {}
-SHAPES = {"fine": (3, 2, 8, 6), "middle": (3, 3, 5, 5), "coarse": (3, 2, 4, 4)}  # the student's channels are its own
+SHAPES = {
+    "fine": (3, 2, 8, 6),
+    "middle": (3, 3, 5, 5),
+    "coarse": (3, 2, 4, 4),
+}  # the student's channels are its own
 RADIUS: dict[str, float] = {"fine": 0.45, "middle": 0.6}
 LOW = {"fine": 0.3, "middle": 0.0}
 CONFIG = ROOT / "configs/extras/frequency.yaml"
 STRATEGIES = ["basic", "inverse", "both", "teacher", "student"]
 
 
-def scene(dtype: torch.dtype = torch.float64, seed: int = 0, size: float = 1.0) -> tuple[View, View]:
+def scene(
+    dtype: torch.dtype = torch.float64, seed: int = 0, size: float = 1.0
+) -> tuple[View, View]:
     """Two images, as student and teacher see them."""
     generator = torch.Generator().manual_seed(seed)
 
     def view(side: int) -> View:
         feats = {
-            tap: size * torch.randn(2, shape[side], *shape[2:], generator=generator, dtype=torch.float64)
+            tap: size
+            * torch.randn(2, shape[side], *shape[2:], generator=generator, dtype=torch.float64)
             for tap, shape in SHAPES.items()
         }
-        return View({tap: feat.to(dtype).requires_grad_() for tap, feat in feats.items()}, None, torch.empty(0))
+        return View(
+            {tap: feat.to(dtype).requires_grad_() for tap, feat in feats.items()},
+            None,
+            torch.empty(0),
+        )
 
     return view(0), view(1)
 
 
 def altered(view: View, change: Callable[[Tensor], Tensor]) -> View:
-    return View({tap: change(feat.detach()).requires_grad_() for tap, feat in view.feats.items()}, None, view.images)
+    return View(
+        {tap: change(feat.detach()).requires_grad_() for tap, feat in view.feats.items()},
+        None,
+        view.images,
+    )
 
 
 def frequency(index: int, size: int) -> float:
@@ -62,7 +79,9 @@ def plain_low(feat: Tensor, radius: float) -> Tensor:
     out = torch.zeros_like(feat)
     for dy in range(height):
         for dx in range(width):
-            kernel = sum(math.cos(2 * math.pi * (u * dy / height + v * dx / width)) for u, v in kept)
+            kernel = sum(
+                math.cos(2 * math.pi * (u * dy / height + v * dx / width)) for u, v in kept
+            )
             out = out + kernel / (height * width) * feat.roll((dy, dx), (2, 3))
     return out
 
@@ -75,7 +94,9 @@ def plain_map(feat: Tensor) -> list[Tensor]:
     return [e / norm for e in energy]
 
 
-def plain(student: View, teacher: View, strategy: str, radius: dict[str, float], low: dict[str, float]) -> Any:
+def plain(
+    student: View, teacher: View, strategy: str, radius: dict[str, float], low: dict[str, float]
+) -> Any:
     total: Any = 0
     for tap, low_share in low.items():
         s, t = student.feats[tap], teacher.feats[tap]
@@ -88,7 +109,10 @@ def plain(student: View, teacher: View, strategy: str, radius: dict[str, float],
                 part = part if band == "low" else feat - part
                 seen.append(feat if strategy not in (who, "both", "basic", "inverse") else part)
             for n in range(2):
-                gap = sum((a - b) ** 2 for a, b in zip(plain_map(seen[0][n]), plain_map(seen[1][n]), strict=True))
+                gap = sum(
+                    (a - b) ** 2
+                    for a, b in zip(plain_map(seen[0][n]), plain_map(seen[1][n]), strict=True)
+                )
                 total += share * gap.sqrt() / 2  # type: ignore[union-attr]
     return total
 
@@ -103,7 +127,11 @@ def test_value_and_gradient_are_those_of_the_equation(strategy: Any) -> None:
         expected = plain(*theirs, strategy, {"coarse": 0.5} | RADIUS, low)
         found.backward()
         expected.backward()
-        assert found.ndim == 0 and found.item() == pytest.approx(expected.item(), rel=1e-6) and found > 0.1
+        assert (
+            found.ndim == 0
+            and found.item() == pytest.approx(expected.item(), rel=1e-6)
+            and found > 0.1
+        )
         for tap in SHAPES:
             mine, other = ours[0].feats[tap].grad, theirs[0].feats[tap].grad
             assert mine is not None and other is not None and mine.abs().max() > 1e-3
@@ -114,10 +142,14 @@ def test_value_and_gradient_are_those_of_the_equation(strategy: Any) -> None:
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 6), (2, 2), (1, 1)])
 @pytest.mark.parametrize("radius", [0.0, 0.3, 0.7, 1.0])
 def test_the_two_filters_are_complementary(size: tuple[int, int], radius: float) -> None:
-    """They sum to the identity, and numpy finds the one's spectrum within the disc, the other's outside."""
+    """They sum to the identity, and numpy finds the one's spectrum within the disc, the other's
+    outside.
+    """
     feat = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low, high = bands(feat, radius)
-    assert low.shape == high.shape == feat.shape and torch.allclose(low + high, feat, rtol=0, atol=1e-14)
+    assert low.shape == high.shape == feat.shape and torch.allclose(
+        low + high, feat, rtol=0, atol=1e-14
+    )
     fy, fx = np.meshgrid(*(2 * np.fft.fftfreq(n) for n in size), indexing="ij")
     inside = np.hypot(fy, fx) <= radius + 1e-9
     whole, below, above = (np.fft.fft2(x.numpy()) for x in (feat, low, high))
@@ -127,7 +159,9 @@ def test_the_two_filters_are_complementary(size: tuple[int, int], radius: float)
 
 def test_the_mean_is_low_a_checkerboard_high_and_a_slow_wave_on_either_side_of_the_radius() -> None:
     x = torch.arange(16.0)
-    wave = torch.cos(2 * math.pi * 2 * x / 16).expand(1, 1, 16, 16)  # 2 of 8 periods: a quarter of Nyquist's
+    wave = torch.cos(2 * math.pi * 2 * x / 16).expand(
+        1, 1, 16, 16
+    )  # 2 of 8 periods: a quarter of Nyquist's
     checkerboard = (1 - 2 * ((x[:, None] + x) % 2)).expand(1, 1, 16, 16)
     for feat, radius, is_low in (
         (torch.ones(1, 1, 16, 16), 0.0, True),
@@ -167,8 +201,12 @@ def test_zero_at_equality_unless_only_one_side_is_filtered(strategy: Any) -> Non
 def test_of_maps_without_high_frequencies_the_low_part_is_plain_attention_transfer() -> None:
     slow = [altered(view, lambda x: plain_low(x, 0.5)) for view in scene()]
     expected = AttentionTransfer("sample")(*slow, NO_TARGETS)
-    assert FrequencyAttention(SHAPES, "both", low=1.0)(*slow, NO_TARGETS).item() == pytest.approx(expected.item())
-    assert AttentionTransfer("sample")(*scene(), NO_TARGETS).item() != pytest.approx(expected.item())
+    assert FrequencyAttention(SHAPES, "both", low=1.0)(*slow, NO_TARGETS).item() == pytest.approx(
+        expected.item()
+    )
+    assert AttentionTransfer("sample")(*scene(), NO_TARGETS).item() != pytest.approx(
+        expected.item()
+    )
 
 
 @pytest.mark.parametrize("size", range(2, 41))
@@ -182,7 +220,9 @@ def test_a_frequency_on_the_radius_is_low_however_it_is_rounded(size: int) -> No
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_half_precision_is_computed_in_float32(strategy: Any, dtype: torch.dtype, autocast: bool) -> None:
+def test_half_precision_is_computed_in_float32(
+    strategy: Any, dtype: torch.dtype, autocast: bool
+) -> None:
     """Features of 300, whose squares float16 cannot hold."""
     half = scene(dtype, size=300)
     full = [altered(view, torch.Tensor.float) for view in half]
@@ -192,7 +232,9 @@ def test_half_precision_is_computed_in_float32(strategy: Any, dtype: torch.dtype
     found.backward()
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(term(*full, NO_TARGETS).item(), rel=1e-5)
-    assert all(feat.grad is not None and feat.grad.isfinite().all() for feat in half[0].feats.values())
+    assert all(
+        feat.grad is not None and feat.grad.isfinite().all() for feat in half[0].feats.values()
+    )
 
 
 @pytest.mark.parametrize("case", ["zeros", "student zero", "teacher zero", "flat", "far"])
@@ -204,7 +246,9 @@ def test_value_and_gradient_are_finite_at_the_edges(strategy: Any, case: str) ->
     if case in ("zeros", "teacher zero"):
         teacher = altered(teacher, torch.zeros_like)
     if case == "flat":  # nothing but rounding is left of the high frequencies
-        student, teacher = (altered(v, lambda x: x.mean((2, 3), keepdim=True) + 0 * x) for v in (student, teacher))
+        student, teacher = (
+            altered(v, lambda x: x.mean((2, 3), keepdim=True) + 0 * x) for v in (student, teacher)
+        )
     if case == "far":
         student, teacher = altered(student, lambda x: -1e6 * x), altered(teacher, lambda x: 1e6 * x)
     found = FrequencyAttention(SHAPES, strategy, low=0.5)(student, teacher, NO_TARGETS)
@@ -234,7 +278,10 @@ def test_compiled_in_one_graph_it_gives_the_same(strategy: Any) -> None:
         ({"radius": math.nan}, "radius is nan"),
         ({"low": 2}, "low is 2"),
         ({"radius": 0.49}, "radius 0.49 keeps only the mean of coarse, 4x4; use 0.5 or more"),
-        ({"radius": {"fine": 0.2}, "strategy": "inverse"}, "radius 0.2 keeps only the mean of fine, 8x6; use 0.25"),
+        (
+            {"radius": {"fine": 0.2}, "strategy": "inverse"},
+            "radius 0.2 keeps only the mean of fine, 8x6; use 0.25",
+        ),
         ({"low": {"middel": 0.5}}, "low names middel, .* fine, middle, coarse"),
     ],
 )
@@ -255,10 +302,19 @@ def test_the_config_teaches_the_student_and_leaves_the_teacher() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", [[], ["distill.frequency.strategy=teacher", "distill.frequency.low={model.16: 0.7}"]]
+    "override",
+    [[], ["distill.frequency.strategy=teacher", "distill.frequency.low={model.16: 0.7}"]],
 )
-def test_the_config_trains(override: list[str], tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = [f"data.root={shapes}", f"run={tmp_path / 'run'}", "device=cpu", "data.limit=8", "data.imgsz=128"]
+def test_the_config_trains(
+    override: list[str], tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = [
+        f"data.root={shapes}",
+        f"run={tmp_path / 'run'}",
+        "device=cpu",
+        "data.limit=8",
+        "data.imgsz=128",
+    ]
     short = ["train.epochs=1", "train.batch=4", "train.val_every=1", *override]
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(CONFIG), *SMALL, *run, *short])
     train_script.main()

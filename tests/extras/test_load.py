@@ -52,7 +52,9 @@ def test_the_image_size_is_one_to_work_with(tmp_path: Path, content: dict, size:
     assert trained_size(tmp_path / "file.pt") == size
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.bin"
     write_whole(path, b"old")
 

@@ -19,10 +19,11 @@ NAMES = ["cup", "fork", "knife", "spoon"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """At 64 px: a spoon of 0.9, and at the same places a fork of 0.8, 32 px round each of (16, 16), (48, 16), ...
+    """At 64 px: a spoon of 0.9, and at the same places a fork of 0.8, 32 px round each of (16, 16),
+    (48, 16), ...
 
-    All weights of the head's last layers are zero, so what it says is in their biases alone, whatever the picture.
-    """
+    All weights of the head's last layers are zero, so what it says is in their biases alone,
+    whatever the picture."""
     model = YOLO11(NAMES, [0.5, 0.0625, 1024])
     for level in range(3):
         for branch in ("cv2", "cv3"):
@@ -50,12 +51,20 @@ def run(weights: Path, *args: object, out: Path) -> list[dict]:
 def refused(*args: object) -> str:
     with pytest.raises(SystemExit) as left:
         main([*map(str, args), "--device", "cpu"])
-    assert isinstance(left.value.code, str) and left.value.code.startswith("error: ") and "\n" not in left.value.code
+    assert (
+        isinstance(left.value.code, str)
+        and left.value.code.startswith("error: ")
+        and "\n" not in left.value.code
+    )
     return left.value.code
 
 
-def test_boxes_are_in_pixels_of_the_file_and_each_has_one_class(weights: Path, tmp_path: Path) -> None:
-    photograph(128, 64).save(tmp_path / "wide.png")  # at 64 px: halved, with 16 px of grey above and below
+def test_boxes_are_in_pixels_of_the_file_and_each_has_one_class(
+    weights: Path, tmp_path: Path
+) -> None:
+    photograph(128, 64).save(
+        tmp_path / "wide.png"
+    )  # at 64 px: halved, with 16 px of grey above and below
     (found,) = run(weights, tmp_path / "wide.png", out=tmp_path / "out")
     assert (found["file"], found["picture"]) == (str(tmp_path / "wide.png"), "wide.jpg")
     assert (found["width"], found["height"]) == (128, 64)
@@ -95,7 +104,9 @@ def test_what_pillow_decodes_is_read(weights: Path, tmp_path: Path) -> None:
     photograph(40, 30).save(folder / "turned.jpg", exif=turned)
     (folder / "notes.txt").write_text("no picture, and not called one")
     found = run(weights, folder, out=tmp_path / "out")
-    assert sorted(Path(entry["file"]).name for entry in found) == sorted([*kinds, "sixteen.png", "turned.jpg"])
+    assert sorted(Path(entry["file"]).name for entry in found) == sorted(
+        [*kinds, "sixteen.png", "turned.jpg"]
+    )
     assert {(entry["width"], entry["height"]) for entry in found} == {(40, 30)}
     for entry in found:
         assert Image.open(tmp_path / "out" / entry["picture"]).format == "JPEG"
@@ -105,7 +116,10 @@ def test_what_pillow_decodes_is_read(weights: Path, tmp_path: Path) -> None:
 
 
 def test_bad_images_are_told_of_together_and_the_others_are_done(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\n")  # what Pillow hands EPS to
     (tmp_path / "gs").chmod(0o755)
@@ -121,28 +135,43 @@ def test_bad_images_are_told_of_together_and_the_others_are_done(
     for side, tag in ((40, 256), (30, 257)):  # width and height in the header: 3.6e9 pixels
         entry = struct.pack("<HHI", tag, 4, 1)
         assert claimed.count(entry + struct.pack("<I", side)) == 1
-        claimed = claimed.replace(entry + struct.pack("<I", side), entry + struct.pack("<I", 60_000))
+        claimed = claimed.replace(
+            entry + struct.pack("<I", side), entry + struct.pack("<I", 60_000)
+        )
     (tmp_path / "bomb.tif").write_bytes(claimed)
     names = ["cut.jpg", "missing.jpg", "text.jpg", "program.eps", "bomb.tif"]
-    message = refused(weights, *(tmp_path / name for name in [*names, "good.jpg"]), "--out", tmp_path / "out")
+    message = refused(
+        weights, *(tmp_path / name for name in [*names, "good.jpg"]), "--out", tmp_path / "out"
+    )
     assert "above: 5;" in message and not (tmp_path / "ran").exists()
-    told = [line for line in capsys.readouterr().err.splitlines() if "not a usable" in line or "no such file" in line]
+    told = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "not a usable" in line or "no such file" in line
+    ]
     assert len(told) == 5 and all(str(tmp_path / name) in " ".join(told) for name in names)
     (found,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert Path(found["file"]).name == "good.jpg"
-    assert "no image could be read" in refused(weights, tmp_path / "text.jpg", "--out", tmp_path / "other")
+    assert "no image could be read" in refused(
+        weights, tmp_path / "text.jpg", "--out", tmp_path / "other"
+    )
 
 
 def test_images_of_one_name_have_pictures_of_their_own(weights: Path, tmp_path: Path) -> None:
     paths = [
-        tmp_path / folder / name for folder, name in [("a", "x.png"), ("b", "x.jpg"), ("b", "X.bmp"), ("c", "x.png")]
+        tmp_path / folder / name
+        for folder, name in [("a", "x.png"), ("b", "x.jpg"), ("b", "X.bmp"), ("c", "x.png")]
     ]
     for width, path in zip((700, 800, 900, 1000), paths, strict=True):
         path.parent.mkdir(exist_ok=True)
         photograph(width, 30).save(path)
     before = [path.read_bytes() for path in paths]
-    found = run(weights, *paths, tmp_path / "b", paths[0], out=tmp_path / "out")  # some are named twice
-    widths = {entry["file"]: Image.open(tmp_path / "out" / entry["picture"]).width for entry in found}
+    found = run(
+        weights, *paths, tmp_path / "b", paths[0], out=tmp_path / "out"
+    )  # some are named twice
+    widths = {
+        entry["file"]: Image.open(tmp_path / "out" / entry["picture"]).width for entry in found
+    }
     assert widths == dict(zip(map(str, paths), (700, 800, 900, 1000), strict=True))
     assert len({entry["picture"].lower() for entry in found}) == 4
     assert [path.read_bytes() for path in paths] == before
@@ -158,7 +187,12 @@ def test_an_input_is_never_overwritten(weights: Path, tmp_path: Path) -> None:
     (links / "a.jpg").symlink_to(folder / "a.jpg")
     (tmp_path / "same").symlink_to(folder)
     before = (folder / "a.jpg").read_bytes()
-    for source, out in [(folder, folder), (folder / "a.jpg", tmp_path / "same"), (links, folder), (links, links)]:
+    for source, out in [
+        (folder, folder),
+        (folder / "a.jpg", tmp_path / "same"),
+        (links, folder),
+        (links, links),
+    ]:
         assert "never overwritten" in refused(weights, source, "--out", out)
     assert (folder / "a.jpg").read_bytes() == before and len(list(folder.iterdir())) == 1
 
@@ -167,7 +201,9 @@ def test_an_input_is_never_overwritten(weights: Path, tmp_path: Path) -> None:
 def test_a_drawing_is_legible_at_any_size(width: int, height: int) -> None:
     box = torch.tensor([[width * 0.25, height * 0.25, width * 0.75, height * 0.75]])
     seen = {"boxes_xyxy": box, "scores": torch.tensor([0.5]), "labels": torch.tensor([9])}
-    picture = draw(Image.new("RGB", (width, height), "white"), seen, [f"class {n}" for n in range(10)])
+    picture = draw(
+        Image.new("RGB", (width, height), "white"), seen, [f"class {n}" for n in range(10)]
+    )
     assert 640 <= max(picture.size) <= 8192
     pixels = np.asarray(picture).reshape(-1, 3)
     colour = np.array([int(COLOURS[9 % 7][i : i + 2], 16) for i in (1, 3, 5)])
@@ -179,7 +215,11 @@ def test_a_drawing_is_legible_at_any_size(width: int, height: int) -> None:
 
 def test_the_best_box_is_drawn_last() -> None:
     box = [100.0, 100.0, 500.0, 400.0]
-    seen = {"boxes_xyxy": torch.tensor([box, box]), "scores": torch.tensor([0.9, 0.3]), "labels": torch.tensor([0, 1])}
+    seen = {
+        "boxes_xyxy": torch.tensor([box, box]),
+        "scores": torch.tensor([0.9, 0.3]),
+        "labels": torch.tensor([0, 1]),
+    }
     picture = draw(Image.new("RGB", (640, 480)), seen, ["cup", "fork"])
     assert picture.getpixel((500, 250)) == (0xE6, 0x9F, 0x00)
 

@@ -1,4 +1,6 @@
-"""FRSKD: the pyramid and its losses against the equations written out, who gets a gradient, and whole runs."""
+"""FRSKD: the pyramid and its losses against the equations written out, who gets a gradient, and
+whole runs.
+"""
 
 import json
 import math
@@ -56,7 +58,11 @@ def leaves(of: View) -> list[Tensor]:
 def targets(objects: int = 2) -> Targets:
     left_top = torch.tensor([[4.0, 4.0], [20.0, 30.0], [2.0, 40.0]])[:objects].expand(2, -1, -1)
     labels = torch.tensor([[0, 2, 1], [1, 0, -1]])[:, :objects]
-    return {"boxes_xyxy": torch.cat([left_top, left_top + 24], 2), "labels": labels, "ids": ["a", "b"]}
+    return {
+        "boxes_xyxy": torch.cat([left_top, left_top + 24], 2),
+        "labels": labels,
+        "ids": ["a", "b"],
+    }
 
 
 # --- the equations
@@ -64,9 +70,13 @@ def targets(objects: int = 2) -> Targets:
 
 def plain_conv(x: Tensor, block: Any) -> Tensor:
     """Convolution, BatchNorm over the batch, SiLU."""
-    x = F.conv2d(x, block.conv.weight, None, 1, block.conv.weight.shape[-1] // 2, 1, block.conv.groups)
+    x = F.conv2d(
+        x, block.conv.weight, None, 1, block.conv.weight.shape[-1] // 2, 1, block.conv.groups
+    )
     mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-    x = (x - mean) / (variance + 1e-3).sqrt() * block.bn.weight.view(1, -1, 1, 1) + block.bn.bias.view(1, -1, 1, 1)
+    x = (x - mean) / (variance + 1e-3).sqrt() * block.bn.weight.view(
+        1, -1, 1, 1
+    ) + block.bn.bias.view(1, -1, 1, 1)
     return x / (1 + (-x).exp())
 
 
@@ -85,7 +95,13 @@ def plain_down(x: Tensor) -> Tensor:
     """The largest of the 3x3 cells around every second one."""
     _, _, h, w = x.shape
     rows = [
-        torch.stack([x[:, :, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].amax((2, 3)) for j in range(0, w, 2)], 2)
+        torch.stack(
+            [
+                x[:, :, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].amax((2, 3))
+                for j in range(0, w, 2)
+            ],
+            2,
+        )
         for i in range(0, h, 2)
     ]
     return torch.stack(rows, 2)
@@ -119,15 +135,21 @@ def plain_soft(s: list[Tensor], t: list[Tensor], temperature: float) -> Any:
 
 
 @pytest.mark.parametrize("shares", [(0.5, 1.5, 0.7), (-0.3, 1.5, 0.7)])
-def test_value_is_that_of_the_equations_and_the_task_loss_that_of_the_detector(shares: tuple[float, ...]) -> None:
-    made = term(shares, attention=3.0, soft=0.7, temperature=2.0, box=7.0, cls=0.6, dfl=1.1).double()
+def test_value_is_that_of_the_equations_and_the_task_loss_that_of_the_detector(
+    shares: tuple[float, ...],
+) -> None:
+    made = term(
+        shares, attention=3.0, soft=0.7, temperature=2.0, box=7.0, cls=0.6, dfl=1.1
+    ).double()
     student = view(0)
     found = made(student, None, targets())
     refined = plain_refine(made.refine, [*student.feats.values()])
     preds = made.head(refined)
     detector = YOLO11(NAMES, json.loads(TINY), box=7.0, cls=0.6, dfl=1.1)
     task = sum(detector.loss(preds, targets()).values())
-    attention = sum(plain_attention(f, t) for f, t in zip(student.feats.values(), refined, strict=True))
+    attention = sum(
+        plain_attention(f, t) for f, t in zip(student.feats.values(), refined, strict=True)
+    )
     expected: Any = task + 3 * attention + 0.7 * plain_soft(student.preds, preds, 2.0)
     assert found.ndim == 0 and found.item() == pytest.approx(expected.item(), rel=1e-6)
     for own, plain in zip(made.refine([*student.feats.values()]), refined, strict=True):
@@ -156,7 +178,10 @@ def test_the_student_imitates_and_the_self_teacher_does_not() -> None:
     assert all(leaf.grad is None for leaf in leaves(own))
     assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in student.feats.values())
     for pred in student.preds:
-        assert pred.grad is not None and pred.grad[:, :64].abs().sum() == 0 < pred.grad[:, 64:].abs().sum()
+        assert (
+            pred.grad is not None
+            and pred.grad[:, :64].abs().sum() == 0 < pred.grad[:, 64:].abs().sum()
+        )
 
 
 def test_the_self_teacher_learns_from_its_task_alone_and_all_of_it_does() -> None:
@@ -170,7 +195,9 @@ def test_the_self_teacher_learns_from_its_task_alone_and_all_of_it_does() -> Non
         assert gradient is not None and gradient.abs().sum() > 0, name
 
 
-def test_the_task_of_the_self_teacher_reaches_the_features_of_the_student_and_not_its_head() -> None:
+def test_the_task_of_the_self_teacher_reaches_the_features_of_the_student_and_not_its_head() -> (
+    None
+):
     student = view(0)
     term(attention=0.0, soft=0.0).double()(student, None, targets()).backward()
     assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in student.feats.values())
@@ -184,13 +211,18 @@ def test_the_task_of_the_self_teacher_reaches_the_features_of_the_student_and_no
 def test_half_precision_is_finite_and_near(dtype: torch.dtype) -> None:
     made, student = term(), view(0, dtype)
     expected = made(
-        View({k: f.float() for k, f in student.feats.items()}, student.preds, student.images), None, targets()
+        View({k: f.float() for k, f in student.feats.items()}, student.preds, student.images),
+        None,
+        targets(),
     )
     with torch.autocast("cpu", dtype):
         found = made(student, None, targets())
     found.backward()
     assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=0.03)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in [*leaves(student), *made.refine.parameters()])
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in [*leaves(student), *made.refine.parameters()]
+    )
 
 
 def test_without_objects_it_is_finite_and_the_boxes_are_not_taught() -> None:
@@ -242,17 +274,31 @@ def test_wrong_settings_are_refused_by_name(wrong: Callable[[], Any], named: str
 
 def test_maps_that_are_not_the_students_own_or_of_other_strides_are_refused_by_name() -> None:
     made, student = term().double(), view(0)
-    aligned = View({tap: f.repeat(1, 2, 1, 1) for tap, f in student.feats.items()}, student.preds, student.images)
-    with pytest.raises(UserError, match=r"distill\.align: fine comes with 12 channels and has 6; use `none`"):
+    aligned = View(
+        {tap: f.repeat(1, 2, 1, 1) for tap, f in student.feats.items()},
+        student.preds,
+        student.images,
+    )
+    with pytest.raises(
+        UserError, match=r"distill\.align: fine comes with 12 channels and has 6; use `none`"
+    ):
         made(aligned, None, targets())
-    small = View({tap: f[:, :, ::2, ::2] for tap, f in student.feats.items()}, student.preds, student.images)
+    small = View(
+        {tap: f[:, :, ::2, ::2] for tap, f in student.feats.items()}, student.preds, student.images
+    )
     with pytest.raises(UserError, match=r"distill\.taps: fine is 4x4 and the level of preds 8x8"):
         made(small, None, targets())
 
 
 # --- in a run
 
-OVERRIDES = [f"student.scale={TINY}", "distill.self_teacher.width=8", "data.imgsz=64", "device=cpu", "data.workers=2"]
+OVERRIDES = [
+    f"student.scale={TINY}",
+    "distill.self_teacher.width=8",
+    "data.imgsz=64",
+    "device=cpu",
+    "data.workers=2",
+]
 CONFIG = ROOT / "configs/extras/self_teacher.yaml"
 
 
@@ -262,7 +308,12 @@ def distilled(*overrides: str) -> tuple[Any, Any]:
     student = config.build(settings["student"], "student", names=NAMES)
     before = {key: value.clone() for key, value in student.state_dict().items()}
     made = config.call(
-        train_script.make_distillation, settings["distill"], "distill", student=student, teacher=None, imgsz=64
+        train_script.make_distillation,
+        settings["distill"],
+        "distill",
+        student=student,
+        teacher=None,
+        imgsz=64,
     )
     assert_equal(before, dict(student.state_dict()))  # for it was run, to see the shapes
     return student, made
@@ -285,7 +336,9 @@ def test_the_student_comes_to_look_as_the_self_teacher_does() -> None:
     losses = []
     for _ in range(15):
         preds = student(images)
-        loss = made.terms["self_teacher"].imitation(View(made.student_taps.take(), preds, images), own, targets())
+        loss = made.terms["self_teacher"].imitation(
+            View(made.student_taps.take(), preds, images), own, targets()
+        )
         loss.backward()
         losses.append(loss.item())
         nn.utils.clip_grad_norm_(student.parameters(), 10.0)
@@ -302,31 +355,51 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     return folder
 
 
-def test_its_config_trains_and_best_pt_is_the_student_alone(finished: Path, capsys: pytest.CaptureFixture) -> None:
+def test_its_config_trains_and_best_pt_is_the_student_alone(
+    finished: Path, capsys: pytest.CaptureFixture
+) -> None:
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 2
-    assert all(record["skipped"] == 0 and 0 < record["self_teacher"] < math.inf for record in records)
+    assert all(
+        record["skipped"] == 0 and 0 < record["self_teacher"] < math.inf for record in records
+    )
     best = torch.load(finished / "best.pt", weights_only=True)
     assert best["model"].keys() == YOLO11(["a"] * 6, json.loads(TINY)).state_dict().keys()
     run(eval_script, "--config", finished / "config.yaml", "--weights", finished / "best.pt")
     assert "all classes" in capsys.readouterr().out
 
 
-def test_its_parameters_are_saved_moved_and_come_back_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+def test_its_parameters_are_saved_moved_and_come_back_bit_for_bit(
+    finished: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     (whole := newest(finished)).pop("config")
-    last, first = (torch.load(path, weights_only=True) for path in sorted((folder / "ckpt").glob("*.pt"))[::-1])
+    last, first = (
+        torch.load(path, weights_only=True) for path in sorted((folder / "ckpt").glob("*.pt"))[::-1]
+    )
     own = [name for name in last["distillation"] if name.endswith("weight")]
     assert len(own) > 50 and all(name.startswith("terms.self_teacher.") for name in own)
     still = [n for n in own if torch.equal(first["distillation"][n], last["distillation"][n])]
-    assert "terms.self_teacher.head.dfl.conv.weight" in still and not any(".refine." in name for name in still)
+    assert "terms.self_teacher.head.dfl.conv.weight" in still and not any(
+        ".refine." in name for name in still
+    )
     sorted((folder / "ckpt").glob("*.pt"))[-1].unlink()
     run(train_script, "--resume", folder)
     (resumed := newest(folder)).pop("config")
     assert_equal(whole, resumed)
 
 
-def test_check_finds_distillation_on(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(train_script, "--check", "--config", CONFIG, *OVERRIDES, f"data.root={shapes}", f"run={tmp_path / 'run'}")
+def test_check_finds_distillation_on(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(
+        train_script,
+        "--check",
+        "--config",
+        CONFIG,
+        *OVERRIDES,
+        f"data.root={shapes}",
+        f"run={tmp_path / 'run'}",
+    )
     assert "--check: distillation is on" in capsys.readouterr().out

@@ -35,7 +35,9 @@ def record(epoch: int) -> dict:
     if epoch < 0:
         lines = {name: lines[name] for name in every}
     elif epoch % 2:
-        lines = {name: value for name, value in lines.items() if name not in every | {"AP50-95", "VOC07"}}
+        lines = {
+            name: value for name, value in lines.items() if name not in every | {"AP50-95", "VOC07"}
+        }
     return {"epoch": epoch, **lines}
 
 
@@ -102,7 +104,9 @@ def test_follow_looks_again_until_it_is_interrupted(run: Path) -> None:
     (run / "pictures" / "curves.png").unlink()
     code = "from kdmini.extras import tensorboard\ntensorboard.SECONDS = 0.05\ntensorboard.main()"
     command = [sys.executable, "-c", code, str(run), "--follow"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout and process.stderr
         told = [process.stdout.readline() for _ in range(2)]
         write(run, [record(0)])
@@ -115,7 +119,9 @@ def test_follow_looks_again_until_it_is_interrupted(run: Path) -> None:
     assert points(read(run), "loss/box") == expected("box", range(1))
 
 
-def test_nothing_half_written_stays_where_the_disk_is_full(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_nothing_half_written_stays_where_the_disk_is_full(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     tensorboard.main([str(run)])
     before = sorted((run / "tensorboard").iterdir())
     write(run, [record(0)])
@@ -135,8 +141,14 @@ def test_nothing_half_written_stays_where_the_disk_is_full(run: Path, monkeypatc
     "damage, told",
     [
         (lambda run: (run / "config.yaml").unlink(), "it is no run"),
-        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl: cannot be read"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"box": 1}\n'), "metrics.jsonl: cannot be read"),
+        (
+            lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"),
+            "metrics.jsonl: cannot be read",
+        ),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"box": 1}\n'),
+            "metrics.jsonl: cannot be read",
+        ),
         (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl: cannot be read"),
         (lambda run: (run / "pictures" / "curves.png").write_text("half"), "curves.png: is no PNG"),
         (lambda run: (run / "tensorboard").write_text(""), "cannot write"),
@@ -146,7 +158,11 @@ def test_what_is_wrong_is_told_in_one_line(run: Path, damage, told: str) -> None
     damage(run)
     with pytest.raises(SystemExit) as raised:
         tensorboard.main([str(run)])
-    assert told in str(raised.value) and str(raised.value).startswith("error: ") and "\n" not in str(raised.value)
+    assert (
+        told in str(raised.value)
+        and str(raised.value).startswith("error: ")
+        and "\n" not in str(raised.value)
+    )
 
 
 def test_without_the_package_it_is_named(tmp_path: Path) -> None:

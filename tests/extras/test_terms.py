@@ -1,4 +1,6 @@
-"""The distillation terms of kdmini/extras: each against its equation written out in loops, in float64."""
+"""The distillation terms of kdmini/extras: each against its equation written out in loops, in
+float64.
+"""
 
 import json
 import math
@@ -48,11 +50,16 @@ def scene(dtype: torch.dtype = torch.float64, seed: int = 0, size: float = 1.0) 
 
     def view() -> View:
         feats = {
-            tap: (size * torch.randn(2, c, h, w, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+            tap: (size * torch.randn(2, c, h, w, generator=generator, dtype=torch.float64))
+            .to(dtype)
+            .requires_grad_()
             for tap, (_, c, h, w) in SHAPES.items()
         }
         preds = [
-            (3 * torch.randn(2, 4 * BINS + CLASSES, h, w, generator=generator, dtype=torch.float64)).to(dtype)
+            (
+                3
+                * torch.randn(2, 4 * BINS + CLASSES, h, w, generator=generator, dtype=torch.float64)
+            ).to(dtype)
             for h, w in SIZES
         ]
         return View(feats, [pred.requires_grad_() for pred in preds], torch.empty(0))
@@ -101,7 +108,9 @@ def plain_logits(s: Scene, temperature: float, gamma: float, form: str) -> Any:
     def value(cell: Any) -> Any:
         t, z = (logits_of(view, cell, 4 * BINS, CLASSES) for view in (s.teacher, s.student))
         if form == "softmax":
-            return temperature**2 * kl(softmax([a / temperature for a in t]), softmax([a / temperature for a in z]))
+            return temperature**2 * kl(
+                softmax([a / temperature for a in t]), softmax([a / temperature for a in z])
+            )
         p, q = ([1 / (1 + (-a / temperature).exp()) for a in logits] for logits in (t, z))
         return temperature**2 * sum(kl([a, 1 - a], [b, 1 - b]) for a, b in zip(p, q, strict=True))
 
@@ -113,7 +122,9 @@ def plain_localisation(s: Scene, temperature: float) -> Any:
         total: Any = 0
         for side in range(4):
             t, z = (logits_of(view, cell, side * BINS, BINS) for view in (s.teacher, s.student))
-            total += kl(softmax([a / temperature for a in t]), softmax([a / temperature for a in z])) / 4
+            total += (
+                kl(softmax([a / temperature for a in t]), softmax([a / temperature for a in z])) / 4
+            )
         return temperature**2 * total
 
     return over_cells(s, value)
@@ -125,7 +136,13 @@ def plain_channelwise(s: Scene, temperature: float) -> Any:
         for n in range(2):
             for c in range(channels):
                 p, q = (
-                    softmax([view.feats[tap][n, c, y, x] / temperature for y in range(h) for x in range(w)])
+                    softmax(
+                        [
+                            view.feats[tap][n, c, y, x] / temperature
+                            for y in range(h)
+                            for x in range(w)
+                        ]
+                    )
                     for view in (s.teacher, s.student)
                 )
                 total += temperature**2 * kl(p, q) / (2 * channels)
@@ -171,13 +188,17 @@ def plain_conv(x: Tensor, layer: Any) -> Tensor:
     out = layer.bias.view(1, -1, 1, 1)
     for dy in range(3):
         for dx in range(3):
-            out = out + torch.einsum("nchw,oc->nohw", wide[:, :, dy : dy + h, dx : dx + w], layer.weight[:, :, dy, dx])
+            out = out + torch.einsum(
+                "nchw,oc->nohw", wide[:, :, dy : dy + h, dx : dx + w], layer.weight[:, :, dy, dx]
+            )
     return out
 
 
 def plain_masked(s: Scene, term: Any) -> Any:
     total: Any = 0
-    for (tap, (_, c, h, w)), (first, _, second) in zip(SHAPES.items(), term.generators, strict=True):
+    for (tap, (_, c, h, w)), (first, _, second) in zip(
+        SHAPES.items(), term.generators, strict=True
+    ):
         shown = torch.rand(2, 1, h, w, dtype=torch.float64) >= 0.65
         hidden = torch.where(shown, s.student.feats[tap], torch.zeros(()).double())
         made = plain_conv(plain_conv(hidden, first).clamp(min=0), second)
@@ -226,11 +247,15 @@ def test_value_and_gradient_are_those_of_the_equation(name: str) -> None:
     found.backward()
     expected.backward()
     loose = 1e-5 if name == "pearson" else 1e-9  # its eps
-    assert found.ndim == 0 and found.item() == pytest.approx(expected.item(), rel=loose) and found > 0
+    assert (
+        found.ndim == 0 and found.item() == pytest.approx(expected.item(), rel=loose) and found > 0
+    )
     reached = 0
     for mine, other in zip(ours.leaves(ours.student), theirs.leaves(theirs.student), strict=True):
         if other.grad is not None:
-            assert mine.grad is not None and torch.allclose(mine.grad, other.grad, rtol=loose, atol=loose * 0.1)
+            assert mine.grad is not None and torch.allclose(
+                mine.grad, other.grad, rtol=loose, atol=loose * 0.1
+            )
             reached += int(mine.grad.abs().sum() > 0)
         else:
             assert mine.grad is None
@@ -240,25 +265,35 @@ def test_value_and_gradient_are_those_of_the_equation(name: str) -> None:
 def test_without_weights_the_softmax_form_is_the_code_of_the_notes() -> None:
     s = scene()
     student, teacher = (
-        torch.cat([p[:, 4 * BINS :].permute(0, 2, 3, 1).reshape(-1, CLASSES) for p in view.preds]) for view in s
+        torch.cat([p[:, 4 * BINS :].permute(0, 2, 3, 1).reshape(-1, CLASSES) for p in view.preds])
+        for view in s
     )
     temperature = 4
     teacher_probs = F.softmax(teacher / temperature, dim=-1)
     student_probs = F.log_softmax(student / temperature, dim=-1)
     notes = F.kl_div(student_probs, teacher_probs, reduction="batchmean") * (temperature**2)
-    assert value_of(LogitDistillation("softmax", gamma=0, reg_max=BINS), s).item() == pytest.approx(notes.item())
+    assert value_of(LogitDistillation("softmax", gamma=0, reg_max=BINS), s).item() == pytest.approx(
+        notes.item()
+    )
 
 
 def test_pearson_is_one_minus_the_correlation_and_does_not_see_scale_or_offset() -> None:
     s = scene()
     expected = sum(
-        np.mean([1 - np.corrcoef(*(v.feats[tap][:, i].detach().flatten() for v in s))[0, 1] for i in range(c)])
+        np.mean(
+            [
+                1 - np.corrcoef(*(v.feats[tap][:, i].detach().flatten() for v in s))[0, 1]
+                for i in range(c)
+            ]
+        )
         for tap, (_, c, _, _) in SHAPES.items()
     )
     term = PearsonDistillation()
     assert value_of(term, s).item() == pytest.approx(float(expected), rel=1e-5)
     moved = altered(s.student, lambda x: 40 * x - 7)
-    assert value_of(term, Scene(moved, s.teacher)).item() == pytest.approx(float(expected), rel=1e-5)
+    assert value_of(term, Scene(moved, s.teacher)).item() == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", EQUAL_IS_ZERO)
@@ -286,7 +321,8 @@ def test_masked_hides_that_share_of_the_cells_anew_each_time() -> None:
     term = MaskedGeneration({"tap": (2, 2, 100, 100)}, masked=0.8)
     term.generators[0] = nn.Identity()
     student, teacher = (
-        View({"tap": x}, None, torch.empty(0)) for x in (torch.ones(1, 2, 100, 100), torch.zeros(1, 2, 100, 100))
+        View({"tap": x}, None, torch.empty(0))
+        for x in (torch.ones(1, 2, 100, 100), torch.zeros(1, 2, 100, 100))
     )
     torch.manual_seed(0)
     first, second = term(student, teacher, NO_TARGETS), term(student, teacher, NO_TARGETS)
@@ -325,7 +361,9 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) ->
     assert grads and all(grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("case", ["zeros", "student zero", "teacher zero", "equal", "constant channel", "far"])
+@pytest.mark.parametrize(
+    "case", ["zeros", "student zero", "teacher zero", "equal", "constant channel", "far"]
+)
 @pytest.mark.parametrize("name", TERMS)
 def test_value_and_gradient_are_finite_at_the_edges(name: str, case: str) -> None:
     student, teacher = scene(torch.float32)
@@ -360,7 +398,10 @@ def test_a_teacher_that_sees_nothing_gives_zero_and_not_nan() -> None:
 def test_compiled_in_one_graph_it_gives_the_same(name: str) -> None:
     torch._dynamo.reset()
     term, (one, other) = TERMS[name][0], (scene(), scene())
-    plain, compiled = value_of(term, one), value_of(torch.compile(term, backend="eager", fullgraph=True), other)
+    plain, compiled = (
+        value_of(term, one),
+        value_of(torch.compile(term, backend="eager", fullgraph=True), other),
+    )
     plain.backward()
     compiled.backward()
     assert torch.equal(plain, compiled)
@@ -384,11 +425,19 @@ def test_compiled_in_one_graph_it_gives_the_same(name: str) -> None:
         (lambda: value_of(LogitDistillation(), scene()), "reg_max=16 .* 23 channels"),
         (lambda: value_of(ScoreWeighted(-1), scene()), "reg_max=-1"),
         (
-            lambda: LogitDistillation()(*2 * [View({}, [torch.ones(1, 64, 2, 2)], torch.empty(0))], NO_TARGETS),
+            lambda: LogitDistillation()(
+                *2 * [View({}, [torch.ones(1, 64, 2, 2)], torch.empty(0))], NO_TARGETS
+            ),
             "reg_max=16",
         ),
-        (lambda: LogitDistillation()(*2 * [View({}, {"boxes": 0}, torch.empty(0))], NO_TARGETS), "this is a dict"),
-        (lambda: SpatialImitation()(*2 * [View({}, None, torch.empty(0))], NO_TARGETS), "distill.taps"),
+        (
+            lambda: LogitDistillation()(*2 * [View({}, {"boxes": 0}, torch.empty(0))], NO_TARGETS),
+            "this is a dict",
+        ),
+        (
+            lambda: SpatialImitation()(*2 * [View({}, None, torch.empty(0))], NO_TARGETS),
+            "distill.taps",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_by_name(wrong: Callable[[], Any], named: str) -> None:
@@ -408,29 +457,58 @@ def test_feats_that_do_not_fit_are_refused_by_name() -> None:
 
 # --- the configs
 
-CONFIGS = ["logits", "localisation", "channelwise", "masked", "pearson", "score_weighted", "spatial", "hybrid"]
+CONFIGS = [
+    "logits",
+    "localisation",
+    "channelwise",
+    "masked",
+    "pearson",
+    "score_weighted",
+    "spatial",
+    "hybrid",
+]
 
 
 def tiny(name: str, *overrides: str) -> tuple[Path, list[str]]:
-    return ROOT / f"configs/extras/{name}.yaml", [*SMALL, "data.imgsz=64", "data.limit=8", "device=cpu", *overrides]
+    return ROOT / f"configs/extras/{name}.yaml", [
+        *SMALL,
+        "data.imgsz=64",
+        "data.limit=8",
+        "device=cpu",
+        *overrides,
+    ]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_teaches_the_student_and_leaves_the_teacher(name: str) -> None:
-    """The terms alone, without the task and with `align` as it begins, on one batch: their sum falls."""
+    """The terms alone, without the task and with `align` as it begins, on one batch: their sum
+    falls.
+    """
     losses = teach(ROOT / f"configs/extras/{name}.yaml", 64, NO_TARGETS, steps=10)
     assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_config_trains(name: str, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_config_trains(
+    name: str, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two epochs of two steps: every term is logged, and finite."""
-    path, overrides = tiny(name, f"data.root={shapes}", f"run={tmp_path / 'run'}", "train.epochs=2", "train.batch=4")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), *overrides, "train.val_every=2"])
+    path, overrides = tiny(
+        name, f"data.root={shapes}", f"run={tmp_path / 'run'}", "train.epochs=2", "train.batch=4"
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--config", str(path), *overrides, "train.val_every=2"]
+    )
     train_script.main()
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     terms = config.load(path)["distill"].keys() - {"taps", "kd_scale"}
     for record in records[1:]:
-        assert record["skipped"] == 0 and all(math.isfinite(record[term]) and record[term] > 0 for term in terms)
-    saved = torch.load(sorted((tmp_path / "run/ckpt").glob("*.pt"))[-1], weights_only=True)["distillation"]
+        assert record["skipped"] == 0 and all(
+            math.isfinite(record[term]) and record[term] > 0 for term in terms
+        )
+    saved = torch.load(sorted((tmp_path / "run/ckpt").glob("*.pt"))[-1], weights_only=True)[
+        "distillation"
+    ]
     assert any(key.startswith("terms.") for key in saved) == (name == "masked")

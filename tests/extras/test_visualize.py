@@ -77,7 +77,9 @@ def cells(figure) -> np.ndarray:
 def numbers(figure) -> np.ndarray:
     """What is written under each pair: (image, tap, number)."""
     texts = [[axis.get_xlabel() for axis in row] for row in cells(figure)]
-    return np.array([[[float(n) for n in re.findall(r"\d\.\d{3}", text)] for text in row] for row in texts])
+    return np.array(
+        [[[float(n) for n in re.findall(r"\d\.\d{3}", text)] for text in row] for row in texts]
+    )
 
 
 def rectangles(axis) -> list[list[float]]:
@@ -88,18 +90,26 @@ def rectangles(axis) -> list[list[float]]:
 # --- attention maps
 
 
-def test_the_distances_under_the_maps_are_those_of_the_two_networks(run: Path, shapes: Path, figures: dict) -> None:
+def test_the_distances_under_the_maps_are_those_of_the_two_networks(
+    run: Path, shapes: Path, figures: dict
+) -> None:
     images = next(iter(ValLoader(stored(shapes, "val"), IMAGES)))[0]
     torch.manual_seed(3)  # of the config
     scale = yaml.safe_load(TINY)
     was, theirs = tapped(YOLO11(NAMES, scale), images), tapped(YOLO11(NAMES, scale), images)
     now = tapped(YOLO11(NAMES, scale, weights=str(run / "best.pt")), images)
 
-    def distances(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> np.ndarray:  # (image, tap)
-        return np.stack([np.sqrt(((a - b) ** 2).sum((1, 2))) for a, b in zip(one, other, strict=True)], 1)
+    def distances(
+        one: Sequence[np.ndarray], other: Sequence[np.ndarray]
+    ) -> np.ndarray:  # (image, tap)
+        return np.stack(
+            [np.sqrt(((a - b) ** 2).sum((1, 2))) for a, b in zip(one, other, strict=True)], 1
+        )
 
     bound = 0.0006  # three decimals
-    np.testing.assert_allclose(numbers(figures["attention"])[..., 0], distances(theirs, now), atol=bound)
+    np.testing.assert_allclose(
+        numbers(figures["attention"])[..., 0], distances(theirs, now), atol=bound
+    )
     moved = np.stack([distances(was, now), distances(was, theirs), distances(now, theirs)], -1)
     np.testing.assert_allclose(numbers(figures["before_after"]), moved, atol=bound)
     assert moved[..., 0].min() > bound  # there is something to see
@@ -130,7 +140,9 @@ def test_no_hook_is_left_behind(shapes: Path) -> None:
 
 
 class Fixed:
-    """A detector that finds the same boxes in every image: rows of box_xyxy in input pixels, score, label."""
+    """A detector that finds the same boxes in every image: rows of box_xyxy in input pixels, score,
+    label.
+    """
 
     names = ("circle", "square")
 
@@ -145,7 +157,9 @@ class Fixed:
 
     def decode(self, preds: int, score: float, iou: float, max_det: int) -> list[dict]:
         kept = self.rows[self.rows[:, 4] > score]
-        return [{"boxes_xyxy": kept[:, :4], "scores": kept[:, 4], "labels": kept[:, 5].long()}] * preds
+        return [
+            {"boxes_xyxy": kept[:, :4], "scores": kept[:, 4], "labels": kept[:, 5].long()}
+        ] * preds
 
 
 def target(*rows: tuple[list[float], int, bool]) -> dict:
@@ -177,7 +191,9 @@ def test_hits_misses_and_false_alarms_are_told_apart() -> None:
     ]
     boxes, labels, kinds = zip(*rows, strict=True)
     found = {"boxes_xyxy": torch.tensor(boxes, dtype=torch.float32), "labels": torch.tensor(labels)}
-    of_found, of_objects = visualize.judge({**found, "scores": torch.linspace(0.9, 0.3, len(rows))}, objects)
+    of_found, of_objects = visualize.judge(
+        {**found, "scores": torch.linspace(0.9, 0.3, len(rows))}, objects
+    )
     assert of_found == list(kinds)
     assert of_objects == ["hit", "difficult", "missed", "hit"]
 
@@ -194,14 +210,26 @@ def test_detections_lie_where_they_are_in_the_file(tmp_path: Path) -> None:
     """A picture of 100 x 50 is letterboxed to 64 x 32, 16 below the top of the square."""
     Image.new("RGB", (100, 50)).save(tmp_path / "wide.png")
     scenes = visualize.look_at(Store(visualize.Photographs([tmp_path / "wide.png"]), 64), 1)
-    scenes = scenes._replace(targets=[target(([0, 0, 50, 50], 0, False), ([60, 0, 99, 50], 0, False))])
+    scenes = scenes._replace(
+        targets=[target(([0, 0, 50, 50], 0, False), ([60, 0, 99, 50], 0, False))]
+    )
     detector = Fixed([[0, 16, 32, 48, 0.91, 0], [0, 16, 16, 32, 0.4, 1], [0, 0, 9, 9, 0.2, 0]])
     truth, found, *_ = visualize.detections(detector, scenes, "x", judged=True).axes
     assert rectangles(truth) == [[0, 0, 50, 50], [60, 0, 99, 50]]
-    assert rectangles(found) == [[0, 0, 25, 25], [0, 0, 50, 50]]  # the score of the third is too low
+    assert rectangles(found) == [
+        [0, 0, 25, 25],
+        [0, 0, 50, 50],
+    ]  # the score of the third is too low
     assert {text.get_text() for text in found.texts} == {"circle 0.91", "square 0.40"}
-    looks = {(p.get_edgecolor(), p.get_linestyle()) for axis in (truth, found) for p in axis.patches}
-    assert len(looks) == len({colour for colour, _ in looks}) == len({style for _, style in looks}) == 3
+    looks = {
+        (p.get_edgecolor(), p.get_linestyle()) for axis in (truth, found) for p in axis.patches
+    }
+    assert (
+        len(looks)
+        == len({colour for colour, _ in looks})
+        == len({style for _, style in looks})
+        == 3
+    )
     assert found.get_xlim() == (0, 100) and found.get_ylim() == (50, 0)
     assert found.images[0].get_extent() == [0, 100, 75, -25]
 
@@ -234,7 +262,9 @@ def test_the_curves_are_the_lines_of_metrics_jsonl(run: Path, figures: dict) -> 
         a.get_title(): {line.get_label(): list(map(tuple, line.get_xydata())) for line in a.lines}
         for a in figures["curves"].axes
     }
-    assert sorted(points for lines in drawn.values() for points in lines.values()) == sorted(expected.values())
+    assert sorted(points for lines in drawn.values() for points in lines.values()) == sorted(
+        expected.values()
+    )
     of = {frozenset(lines): lines for lines in drawn.values()}
     assert of[frozenset({"aligned", "raw"})]["raw"] == expected["distance/raw"]
     assert of[frozenset({"box", "cls", "dfl"})]["cls"] == expected["cls"]
@@ -251,10 +281,17 @@ def test_the_area_under_a_curve_is_the_average_precision() -> None:
         corners = rng.uniform(0, 50, (6, 2))
         boxes = np.hstack([corners, corners + rng.uniform(10, 30, (6, 2))]).astype(np.float32)
         labels = rng.integers(0, 3, 6)
-        truth = {"boxes_xyxy": boxes, "labels": labels, "difficult": rng.uniform(size=6) < 0.2, "id": str(n)}
+        truth = {
+            "boxes_xyxy": boxes,
+            "labels": labels,
+            "difficult": rng.uniform(size=6) < 0.2,
+            "id": str(n),
+        }
         moved = torch.from_numpy(boxes + rng.normal(0, 2.5, (6, 4)).astype(np.float32))
         scores = torch.from_numpy(rng.uniform(size=6)).sort(descending=True).values
-        metric.update([{"boxes_xyxy": moved, "scores": scores, "labels": torch.from_numpy(labels)}], [truth])
+        metric.update(
+            [{"boxes_xyxy": moved, "scores": scores, "labels": torch.from_numpy(labels)}], [truth]
+        )
     figure = visualize.precision_recall(metric)
     assert f"{metric.compute()['VOC']:.3f}" in figure.get_suptitle()
     for axis, (name, scores) in zip(figure.axes, metric.per_class().items(), strict=False):
@@ -262,7 +299,9 @@ def test_the_area_under_a_curve_is_the_average_precision() -> None:
             assert axis.get_title() == "nothing: no objects" and not axis.lines
             continue
         x, y = axis.lines[0].get_data()
-        assert (np.diff(x) * y[1:]).sum() == pytest.approx(scores["VOC"]) and 0.2 < scores["VOC"] < 0.95
+        assert (np.diff(x) * y[1:]).sum() == pytest.approx(scores["VOC"]) and 0.2 < scores[
+            "VOC"
+        ] < 0.95
         assert axis.get_title() == f"{name}: AP {scores['VOC']:.2f}, {scores['objects']} objects"
 
 
@@ -292,7 +331,9 @@ def test_a_run_without_a_teacher_has_no_pair_of_networks(run: Path, tmp_path: Pa
     alone = tmp_path / "alone"
     shutil.copytree(run, alone, ignore=shutil.ignore_patterns("ckpt", "pictures"))
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    (alone / "config.yaml").write_text(yaml.safe_dump({**settings, "teacher": None, "distill": None}))
+    (alone / "config.yaml").write_text(
+        yaml.safe_dump({**settings, "teacher": None, "distill": None})
+    )
     figures = dict(visualize.figures_of(alone, []))
     assert "attention" not in figures and "no teacher" in capsys.readouterr().out
     assert numbers(figures["before_after"]).shape == (IMAGES, len(TAPS), 1)
@@ -302,7 +343,9 @@ def test_a_run_without_a_teacher_has_no_pair_of_networks(run: Path, tmp_path: Pa
     assert "best.pt" in capsys.readouterr().out
 
 
-def test_weights_alone_have_detections_and_their_own_maps(run: Path, shapes: Path, tmp_path: Path) -> None:
+def test_weights_alone_have_detections_and_their_own_maps(
+    run: Path, shapes: Path, tmp_path: Path
+) -> None:
     image = next((shapes / "JPEGImages").iterdir())
     visualize.main([str(run / "best.pt"), str(image), "--out", str(tmp_path / "a" / "b")])
     assert set(pictures(tmp_path / "a" / "b")) == {"detections.png", "attention.png"}
@@ -314,7 +357,10 @@ def test_weights_alone_have_detections_and_their_own_maps(run: Path, shapes: Pat
         (["{run}/best.pt"], "name images"),
         (["{run}/nothing.pt", "x.jpg"], "nothing.pt"),
         (["{run}/ckpt"], "config.yaml"),
-        (["{run}/best.pt", "{run}/config.yaml", "--out", "{tmp}"], "config.yaml: not a usable image"),
+        (
+            ["{run}/best.pt", "{run}/config.yaml", "--out", "{tmp}"],
+            "config.yaml: not a usable image",
+        ),
         (["{run}", "--out", "{run}/config.yaml"], "config.yaml"),
         (["{run}", *["x.jpg"] * 25], "25 images"),
     ],

@@ -1,4 +1,6 @@
-"""Runs of the scripts in forked children: torch is imported already, so that one costs its own time alone."""
+"""Runs of the scripts in forked children: torch is imported already, so that one costs its own time
+alone.
+"""
 
 import importlib
 import os
@@ -21,7 +23,9 @@ for name in (  # what a run imports when it needs it: here once, and not in ever
 
 
 class Child:
-    """A forked process that calls `work`, with its output in a file; it leads a process group of its own."""
+    """A forked process that calls `work`, with its output in a file; it leads a process group of
+    its own.
+    """
 
     def __init__(self, work: Callable[[], object], output: Path):
         self.output = output
@@ -37,7 +41,9 @@ class Child:
             os.dup2(file, 1), os.dup2(file, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it came ignored, and a run respects that
+            signal.signal(
+                signal.SIGHUP, signal.SIG_DFL
+            )  # under nohup it came ignored, and a run respects that
             code = exit_code(work)
             sys.stdout.flush(), sys.stderr.flush()
         finally:
@@ -59,7 +65,9 @@ class Child:
             time.sleep(0.002)
 
     def wait(self, limit: float = LIMIT_S) -> int:
-        """-> exit code as a shell has it, 128 + signal for one that was killed; kills what takes too long."""
+        """-> exit code as a shell has it, 128 + signal for one that was killed; kills what takes
+        too long.
+        """
         end = time.monotonic() + limit
         while self.running():
             if time.monotonic() > end:

@@ -1,7 +1,7 @@
 """Weight files that run something when they are unpickled, or that fill the memory.
 
-A fragment is a piece of pickle that pushes one value: it makes a file by itself (`bare`), or becomes one more
-entry in the dict of a file that is good otherwise (`spliced`).
+A fragment is a piece of pickle that pushes one value: it makes a file by itself (`bare`), or
+becomes one more entry in the dict of a file that is good otherwise (`spliced`).
 """
 
 import builtins
@@ -36,13 +36,25 @@ class Reduced:
 
 
 PAYLOADS = (
-    *("os.system", "eval", "exec", "open", "subprocess", "getattr chain", "attrgetter", "methodcaller", "runpy"),
+    *(
+        "os.system",
+        "eval",
+        "exec",
+        "open",
+        "subprocess",
+        "getattr chain",
+        "attrgetter",
+        "methodcaller",
+        "runpy",
+    ),
     *("socket", "nested pickle", "nested torch.load", "__import__"),
 )
 
 
 def payloads(canary: Path) -> dict[str, Reduced]:
-    """Each creates the file `canary`, or connects, or imports `this`, when a plain unpickler reads it."""
+    """Each creates the file `canary`, or connects, or imports `this`, when a plain unpickler reads
+    it.
+    """
     code, touch = f"open({str(canary)!r}, 'w')", f"touch '{canary}'"
     program = canary.with_name("payload.py")
     program.write_text(code)
@@ -83,8 +95,14 @@ def opcodes(canary: Path) -> dict[str, tuple[int, bytes]]:
         "STACK_GLOBAL": (4, text("os") + text("system") + b"\x93" + touch + b"\x85R"),
         "STACK_GLOBAL, protocol 2": (2, text("os") + text("system") + b"\x93" + touch + b"\x85R"),
         "dotted name": (4, b"ctorch.serialization\nos.system\n" + touch + b"\x85R"),
-        "dotted STACK_GLOBAL": (5, text("torch.serialization") + text("os.system") + b"\x93" + touch + b"\x85R"),
-        "BUILD on a class": (2, b"cbuiltins\ntype\n" + text("C") + b")}\x87R" + slots + b"b)\x81" + touch + b"b"),
+        "dotted STACK_GLOBAL": (
+            5,
+            text("torch.serialization") + text("os.system") + b"\x93" + touch + b"\x85R",
+        ),
+        "BUILD on a class": (
+            2,
+            b"cbuiltins\ntype\n" + text("C") + b")}\x87R" + slots + b"b)\x81" + touch + b"b",
+        ),
         "function by way of the memo": (2, b"cos\nsystem\nq\xfa0h\xfa" + touch + b"\x85R"),
         "call in a tuple in a list": (2, b"](cos\nsystem\n" + touch + b"\x85R\x85e"),
     }
@@ -102,7 +120,10 @@ def pickled(value: Any, protocol: int) -> bytes:
 def fragments(canary: Path, protocols: tuple[int, ...] = (2, 4, 5)) -> dict[str, tuple[int, bytes]]:
     """All of them; the names of those of newer protocols say so."""
     return {
-        name + f", protocol {protocol}" * (protocol > 2): (protocol, pickled(payload, protocol)[2:-1])
+        name + f", protocol {protocol}" * (protocol > 2): (
+            protocol,
+            pickled(payload, protocol)[2:-1],
+        )
         for name, payload in payloads(canary).items()
         for protocol in protocols
     } | opcodes(canary)

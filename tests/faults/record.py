@@ -11,8 +11,8 @@ _rows: dict[str, tuple[int, int, str]] = {}  # fault -> tried, lost, of what
 def survived(fault: str, lost: int = 0, most: int = 0, of: str = "", tried: int = 1) -> None:
     """Asserts lost <= most, and adds the attempts to the row of the table for this fault.
 
-    fault: "Saving: SIGKILL at a random moment"; lost: how many of `of` ("steps", "files", "payloads run"): the
-    largest of all attempts is shown.
+    fault: "Saving: SIGKILL at a random moment"; lost: how many of `of` ("steps", "files", "payloads
+    run"): the largest of all attempts is shown.
     """
     assert lost <= most, f"{fault}: {lost} {of} lost, at most {most} may be"
     count, largest, _ = _rows.get(fault, (0, 0, of))

@@ -55,7 +55,9 @@ class Own(NamedTuple):
         return self.folder / "Annotations" / f"{name}.xml"
 
     def split(self, *lines: str, split: str = "train") -> None:
-        (self.folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines))
+        (self.folder / "ImageSets" / "Main" / f"{split}.txt").write_text(
+            "".join(f"{line}\n" for line in lines)
+        )
 
     def read(self, **settings) -> VOC:
         return VOC(str(self.folder), ["train"], names=SHAPES, **settings)
@@ -82,7 +84,9 @@ def train(tmp_path, config_file, own) -> Callable[..., Done]:
 
 def one_line(done: Done) -> str:
     """The last line of a run that ended as a mistake of the user ends."""
-    assert done.code == 1 and done.last.startswith("error: ") and "Traceback" not in done.text, done.text
+    assert done.code == 1 and done.last.startswith("error: ") and "Traceback" not in done.text, (
+        done.text
+    )
     return done.last
 
 
@@ -134,16 +138,22 @@ def test_damaged_images_are_listed_together_or_skipped(own, train):
     done = train()
     last = one_line(done)
     assert f"train: {len(bad)} of 24 images are bad" in last and "data.on_bad=skip" in last
-    listed = re.findall(r"^\S*/(\w+)\.jpg: not a usable image \(.+\); replace the file$", done.text, re.MULTILINE)
+    listed = re.findall(
+        r"^\S*/(\w+)\.jpg: not a usable image \(.+\); replace the file$", done.text, re.MULTILINE
+    )
     assert listed == list(bad)
     assert not (own.folder.parent / "run" / "ckpt").exists()
 
     done = train("data.on_bad=skip")
-    assert done.code == 0 and f"train: {len(bad)} of 24 images are bad and left out" in done.text, done.text
+    assert done.code == 0 and f"train: {len(bad)} of 24 images are bad and left out" in done.text, (
+        done.text
+    )
     assert f"data: {24 - len(bad)} images" in done.text
     trained_on = {target["id"].split("/")[1] for target in own.store("skip").targets}
     assert trained_on == set(own.names()) - set(bad)
-    survived("Data: damaged image files", len(trained_on & set(bad)), of="trained on", tried=len(bad))
+    survived(
+        "Data: damaged image files", len(trained_on & set(bad)), of="trained on", tried=len(bad)
+    )
 
 
 def test_a_jpeg_that_was_cut_off_anywhere_is_never_trained_on(own):
@@ -166,17 +176,29 @@ def test_a_jpeg_that_was_cut_off_anywhere_is_never_trained_on(own):
 
 
 def bombs() -> dict[str, bytes]:
-    """Small files that say they are of at least 1.6e9 pixels, and one that Pillow itself would open."""
+    """Small files that say they are of at least 1.6e9 pixels, and one that Pillow itself would
+    open.
+    """
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     def png(side: int) -> bytes:
         packer = zlib.compressobj(9)
         rows = bytes(1 + side // 8) * (side // 100)
         body = b"".join(packer.compress(rows) for _ in range(100)) + packer.flush()
         header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+        return (
+            b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", header)
+            + chunk(b"IDAT", body)
+            + chunk(b"IEND", b"")
+        )
 
     small = jpeg()
     at = small.index(b"\xff\xc0") + 5
@@ -191,7 +213,10 @@ def bombs() -> dict[str, bytes]:
         "png of 169 million pixels": png(13_000),
         "jpeg": small[:at] + struct.pack(">HH", 65_500, 65_500) + small[at + 4 :],
         "gif": gif + b"\x08\x01\x00\x00;",
-        "bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0),
+        "bmp": b"BM"
+        + struct.pack(
+            "<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0
+        ),
     }
 
 
@@ -216,7 +241,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(own, tmp_path):
     done = run(measured, tmp_path / "out")
     assert done.code == 0, done.text
     # the reason is the size that the header gives, not that memory ran out
-    assert len(re.findall(r"^/\S+: not a usable image \([^\n]*pixels", done.text, re.MULTILINE)) == len(made), done.text
+    assert len(
+        re.findall(r"^/\S+: not a usable image \([^\n]*pixels", done.text, re.MULTILINE)
+    ) == len(made), done.text
     grown = int(re.search(r"grew (\d+) KiB", done.text)[1]) / 1024
     assert grown < 300 and float(re.search(r"took (\S+) s", done.text)[1]) < 5
     survived("Data: decompression bombs", tried=len(made))
@@ -281,10 +308,18 @@ def test_missing_files_are_listed_together_or_skipped(own, train):
     done = train()
     last = one_line(done)
     assert "train: 5 of 24 images are bad" in last and f"{no_image}.jpg: no such file" in last
-    for said in (rf"{no_xml}\.xml: no such file", rf"{empty}\.xml:1: not an XML", rf"{page}\.xml:1: '<!DOCTYPE'"):
+    for said in (
+        rf"{no_xml}\.xml: no such file",
+        rf"{empty}\.xml:1: not an XML",
+        rf"{page}\.xml:1: '<!DOCTYPE'",
+    ):
         assert re.search(rf"^\S*/{said}", done.text, re.MULTILINE), done.text
     done = train("data.on_bad=skip")
-    assert done.code == 0 and "5 of 24 images are bad and left out" in done.text and "data: 19 images" in done.text
+    assert (
+        done.code == 0
+        and "5 of 24 images are bad and left out" in done.text
+        and "data: 19 images" in done.text
+    )
     survived("Data: missing, malformed and hostile XML", tried=5)
 
 
@@ -329,7 +364,9 @@ def test_hostile_and_malformed_xml_is_refused_at_once_and_reads_nothing(own, tmp
             own.read()[0]
         assert time.process_time() - start < 0.1, kind
         message = str(error.value)
-        assert re.search(rf"{name}\.xml:\d+: ", message) and "\n" not in message and len(message) < 700, kind
+        assert (
+            re.search(rf"{name}\.xml:\d+: ", message) and "\n" not in message and len(message) < 700
+        ), kind
         leaks += CANARY in message
     output = capsys.readouterr()
     leaks += CANARY in output.out + output.err
@@ -346,15 +383,22 @@ def test_a_box_in_a_batch_is_always_a_box(own):
     wrong = []
     for _ in range(300):
         corners = [str(rng.choice(broken if rng.random() < 0.02 else values)) for _ in range(4)]
-        box = "".join(f"<{s}>{c}</{s}>" for s, c in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
+        box = "".join(
+            f"<{s}>{c}</{s}>"
+            for s, c in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+        )
         part = "<part><name>ring</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part>"
         own.xml(name).write_text(
             f"<annotation><object><name>star</name>{part}<bndbox>{box}</bndbox></object></annotation>"
         )
         faulty = any(c in broken for c in corners)
-        swapped = not faulty and (float(corners[0]) > float(corners[2]) or float(corners[1]) > float(corners[3]))
+        swapped = not faulty and (
+            float(corners[0]) > float(corners[2]) or float(corners[1]) > float(corners[3])
+        )
         if faulty or swapped:
-            with pytest.raises(UserError, match="corners are swapped" if swapped else "not a number"):
+            with pytest.raises(
+                UserError, match="corners are swapped" if swapped else "not a number"
+            ):
                 own.read()[0]
             continue
         image, target = own.read()[0]
@@ -362,14 +406,20 @@ def test_a_box_in_a_batch_is_always_a_box(own):
         asked = np.clip(np.array(corners, float) - [1, 1, 0, 0], 0, [width, height, width, height])
         expected = [asked.tolist()] if (asked[2:] - asked[:2] >= 1).all() else []
         expected = np.reshape(expected, (-1, 4))
-        if boxes.shape != expected.shape or not np.allclose(boxes, expected) or len(target["labels"]) != len(boxes):
+        if (
+            boxes.shape != expected.shape
+            or not np.allclose(boxes, expected)
+            or len(target["labels"]) != len(boxes)
+        ):
             wrong.append((corners, boxes))
     assert not wrong
     survived("Data: boxes outside, swapped, empty, not numbers", len(wrong), of="wrong", tried=300)
 
 
 def test_boxes_of_one_pixel_too_many_or_few_would_show_in_the_score(own):
-    """Perfect predictions, made of the XML by hand, through the letterbox and back: AP is 1, and 1 is subtracted."""
+    """Perfect predictions, made of the XML by hand, through the letterbox and back: AP is 1, and 1
+    is subtracted.
+    """
     own.split(*own.names("val"))
     dataset = own.read()
     loader = ValLoader(Store(dataset, 96, workers=2, storage="resident"), 8)
@@ -386,7 +436,8 @@ def test_boxes_of_one_pixel_too_many_or_few_would_show_in_the_score(own):
             boxes = torch.tensor(sides) - torch.tensor([1.0, 1.0, 0.0, 0.0])
             exact.append(np.array_equal(boxes, target["boxes_xyxy"]))
             corner, scale = (
-                torch.tensor(x[row], dtype=torch.float32).tile(2) for x in (to_native.corner, to_native.scale)
+                torch.tensor(x[row], dtype=torch.float32).tile(2)
+                for x in (to_native.corner, to_native.scale)
             )
             detections.append(
                 {
@@ -400,14 +451,19 @@ def test_boxes_of_one_pixel_too_many_or_few_would_show_in_the_score(own):
     assert metric.compute() == pytest.approx(dict.fromkeys(metric.compute(), 1.0))
 
 
-@pytest.mark.parametrize("written, nearest", [("Circle", "circle"), ("sqare", "square"), ("STAR ", "star")])
+@pytest.mark.parametrize(
+    "written, nearest", [("Circle", "circle"), ("sqare", "square"), ("STAR ", "star")]
+)
 def test_an_unknown_class_stops_in_either_mode(own, train, written, nearest):
     name = own.names()[3]
     text = re.sub("</?part>", "", own.xml(name).read_text())
     own.xml(name).write_text(re.sub(r"<name>\w+</name>", f"<name>{written}</name>", text))
     for mode in ("stop", "skip"):
         last = one_line(train(f"data.on_bad={mode}"))
-        assert f"{name}.xml: unknown class {written.strip()!r}, the nearest known is {nearest!r}" in last
+        assert (
+            f"{name}.xml: unknown class {written.strip()!r}, the nearest known is {nearest!r}"
+            in last
+        )
         assert "`names:`" in last
     own.xml(name).write_text(text.replace("</name>", " \n</name>"))  # spaces are no other name
     assert len(own.read()) == 24
@@ -421,8 +477,18 @@ def test_names_and_links_that_lead_out_of_the_folder_are_refused(own, tmp_path, 
     outside.mkdir()
     name = own.names()[0]
     shutil.copy(own.image(name), outside / "a.png")
-    (outside / "a.xml").write_text(f"<annotation><object><name>{CANARY}</name></object></annotation>")
-    names = ["../outside/a", str(outside / "a"), "..\\a", "C:\\a", "a\0b", "..", f"{name}/../../../outside/a"]
+    (outside / "a.xml").write_text(
+        f"<annotation><object><name>{CANARY}</name></object></annotation>"
+    )
+    names = [
+        "../outside/a",
+        str(outside / "a"),
+        "..\\a",
+        "C:\\a",
+        "a\0b",
+        "..",
+        f"{name}/../../../outside/a",
+    ]
     for hostile in names:
         own.split(hostile)
         with pytest.raises(UserError, match="is not the name of an image"):
@@ -431,7 +497,9 @@ def test_names_and_links_that_lead_out_of_the_folder_are_refused(own, tmp_path, 
             VOC(str(own.folder), [hostile], names=SHAPES)
     own.split(name)
     text = own.xml(name).read_text()
-    own.xml(name).write_text(re.sub("<filename>.*?</filename>", f"<filename>{outside}/a.png</filename>", text))
+    own.xml(name).write_text(
+        re.sub("<filename>.*?</filename>", f"<filename>{outside}/a.png</filename>", text)
+    )
     assert own.read().records[0].image == str(own.image(name))  # <filename> is never a path
 
     for path, target in ((own.xml(name), outside / "a.xml"), (own.image(name), outside / "a.png")):
@@ -440,13 +508,16 @@ def test_names_and_links_that_lead_out_of_the_folder_are_refused(own, tmp_path, 
         path.symlink_to(target)
         last = one_line(train())
         assert (
-            f"{name}{'.xml' if path.suffix == '.xml' else '.jpg'}: a link that leads out of the set; put a copy" in last
+            f"{name}{'.xml' if path.suffix == '.xml' else '.jpg'}: a link that leads out of the set; put a copy"
+            in last
         )
         path.unlink()
         path.write_bytes(kept)
     output = capsys.readouterr()
     leaks = sum(CANARY in text for text in (output.out, output.err, last))
-    survived("Data: names and links that lead out", leaks, of="files read", tried=2 * len(names) + 2)
+    survived(
+        "Data: names and links that lead out", leaks, of="files read", tried=2 * len(names) + 2
+    )
 
 
 def test_split_files_of_every_kind_are_read_or_named(own, train, capsys):
@@ -473,7 +544,9 @@ def test_an_overlap_of_train_and_val_stops_unless_it_is_allowed(own, train):
     shared = own.names("val")[0]
     own.split(*own.names(), shared)
     last = one_line(train())
-    assert "1 images are in train and val both" in last and shared in last and "allow_overlap" in last
+    assert (
+        "1 images are in train and val both" in last and shared in last and "allow_overlap" in last
+    )
     done = train("data.allow_overlap=true")
     assert done.code == 0, done.text
     survived("Data: split files empty, odd, repeating, overlapping", tried=2)
@@ -484,7 +557,9 @@ def test_an_overlap_of_train_and_val_stops_unless_it_is_allowed(own, train):
 
 def test_a_batch_of_images_without_objects_trains(own, train):
     for name in own.names():
-        own.xml(name).write_text("<annotation><size><width>64</width><height>64</height></size></annotation>")
+        own.xml(name).write_text(
+            "<annotation><size><width>64</width><height>64</height></size></annotation>"
+        )
     torch.manual_seed(0)
     model = YOLO11(SHAPES, scale=TINY).train()
     loader = TrainLoader(Store(own.read(), 64, workers=2, storage="resident"), 8, 1, Augment())
@@ -503,7 +578,11 @@ def test_no_detections_at_all_score_zero(own):
     own.split(*own.names("val"))
     loader = ValLoader(Store(own.read(), 64, workers=2, storage="resident"), 3)
     metric = DetectionMetric(SHAPES)
-    none = {"boxes_xyxy": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+    none = {
+        "boxes_xyxy": torch.zeros(0, 4),
+        "scores": torch.zeros(0),
+        "labels": torch.zeros(0, dtype=torch.int64),
+    }
     for _, targets, to_native in loader:
         metric.update(to_native([none] * len(targets)), targets)
     assert set(metric.compute().values()) == {0.0}
@@ -513,11 +592,19 @@ def test_no_detections_at_all_score_zero(own):
 
 def test_fewer_images_than_a_batch_stop_before_the_first_epoch(own, train):
     done = train("data.limit=3")
-    assert "train.batch: 8 is more than the 3 training images" in one_line(done) and "epoch 1" not in done.text
+    assert (
+        "train.batch: 8 is more than the 3 training images" in one_line(done)
+        and "epoch 1" not in done.text
+    )
     own.split(*own.names()[:8])
-    own.image(own.names()[0]).write_bytes(b"")  # a batch is there only as long as all files are whole
+    own.image(own.names()[0]).write_bytes(
+        b""
+    )  # a batch is there only as long as all files are whole
     done = train("data.on_bad=skip")
-    assert "train.batch: 8 is more than the 7 training images" in one_line(done) and "epoch 1" not in done.text
+    assert (
+        "train.batch: 8 is more than the 7 training images" in one_line(done)
+        and "epoch 1" not in done.text
+    )
     survived("Data: no objects, no detections, too few images", tried=2)
 
 
@@ -550,16 +637,34 @@ def test_every_real_messy_file_comes_through(tmp_path):
         if source.parent.name == "pixels":
             (tmp_path / "Annotations").mkdir(exist_ok=True)
             (tmp_path / "Annotations" / f"pixels_{source.stem}.xml").write_text("<annotation/>")
-    names = [*VOC_NAMES, "RBC", "WBC", "Platelets", "vehicle", "handbag", "head", "helmet", "raccoon"]
+    names = [
+        *VOC_NAMES,
+        "RBC",
+        "WBC",
+        "Platelets",
+        "vehicle",
+        "handbag",
+        "head",
+        "helmet",
+        "raccoon",
+    ]
     dataset = VOC(str(tmp_path), ["all"], names=names)
     images = sum(path.suffix != ".xml" for path in found)
     assert len(dataset) == images == len({path.stem for path in found})
     seen = 0
-    for batch, targets, to_native in ValLoader(Store(dataset, 320, workers=2, storage="resident"), 4):
-        assert batch.isfinite().all() and batch.min() >= 0 and batch.max() <= 1 and batch.std() > 0.05
+    for batch, targets, to_native in ValLoader(
+        Store(dataset, 320, workers=2, storage="resident"), 4
+    ):
+        assert (
+            batch.isfinite().all() and batch.min() >= 0 and batch.max() <= 1 and batch.std() > 0.05
+        )
         for target, native in zip(targets, to_native.native, strict=True):
             boxes = target["boxes_xyxy"]
-            assert (boxes >= 0).all() and (boxes[:, 2:] <= native).all() and (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+            assert (
+                (boxes >= 0).all()
+                and (boxes[:, 2:] <= native).all()
+                and (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+            )
             assert len(boxes) or target["id"].split("/")[1].startswith("pixels")
             seen += 1
     assert seen == images
@@ -584,4 +689,6 @@ def test_errors_and_datasets_survive_pickling(own):
     dataset = own.read()
     again = pickle.loads(pickle.dumps(dataset))  # noqa: S301
     assert len(again) == len(dataset) and again.photographs == dataset.photographs
-    assert np.array_equal(again[0][0], dataset[0][0]) and math.isfinite(again[0][1]["boxes_xyxy"].sum())
+    assert np.array_equal(again[0][0], dataset[0][0]) and math.isfinite(
+        again[0][1]["boxes_xyxy"].sum()
+    )

@@ -18,7 +18,8 @@ from kdmini.checkpoint import existing, load
 from tests.conftest import ROOT
 from tests.faults.record import survived
 
-# a term that at some call does something to rank 1 alone; every rank leaves its pid, and how often it was called
+# a term that at some call does something to rank 1 alone; every rank leaves its pid, and how often
+# it was called
 TERM = """
 import os, sys, time
 from pathlib import Path
@@ -81,11 +82,28 @@ class Launch:
         self.folder, self.output = folder, folder / "output"
         (folder / "upset.py").write_text(TERM)
         (folder / "slow.py").write_text(METRIC)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "train.py",
+        ]
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                [*command, *map(str, arguments)], cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+                [*command, *map(str, arguments)],
+                cwd=ROOT,
+                env=env,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
 
     def until(self, ready: Callable[[], object], limit: float = 60) -> None:
@@ -139,24 +157,39 @@ def check_folder(folder: Path, epochs: int) -> None:
 
 
 def test_a_run_of_two_ranks_leaves_one_set_of_files_and_goes_on(config_file: Path) -> None:
-    """Stopped after two epochs by SIGTERM to rank 1, resumed; a NaN on rank 1 on the way costs one update."""
+    """Stopped after two epochs by SIGTERM to rank 1, resumed; a NaN on rank 1 on the way costs one
+    update.
+    """
     folder = config_file.parent
-    launch = Launch(folder, "--config", config_file, *upset(folder, "nan", at=2, pause=0.1), "train.nbs=8")
+    launch = Launch(
+        folder, "--config", config_file, *upset(folder, "nan", at=2, pause=0.1), "train.nbs=8"
+    )
     launch.until(lambda: launch.calls(1) >= 4)
     os.kill(launch.pids()[1], signal.SIGTERM)
     ended = launch.wait()
     assert ended.code and ended.seconds < 30
     assert "stopped after step 3 of epoch 2; to go on: train.py --resume" in ended.text
-    assert ended.text.count("device: torch finds no CUDA") <= 1 and ended.text.count("student: YOLO11") == 1
-    assert "FutureWarning" not in ended.text and "[rank" not in ended.text  # as torch marks tracebacks
-    assert [path.name for path in existing(folder / "run/ckpt")] == ["step_00000003.pt", "step_00000006.pt"]
+    assert (
+        ended.text.count("device: torch finds no CUDA") <= 1
+        and ended.text.count("student: YOLO11") == 1
+    )
+    assert (
+        "FutureWarning" not in ended.text and "[rank" not in ended.text
+    )  # as torch marks tracebacks
+    assert [path.name for path in existing(folder / "run/ckpt")] == [
+        "step_00000003.pt",
+        "step_00000006.pt",
+    ]
     assert records(folder)[1]["skipped"] == 1
 
     resumed = Launch(folder, "--resume", folder / "run").wait()
     assert resumed.code == 0, resumed.text
     assert "1 of 4 epochs and 3 steps done" in resumed.text
     check_folder(folder, 4)
-    assert all(value.isfinite().all() for value in load(existing(folder / "run/ckpt")[-1])["student"].values())
+    assert all(
+        value.isfinite().all()
+        for value in load(existing(folder / "run/ckpt")[-1])["student"].values()
+    )
     survived("Processes: stop signal to one of two ranks, NaN on one, resumed", tried=2)
 
 
@@ -171,7 +204,9 @@ ENDS = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", ENDS)
-def test_when_one_rank_ends_all_end_with_the_reason_within_seconds(config_file: Path, how: str) -> None:
+def test_when_one_rank_ends_all_end_with_the_reason_within_seconds(
+    config_file: Path, how: str
+) -> None:
     folder = config_file.parent
     launch = Launch(folder, "--config", config_file, *upset(folder, how, at=5), "timeout=0.1")
     launch.until(lambda: launch.calls(1) >= 5)
@@ -190,12 +225,17 @@ def test_when_one_rank_ends_all_end_with_the_reason_within_seconds(config_file: 
 def test_a_signal_to_torchrun_makes_all_save_at_the_same_step(config_file: Path, name: str) -> None:
     folder = config_file.parent
     launch = Launch(folder, "--config", config_file, *upset(folder, pause=0.1))
-    launch.until(lambda: min(launch.calls(0), launch.calls(1)) >= 4)  # both train; a rank that evaluates leaves at once
+    launch.until(
+        lambda: min(launch.calls(0), launch.calls(1)) >= 4
+    )  # both train; a rank that evaluates leaves at once
     os.killpg(launch.process.pid, getattr(signal, name))
     ended = launch.wait()
     assert ended.code and ended.seconds < 30
     assert "stopped after step 3 of epoch 2" in ended.text, ended.text
-    assert [path.name for path in existing(folder / "run/ckpt")] == ["step_00000003.pt", "step_00000006.pt"]
+    assert [path.name for path in existing(folder / "run/ckpt")] == [
+        "step_00000003.pt",
+        "step_00000006.pt",
+    ]
     resumed = Launch(folder, "--resume", folder / "run").wait()
     assert resumed.code == 0, resumed.text
     check_folder(folder, 4)
@@ -204,12 +244,16 @@ def test_a_signal_to_torchrun_makes_all_save_at_the_same_step(config_file: Path,
 
 @pytest.mark.long
 @pytest.mark.parametrize("one", [False, True])
-def test_a_signal_in_an_evaluation_ends_all_and_costs_the_evaluation_alone(config_file: Path, one: bool) -> None:
+def test_a_signal_in_an_evaluation_ends_all_and_costs_the_evaluation_alone(
+    config_file: Path, one: bool
+) -> None:
     folder = config_file.parent
     slow = ["metric.build=slow:Slow", f"metric.folder={folder}"]
     launch = Launch(folder, "--config", config_file, *upset(folder), *slow)
     launch.until((folder / "evaluating").exists)
-    os.kill(launch.pids()[1], signal.SIGTERM) if one else os.killpg(launch.process.pid, signal.SIGTERM)
+    os.kill(launch.pids()[1], signal.SIGTERM) if one else os.killpg(
+        launch.process.pid, signal.SIGTERM
+    )
     ended = launch.wait()
     assert ended.code and ended.seconds < 15
     path = existing(folder / "run/ckpt")[-1]
@@ -236,7 +280,9 @@ def test_a_batch_that_does_not_share_out_is_one_line(config_file: Path) -> None:
     ended = Launch(folder, "--config", config_file, "train.batch=9").wait()
     assert ended.code == 1 and not (folder / "run").exists()
     told = "train.batch: 9 images do not share out among 2 processes; give a multiple"
-    found = re.findall(r"error: rank \d: [^:]*: [^;]*; give a multiple", ended.text)  # two may stand in one line
+    found = re.findall(
+        r"error: rank \d: [^:]*: [^;]*; give a multiple", ended.text
+    )  # two may stand in one line
     assert found and set(found) <= {f"error: rank {rank}: {told}" for rank in range(2)}
     assert "[rank" not in ended.text
     survived("Processes: batch that the ranks cannot share")
@@ -244,11 +290,16 @@ def test_a_batch_that_does_not_share_out_is_one_line(config_file: Path) -> None:
 
 @pytest.mark.long
 def test_weights_stay_equal_after_a_nan_on_one_rank(config_file: Path) -> None:
-    """What NaN on rank 1 costs: the update. Resumed on two ranks and run to the end, the loss is finite."""
+    """What NaN on rank 1 costs: the update. Resumed on two ranks and run to the end, the loss is
+    finite.
+    """
     folder = config_file.parent
     ended = Launch(folder, "--config", config_file, *upset(folder, "nan", at=5)).wait()
     assert ended.code == 0, ended.text
     assert [record["skipped"] for record in records(folder)[1:]] == [0, 1, 0, 0]
-    assert all(torch.isfinite(v).all() for v in load(existing(folder / "run/ckpt")[-1])["ema"]["average"].values())
+    assert all(
+        torch.isfinite(v).all()
+        for v in load(existing(folder / "run/ckpt")[-1])["ema"]["average"].values()
+    )
     check_folder(folder, 4)
     survived("Processes: NaN on one of two ranks")

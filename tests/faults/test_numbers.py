@@ -1,7 +1,8 @@
-"""NaN, infinity, overflow and exhausted memory in the middle of a run; and numbers that come out the same twice.
+"""NaN, infinity, overflow and exhausted memory in the middle of a run; and numbers that come out
+the same twice.
 
-Most of it in this process, with all that train.py puts together: real batches, detectors, taps and optimiser.
-"""
+Most of it in this process, with all that train.py puts together: real batches, detectors, taps and
+optimiser."""
 
 import functools
 import json
@@ -41,13 +42,21 @@ PLACES = [*TERMS, "activation", "image"]
 
 
 class Bench:
-    """What train.py builds, with a place for a fault: the next forward pass, or every one, is spoilt in it."""
+    """What train.py builds, with a place for a fault: the next forward pass, or every one, is
+    spoilt in it.
+    """
 
-    def __init__(self, shapes: Path, amp: bool | str = False, batch: int = 4, fold: bool = True, **settings):
+    def __init__(
+        self, shapes: Path, amp: bool | str = False, batch: int = 4, fold: bool = True, **settings
+    ):
         torch.manual_seed(0)
-        self.recipe = Recipe(epochs=1000, batch=batch, amp=amp, **{"nbs": batch, "warmup_epochs": 0, **settings})
+        self.recipe = Recipe(
+            epochs=1000, batch=batch, amp=amp, **{"nbs": batch, "warmup_epochs": 0, **settings}
+        )
         dataset = VOC(str(shapes), ["train"], names=NAMES)
-        self.loader = TrainLoader(Store(dataset, 64, workers=1, storage="resident"), batch, 1000, Augment())
+        self.loader = TrainLoader(
+            Store(dataset, 64, workers=1, storage="resident"), batch, 1000, Augment()
+        )
         self.student, teacher = (YOLO11(NAMES, [0.5, 0.0625, 1024]) for _ in range(2))
         if not fold:
             teacher.fold = None  # its BatchNorm statistics stay
@@ -69,7 +78,9 @@ class Bench:
             name: self.spoil(name, value) for name, value in loss(preds, targets).items()
         }
         term.forward = lambda *views: self.spoil("attention", attention(*views))
-        self.student.model[3].register_forward_hook(lambda module, args, output: self.spoil("activation", output))
+        self.student.model[3].register_forward_hook(
+            lambda module, args, output: self.spoil("activation", output)
+        )
 
     def spoil(self, place: str, value: Tensor) -> Tensor:
         if not self.fault or self.fault[0] != place:
@@ -88,7 +99,15 @@ class Bench:
 
     def train(self, stop: Stop) -> None:
         train_one_epoch(
-            *(self.student, self.student, self.distillation, self, self.optimizer, self.scaler, self.ema),
+            *(
+                self.student,
+                self.student,
+                self.distillation,
+                self,
+                self.optimizer,
+                self.scaler,
+                self.ema,
+            ),
             *(self.recipe, self.progress, self.autocast, stop),
         )
         if self.progress.step == len(self):
@@ -104,10 +123,23 @@ class Bench:
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all that a skipped update must not change; counters are left out."""
-        parts = {"student": self.student.named_parameters(), "align": self.distillation.named_parameters()}
-        found = {f"{part} {name}": p for part, named in parts.items() for name, p in named if p.requires_grad}
-        found |= {f"momentum {name}": self.optimizer.state[p]["momentum_buffer"] for name, p in found.items()}
-        found |= {f"ema {n}": v for n, v in self.ema.average.state_dict().items() if v.is_floating_point()}
+        parts = {
+            "student": self.student.named_parameters(),
+            "align": self.distillation.named_parameters(),
+        }
+        found = {
+            f"{part} {name}": p
+            for part, named in parts.items()
+            for name, p in named
+            if p.requires_grad
+        }
+        found |= {
+            f"momentum {name}": self.optimizer.state[p]["momentum_buffer"]
+            for name, p in found.items()
+        }
+        found |= {
+            f"ema {n}": v for n, v in self.ema.average.state_dict().items() if v.is_floating_point()
+        }
         return {name: value.detach().clone() for name, value in found.items()}
 
     def statistics(self) -> dict[str, Tensor]:
@@ -127,7 +159,9 @@ def broken(tensors: dict[str, Tensor]) -> list[str]:
 
 
 @pytest.mark.parametrize("amp", [False, "bf16"])
-def test_a_spoilt_update_changes_nothing_and_the_next_goes_on(shapes: Path, amp: bool | str) -> None:
+def test_a_spoilt_update_changes_nothing_and_the_next_goes_on(
+    shapes: Path, amp: bool | str
+) -> None:
     bench = Bench(shapes, amp)
     bench.update()
     for place in PLACES:
@@ -137,7 +171,11 @@ def test_a_spoilt_update_changes_nothing_and_the_next_goes_on(shapes: Path, amp:
             assert bench.hit > hits and bench.progress.skipped == 1, (place, value)
             after = bench.state()
             lost = changed(before, after) + broken(after) + broken(bench.statistics())
-            survived("Numbers: NaN or infinity in a loss, an activation or an image", len(lost), of="tensors")
+            survived(
+                "Numbers: NaN or infinity in a loss, an activation or an image",
+                len(lost),
+                of="tensors",
+            )
             bench.update()
             assert bench.progress.skipped == 0 and not broken(bench.state()), (place, value)
             # the update was a real one: everything that learns has moved
@@ -145,7 +183,9 @@ def test_a_spoilt_update_changes_nothing_and_the_next_goes_on(shapes: Path, amp:
 
 
 def test_statistics_of_the_align_modules_forget_a_nan(shapes: Path) -> None:
-    """They are used in evaluation alone, where one NaN would else stay in the distances to the end of the run."""
+    """They are used in evaluation alone, where one NaN would else stay in the distances to the end
+    of the run.
+    """
     bench = Bench(shapes)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -164,11 +204,20 @@ def test_statistics_of_the_align_modules_forget_a_nan(shapes: Path) -> None:
 
 @pytest.mark.parametrize("nbs", [8, 64])
 @pytest.mark.parametrize("place", ["dfl", "activation"])
-def test_one_bad_batch_among_those_of_an_update_skips_all_of_it(shapes: Path, nbs: int, place: str) -> None:
-    """And nothing of it is left in the gradients. With nbs=64 an update has the whole epoch of six batches."""
+def test_one_bad_batch_among_those_of_an_update_skips_all_of_it(
+    shapes: Path, nbs: int, place: str
+) -> None:
+    """And nothing of it is left in the gradients. With nbs=64 an update has the whole epoch of six
+    batches.
+    """
     bench = Bench(shapes, nbs=nbs)
     bench.update()
-    before, first, step, epoch = bench.state(), bench.epoch, bench.progress.step, bench.progress.epoch
+    before, first, step, epoch = (
+        bench.state(),
+        bench.epoch,
+        bench.progress.step,
+        bench.progress.epoch,
+    )
 
     def only_first(epoch: int, start: int = 0) -> Iterator:
         bench.fault = (place, math.nan)
@@ -179,15 +228,21 @@ def test_one_bad_batch_among_those_of_an_update_skips_all_of_it(shapes: Path, nb
     bench.epoch = only_first
     bench.update()
     assert bench.hit == 1 and bench.progress.skipped == 1
-    assert (bench.progress.epoch - epoch) * len(bench) + bench.progress.step - step == min(nbs // 4, 6)
+    assert (bench.progress.epoch - epoch) * len(bench) + bench.progress.step - step == min(
+        nbs // 4, 6
+    )
     assert not changed(before, bench.state()) and not broken(bench.statistics())
     assert all(p.grad is None for group in bench.optimizer.param_groups for p in group["params"])
     bench.epoch = first
     bench.update()
-    assert bench.progress.skipped == 0 and changed(before, bench.state()) and not broken(bench.state())
+    assert (
+        bench.progress.skipped == 0 and changed(before, bench.state()) and not broken(bench.state())
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"nbs": 8}, {"nbs": 64, "weight_decay": 0.1}, {"warmup_epochs": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"nbs": 8}, {"nbs": 64, "weight_decay": 0.1}, {"warmup_epochs": 1.0}]
+)
 def test_the_very_first_update_may_be_the_bad_one(shapes: Path, settings: dict) -> None:
     bench = Bench(shapes, **settings)
     before = bench.state()
@@ -207,7 +262,9 @@ def test_the_faults_are_fatal_where_nothing_guards_against_them(shapes: Path, mo
         patch.setattr(EMA, "_mend", lambda *args: None)
         bench.update("activation")
     assert any(name.startswith("ema") and "running" in name for name in broken(bench.state()))
-    assert not any(name.startswith(("student", "align", "momentum")) for name in broken(bench.state()))
+    assert not any(
+        name.startswith(("student", "align", "momentum")) for name in broken(bench.state())
+    )
 
     bench = Bench(shapes)
     bench.update()
@@ -218,8 +275,17 @@ def test_the_faults_are_fatal_where_nothing_guards_against_them(shapes: Path, mo
     assert any(name.startswith("momentum") for name in broken(bench.state()))
 
 
-def test_skipped_updates_are_counted_in_the_log_epoch_by_epoch(config_file: Path, tmp_path: Path) -> None:
-    plan = {2: "box", 3: "cls", 9: "dfl", 10: "box", 11: "cls", 14: "cls"}  # step from 1 on, six of them an epoch
+def test_skipped_updates_are_counted_in_the_log_epoch_by_epoch(
+    config_file: Path, tmp_path: Path
+) -> None:
+    plan = {
+        2: "box",
+        3: "cls",
+        9: "dfl",
+        10: "box",
+        11: "cls",
+        14: "cls",
+    }  # step from 1 on, six of them an epoch
 
     def work() -> None:
         real, calls = YOLO11.loss, 0
@@ -227,10 +293,15 @@ def test_skipped_updates_are_counted_in_the_log_epoch_by_epoch(config_file: Path
         def loss(self, preds, targets):
             nonlocal calls
             calls += 1
-            return {k: v * (math.nan if plan.get(calls) == k else 1) for k, v in real(self, preds, targets).items()}
+            return {
+                k: v * (math.nan if plan.get(calls) == k else 1)
+                for k, v in real(self, preds, targets).items()
+            }
 
         YOLO11.loss = loss
-        script(train_script, "--config", config_file, "train.epochs=3", "train.batch=4", "train.nbs=4")()
+        script(
+            train_script, "--config", config_file, "train.epochs=3", "train.batch=4", "train.nbs=4"
+        )()
 
     done = run(work, tmp_path / "out")
     assert done.code == 0, done.text
@@ -241,7 +312,11 @@ def test_skipped_updates_are_counted_in_the_log_epoch_by_epoch(config_file: Path
     for record in log:
         assert all(math.isfinite(value) for value in record.values()), record
     last = checkpoint.load(checkpoint.existing(tmp_path / "run/ckpt")[-1])
-    assert not broken(last["student"]) and not broken(last["ema"]["average"]) and not broken(last["distillation"])
+    assert (
+        not broken(last["student"])
+        and not broken(last["ema"]["average"])
+        and not broken(last["distillation"])
+    )
     survived("Numbers: NaN or infinity in a loss, an activation or an image", tried=len(plan))
 
 
@@ -261,21 +336,37 @@ def test_twenty_bad_updates_in_a_row_stop_the_run_with_the_names(shapes: Path, p
     assert ", ".join(last) in text and len(last) == 4, text
 
 
-def test_a_run_that_is_all_nan_ends_with_one_line_and_keeps_its_checkpoints(config_file: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_all_nan_ends_with_one_line_and_keeps_its_checkpoints(
+    config_file: Path, tmp_path: Path
+) -> None:
     def work() -> None:
         real, calls = AttentionTransfer.forward, 0
 
         def forward(self, *views):
             nonlocal calls
             calls += 1
-            return real(self, *views) * (math.nan if calls > 7 else 1)  # all of the second epoch and on
+            return real(self, *views) * (
+                math.nan if calls > 7 else 1
+            )  # all of the second epoch and on
 
         AttentionTransfer.forward = forward
-        command = ("--config", config_file, "train.epochs=9", "train.batch=4", "train.nbs=4", "train.val_every=9")
+        command = (
+            "--config",
+            config_file,
+            "train.epochs=9",
+            "train.batch=4",
+            "train.nbs=4",
+            "train.val_every=9",
+        )
         script(train_script, *command, "distill.attention.schedule=[[0, 1, 9, 1]]")()
 
     done = run(work, tmp_path / "out")
-    assert_one_line(done, "23 updates in a row had no finite gradient", "(attention not finite, last on shapes/", "lr0")
+    assert_one_line(
+        done,
+        "23 updates in a row had no finite gradient",
+        "(attention not finite, last on shapes/",
+        "lr0",
+    )
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["skipped"] for record in log[1:4]] == [0, 5, 6]
     last = checkpoint.load(checkpoint.existing(tmp_path / "run/ckpt")[-1])
@@ -312,11 +403,21 @@ def test_the_term_is_named_though_it_failed_long_before_its_update_was_due() -> 
 
 # --- nothing waits for the device
 
-WAITING = ("_local_scalar_dense", "nonzero", "_unique2", "is_nonzero", "item", "equal", "masked_select")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique2",
+    "is_nonzero",
+    "item",
+    "equal",
+    "masked_select",
+)
 
 
 class Waits(TorchDispatchMode):
-    """Keeps what makes the host wait on a GPU: operators whose result the host needs; with the place in our code."""
+    """Keeps what makes the host wait on a GPU: operators whose result the host needs; with the
+    place in our code.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,12 +434,16 @@ class Waits(TorchDispatchMode):
 
 
 def is_mask(argument: object) -> bool:
-    return isinstance(argument, list | tuple) and any(isinstance(t, Tensor) and t.dtype == torch.bool for t in argument)
+    return isinstance(argument, list | tuple) and any(
+        isinstance(t, Tensor) and t.dtype == torch.bool for t in argument
+    )
 
 
 @pytest.mark.parametrize("amp", [False, "bf16", "fp16"])
 @pytest.mark.parametrize("place", ["", "cls"])
-def test_between_two_reads_nothing_waits_for_the_device(shapes: Path, monkeypatch, amp: bool | str, place: str) -> None:
+def test_between_two_reads_nothing_waits_for_the_device(
+    shapes: Path, monkeypatch, amp: bool | str, place: str
+) -> None:
     bench = Bench(shapes, amp)
     bench.update()
     bench.update()
@@ -369,7 +474,11 @@ def test_between_two_reads_nothing_waits_for_the_device(shapes: Path, monkeypatc
 
 def overflow(bench: Bench) -> Callable[[], None]:
     """From now on one gradient is infinite -> what ends that."""
-    return bench.student.model[8].cv1.conv.weight.register_hook(lambda gradient: gradient * math.inf).remove
+    return (
+        bench.student.model[8]
+        .cv1.conv.weight.register_hook(lambda gradient: gradient * math.inf)
+        .remove
+    )
 
 
 def test_an_overflow_in_float16_halves_the_scale_and_the_schedule_goes_on(shapes: Path) -> None:
@@ -397,7 +506,9 @@ def test_an_overflow_in_float16_halves_the_scale_and_the_schedule_goes_on(shapes
 
 @pytest.mark.parametrize("good_between", [0, 1])
 def test_a_scale_that_collapses_stops_the_run(shapes: Path, good_between: int) -> None:
-    """Below 1 it helps no more; with good updates between the bad ones these would never be twenty in a row."""
+    """Below 1 it helps no more; with good updates between the bad ones these would never be twenty
+    in a row.
+    """
     bench = Bench(shapes, "fp16")
     bench.update()
     bench.scaler.update(4.0)
@@ -409,23 +520,39 @@ def test_a_scale_that_collapses_stops_the_run(shapes: Path, good_between: int) -
             bench.update()
     assert bench.scaler.get_scale() == 1.0  # and that may be
     overflow(bench)
-    with pytest.raises(UserError, match=r"^the scale of the fp16 gradients fell below 1.*train.amp=bf16 or false$"):
+    with pytest.raises(
+        UserError, match=r"^the scale of the fp16 gradients fell below 1.*train.amp=bf16 or false$"
+    ):
         bench.update()
     survived("Numbers: overflow in float16")
 
 
-def test_a_run_whose_gradients_all_overflow_ends_with_one_line(config_file: Path, tmp_path: Path) -> None:
+def test_a_run_whose_gradients_all_overflow_ends_with_one_line(
+    config_file: Path, tmp_path: Path
+) -> None:
     def work() -> None:
         real = YOLO11.loss
         YOLO11.loss = lambda *args: {name: value * 1e30 for name, value in real(*args).items()}
-        command = ("--config", config_file, "train.epochs=9", "train.batch=4", "train.nbs=4", "train.val_every=9")
+        command = (
+            "--config",
+            config_file,
+            "train.epochs=9",
+            "train.batch=4",
+            "train.nbs=4",
+            "train.val_every=9",
+        )
         script(train_script, *command, "train.amp=fp16", "distill=null", "teacher=null")()
 
     done = run(work, tmp_path / "out")
-    assert_one_line(done, "the scale of the fp16 gradients fell below 1", "use train.amp=bf16 or false")
+    assert_one_line(
+        done, "the scale of the fp16 gradients fell below 1", "use train.amp=bf16 or false"
+    )
     last = checkpoint.load(checkpoint.existing(tmp_path / "run/ckpt")[-1])
     assert last["scaler"]["scale"] == 65536 / 2**12
-    assert (last["progress"]["epoch"], last["progress"]["step"]) == (1, 6)  # the end of the second epoch
+    assert (last["progress"]["epoch"], last["progress"]["step"]) == (
+        1,
+        6,
+    )  # the end of the second epoch
     assert not broken(last["student"]) and not broken(last["ema"]["average"])
     survived("Numbers: overflow in float16")
 
@@ -437,7 +564,10 @@ def test_maps_of_large_float16_activations_are_those_of_float32() -> None:
     feats = 300 * torch.rand(2, 512, 4, 4, generator=torch.Generator().manual_seed(0))
     half = feats.half()
     assert half.square().sum(1).isinf().all()  # control: what float16 makes of it
-    assert torch.equal(attention_map(half), attention_map(half.float())) and attention_map(half).isfinite().all()
+    assert (
+        torch.equal(attention_map(half), attention_map(half.float()))
+        and attention_map(half).isfinite().all()
+    )
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(attention_map(half), attention_map(half.float()))
     survived("Numbers: attention maps at the limits")
@@ -451,13 +581,29 @@ def hand_written(difference: Tensor) -> Tensor:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("reduction", ["notes", "sample", "mean_square"])
-def test_maps_of_zeros_and_equal_maps(monkeypatch, reduction, p: float, ranks: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(distributed, "world", lambda: ranks)  # of several ranks that all have the same
+def test_maps_of_zeros_and_equal_maps(
+    monkeypatch, reduction, p: float, ranks: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(
+        distributed, "world", lambda: ranks
+    )  # of several ranks that all have the same
     monkeypatch.setattr(distributed, "total", lambda value: value)
     generator = torch.Generator().manual_seed(0)
-    some, other, zero = torch.randn(2, 8, 4, 4, generator=generator), torch.rand(2, 8, 4, 4), torch.zeros(2, 8, 4, 4)
+    some, other, zero = (
+        torch.randn(2, 8, 4, 4, generator=generator),
+        torch.rand(2, 8, 4, 4),
+        torch.zeros(2, 8, 4, 4),
+    )
     half = torch.cat([some[:1], zero[:1]])  # one image of zeros
-    cases = [(zero, zero), (some, some), (zero, some), (some, zero), (half, half), (half, other), (some, half)]
+    cases = [
+        (zero, zero),
+        (some, some),
+        (zero, some),
+        (some, zero),
+        (half, half),
+        (half, other),
+        (some, half),
+    ]
     for student, teacher in cases:
         feat = student.to(dtype).requires_grad_()
         loss = AttentionTransfer(reduction, p).distance(feat, teacher.to(dtype))
@@ -490,7 +636,10 @@ def test_the_teacher_is_as_it_was_whatever_it_was_shown(shapes: Path, fold: bool
 
 def test_a_teacher_with_one_nan_is_refused_by_name(config_file: Path, tmp_path: Path) -> None:
     teacher = YOLO11(NAMES, [0.5, 0.0625, 1024])
-    for key, value in (("model.4.cv1.conv.weight", math.nan), ("model.22.cv2.bn.running_var", math.inf)):
+    for key, value in (
+        ("model.4.cv1.conv.weight", math.nan),
+        ("model.22.cv2.bn.running_var", math.inf),
+    ):
         state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
         state[key].view(-1)[-1] = value
         spoilt = YOLO11(NAMES, [0.5, 0.0625, 1024])
@@ -519,7 +668,9 @@ def test_a_teacher_with_one_nan_is_refused_by_name(config_file: Path, tmp_path: 
         ("cuda:x", 1, ["'cuda:x'", "use auto, cpu, cuda"]),
     ],
 )
-def test_a_device_that_is_not_there(config_file: Path, tmp_path: Path, device: str, count: int, words: list) -> None:
+def test_a_device_that_is_not_there(
+    config_file: Path, tmp_path: Path, device: str, count: int, words: list
+) -> None:
     def work() -> None:
         torch.cuda.is_available, torch.cuda.device_count = lambda: count > 0, lambda: count
         script(train_script, "--config", config_file, f"device={device}")()
@@ -537,17 +688,23 @@ class Reference:
 
     def __init__(self, folder: Path, shapes: Path):
         self.folder = folder
-        self.text = CONFIG.format(run=folder / "RUN", shapes=shapes, tiny=TINY).replace("epochs: 4", "epochs: 2")
+        self.text = CONFIG.format(run=folder / "RUN", shapes=shapes, tiny=TINY).replace(
+            "epochs: 4", "epochs: 2"
+        )
         self.config = folder / "config.yaml"
         self.config.write_text(self.text)
 
     def command(self, name: str, *overrides: str) -> Callable[[], object]:
-        return script(train_script, "--config", self.config, f"run={self.folder / name}", *overrides)
+        return script(
+            train_script, "--config", self.config, f"run={self.folder / name}", *overrides
+        )
 
     @functools.cache  # noqa: B019 - as long as the module's tests
     def made(self, name: str, seed: int) -> dict:
         command = self.command(name, f"seed={seed}", "device=auto")
-        done = run(lambda: (torch.seed(), command()), self.folder / f"{name}.txt")  # a child begins like its parent
+        done = run(
+            lambda: (torch.seed(), command()), self.folder / f"{name}.txt"
+        )  # a child begins like its parent
         assert done.code == 0, done.text
         assert torch.cuda.is_available() or "no CUDA device, so this runs on the CPU" in done.text
         return self.newest(name)
@@ -578,8 +735,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(reference: Re
     one, two, other = reference.made("one", 3), reference.made("two", 3), reference.made("other", 4)
     assert one.keys() == two.keys() == other.keys() and len(one) > 1000
     survived("Numbers: the same seed twice", len(changed(one, two)), of="tensors that differ")
-    weights = [name for name in one if name.startswith("/student") and name.endswith(".conv.weight")]
-    apart = [(one[name] - other[name]).norm() / one[name].norm() for name in weights if "dfl" not in name]
+    weights = [
+        name for name in one if name.startswith("/student") and name.endswith(".conv.weight")
+    ]
+    apart = [
+        (one[name] - other[name]).norm() / one[name].norm() for name in weights if "dfl" not in name
+    ]
     assert min(apart) > 1  # begun elsewhere, not only trained on other images
 
 
@@ -598,14 +759,23 @@ def test_memory_that_runs_out_is_one_line_and_the_run_goes_on_from_its_checkpoin
             nonlocal calls
             calls += 1
             if calls == 3 + 3:  # step 3 of the second epoch
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+                raise torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."
+                )
             return real(self, preds, targets)
 
         YOLO11.loss = loss
         reference.command("full", "train.save_every=1")()
 
     done = run(work, tmp_path / "out")
-    assert_one_line(done, "out of memory", "train.batch=8", "data.imgsz=64", "lower one", "checkpoints written so far")
+    assert_one_line(
+        done,
+        "out of memory",
+        "train.batch=8",
+        "data.imgsz=64",
+        "lower one",
+        "checkpoints written so far",
+    )
     last = checkpoint.existing(reference.folder / "full" / "ckpt")[-1]
     assert checkpoint.load(last)["progress"]["epoch"] == 1
     done = run(script(train_script, "--resume", reference.folder / "full"), tmp_path / "out")

@@ -33,7 +33,8 @@ from tests.test_checkpoint import strike
 from tests.test_train import assert_equal
 
 STEPS = 6  # an epoch; there are two, and the first is all warm-up
-# twice as fast, for what needs many steps; without accumulation, for checkpoints come after updates alone
+# twice as fast, for what needs many steps; without accumulation, for checkpoints come after updates
+# alone
 PLAIN = ("teacher=null", "distill=null", "train.epochs=4", "train.nbs=4")
 LONG = pytest.mark.long
 Work = Callable[[], object]
@@ -50,7 +51,9 @@ def nothing(*_: object) -> None:
 
 
 class Runs:
-    """Calls of train.py in one folder, and what came of them. `journal` has a line for all that a step computes."""
+    """Calls of train.py in one folder, and what came of them. `journal` has a line for all that a
+    step computes.
+    """
 
     def __init__(self, config: Path, folder: Path):
         self.config, self.folder = config, folder
@@ -63,8 +66,12 @@ class Runs:
     def resume(self, *overrides: object) -> Work:
         return script(train, "--resume", self.run, *overrides)
 
-    def watched(self, work: Work, after_step: Callable[[int], object] = nothing, first: Work = nothing) -> Work:
-        """-> the work, which in the child calls first(), keeps the journal, and calls after_step(steps it has done)."""
+    def watched(
+        self, work: Work, after_step: Callable[[int], object] = nothing, first: Work = nothing
+    ) -> Work:
+        """-> the work, which in the child calls first(), keeps the journal, and calls
+        after_step(steps it has done).
+        """
 
         def watching() -> None:
             first()
@@ -128,7 +135,9 @@ def result(runs: Runs) -> dict[str, Any]:
 
 def assert_as_never_stopped(runs: Runs, whole: Runs, journal: bool = True) -> None:
     assert_equal(result(runs), result(whole))
-    assert not journal or runs.journal.read_text() == whole.journal.read_text()  # each step once, and the same
+    assert (
+        not journal or runs.journal.read_text() == whole.journal.read_text()
+    )  # each step once, and the same
     assert not list(runs.run.rglob("*.tmp"))
 
 
@@ -165,7 +174,9 @@ def whole(config: Path) -> Wholes:
 
 @pytest.fixture(scope="module")
 def stopped(config: Path) -> Runs:
-    """In fp16, so that the scaler has a state; stopped after step 9, and there is a checkpoint of step 8 too."""
+    """In fp16, so that the scaler has a state; stopped after step 9, and there is a checkpoint of
+    step 8 too.
+    """
     runs = Runs(config, config.parent / "stopped")
     work = runs.begin("train.amp=fp16", "train.save_every=1", "train.nbs=4")
     done = runs.tried(runs.watched(work, stop_at(9), high_scale))
@@ -187,7 +198,9 @@ def high_scale() -> None:
 
     def high(*args: Any) -> Any:
         autocast, scaler = precision(*args)
-        return autocast, torch.amp.GradScaler("cpu", init_scale=2.0**18) if scaler.is_enabled() else scaler
+        return autocast, torch.amp.GradScaler(
+            "cpu", init_scale=2.0**18
+        ) if scaler.is_enabled() else scaler
 
     engine.precision = high
 
@@ -204,8 +217,12 @@ def readable(path: Path) -> bool:
 
 
 def killed(runs: Runs, moment: float, first: Work = nothing) -> bool:
-    """Begins a run and kills it `moment` seconds after its first checkpoint; -> whether it was still running."""
-    child = Child(runs.watched(runs.begin(*PLAIN, "train.save_every=1"), first=first), runs.folder / "out")
+    """Begins a run and kills it `moment` seconds after its first checkpoint; -> whether it was
+    still running.
+    """
+    child = Child(
+        runs.watched(runs.begin(*PLAIN, "train.save_every=1"), first=first), runs.folder / "out"
+    )
     child.until(runs.saved)
     time.sleep(moment)
     child.send(signal.SIGKILL)
@@ -225,9 +242,16 @@ def test_sigkill_at_a_random_moment_costs_one_save_interval_at_most(
         for path in [*runs.saved(), *runs.run.glob("best.pt")]:
             checkpoint.load(path)
         done = runs.tried(runs.watched(runs.resume()))
-        assert done.code == 0 and f"resumed from {runs.run}/ckpt/step_{saved:08d}.pt" in done.text, done.text
+        assert (
+            done.code == 0 and f"resumed from {runs.run}/ckpt/step_{saved:08d}.pt" in done.text
+        ), done.text
         assert_as_never_stopped(runs, whole(*PLAIN), journal=False)
-        survived("Saving: SIGKILL at a random moment, a checkpoint every step", finished - saved, most=1, of="step")
+        survived(
+            "Saving: SIGKILL at a random moment, a checkpoint every step",
+            finished - saved,
+            most=1,
+            of="step",
+        )
 
 
 def plain_save() -> None:
@@ -247,7 +271,14 @@ def test_control_a_plain_save_does_leave_damaged_files(config: Path, tmp_path: P
     raise AssertionError("the test above would not notice")
 
 
-POINTS = {"before": 10, "torch.save": 10, "os.fsync": 10, "verify": 10, "os.replace": 10, "os.open": 20}
+POINTS = {
+    "before": 10,
+    "torch.save": 10,
+    "os.fsync": 10,
+    "verify": 10,
+    "os.replace": 10,
+    "os.open": 20,
+}
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -264,12 +295,18 @@ def test_a_process_that_ends_at_any_point_of_a_save_leaves_the_old_or_the_new(
     assert run(work, tmp_path / "out").code == 137
     assert checkpoint.newest(folder)[0] == checkpoint.numbered(folder, POINTS[point])
     assert all(map(readable, checkpoint.existing(folder)))
-    survived("Saving: the process ends before, within and after each part of a save", of="checkpoints")
+    survived(
+        "Saving: the process ends before, within and after each part of a save", of="checkpoints"
+    )
 
 
 def test_what_a_kill_left_half_written_is_removed_and_named(stopped: Runs, tmp_path: Path) -> None:
     runs = stopped.copy(tmp_path / "resumed")
-    stale = [runs.run / "best.pt.tmp", runs.run / "ckpt/step_00000010.pt.tmp", runs.run / "metrics.jsonl.tmp"]
+    stale = [
+        runs.run / "best.pt.tmp",
+        runs.run / "ckpt/step_00000010.pt.tmp",
+        runs.run / "metrics.jsonl.tmp",
+    ]
     for path in stale:
         path.write_text("half")
     done = runs.tried(runs.resume())
@@ -303,14 +340,25 @@ STOPS = {  # moment -> overrides, steps done or a word said before the signal is
 }
 
 
-SIGNALS = [(moment, signum) for moment in STOPS for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+SIGNALS = [
+    (moment, signum)
+    for moment in STOPS
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+]
 
 
 @pytest.mark.parametrize(
     ("moment", "signum"),
-    few(SIGNALS, ("training", signal.SIGINT), ("accumulation", signal.SIGHUP), ("evaluation", signal.SIGTERM)),
+    few(
+        SIGNALS,
+        ("training", signal.SIGINT),
+        ("accumulation", signal.SIGHUP),
+        ("evaluation", signal.SIGTERM),
+    ),
 )
-def test_a_signal_to_the_group_loses_no_step(runs: Runs, whole: Wholes, moment: str, signum: signal.Signals) -> None:
+def test_a_signal_to_the_group_loses_no_step(
+    runs: Runs, whole: Wholes, moment: str, signum: signal.Signals
+) -> None:
     overrides, ready = STOPS[moment]
     first = slow_evaluation if moment == "evaluation" else nothing
     child = Child(runs.watched(runs.begin(*overrides), first=first), runs.folder / "out")
@@ -385,7 +433,9 @@ EXACT = {
 @pytest.mark.parametrize("case", few(EXACT, "twice in one epoch", "fp16, between overflows"))
 def test_resumed_is_bit_for_bit_as_never_stopped(runs: Runs, whole: Wholes, case: str) -> None:
     stops, overrides, then, first = EXACT[case]
-    for steps, work in zip(stops, [runs.begin(*overrides), *[runs.resume(*then)] * len(stops)], strict=False):
+    for steps, work in zip(
+        stops, [runs.begin(*overrides), *[runs.resume(*then)] * len(stops)], strict=False
+    ):
         done = runs.tried(runs.watched(work, stop_at(steps), first))
         assert done.code == 143, done.text
     done = runs.tried(runs.watched(runs.resume(*then)))  # without `first`: the scale is the file's
@@ -415,18 +465,26 @@ def paths(state: Any, depth: int = 3) -> Iterator[tuple[Any, ...]]:
 def harmless(path: tuple[Any, ...]) -> bool:
     """Losses added up until now come and go with the terms; and what a config may have otherwise."""
     within_config = ".".join(map(str, path[1:])) if path[0] == "config" else ""
-    return (path[:2] in (("progress", "sums"), ("progress", "counts")) and len(path) > 2) or within_config in train.FREE
+    return (
+        path[:2] in (("progress", "sums"), ("progress", "counts")) and len(path) > 2
+    ) or within_config in train.FREE
 
 
 def without(state: Any, path: tuple[Any, ...]) -> Any:
     key, *rest = path
     if isinstance(state, list):
         return [without(item, tuple(rest)) if i == key else item for i, item in enumerate(state)]
-    return type(state)((k, without(v, tuple(rest)) if k == key else v) for k, v in state.items() if k != key or rest)
+    return type(state)(
+        (k, without(v, tuple(rest)) if k == key else v)
+        for k, v in state.items()
+        if k != key or rest
+    )
 
 
 @pytest.mark.parametrize("every", [16, pytest.param(1, marks=LONG)])
-def test_whatever_is_missing_from_a_checkpoint_is_named(stopped: Runs, tmp_path: Path, every: int) -> None:
+def test_whatever_is_missing_from_a_checkpoint_is_named(
+    stopped: Runs, tmp_path: Path, every: int
+) -> None:
     runs, state = stopped.copy(tmp_path / "copy"), checkpoint.load(stopped.saved()[-1])
     missing = [path for path in paths(state) if not harmless(path)]
     assert len(missing) > 60
@@ -436,13 +494,19 @@ def test_whatever_is_missing_from_a_checkpoint_is_named(stopped: Runs, tmp_path:
             checkpoint.save_atomic(without(state, path), file)
         done = runs.tried(runs.resume())
         name = path[-1]
-        if path in [("config", "device"), ("config", "processes")] or name == "root":  # warned of, if anything
-            assert done.code == 0 and (name == "root" or f"warning: {name} was None" in done.text), done.text
+        if (
+            path in [("config", "device"), ("config", "processes")] or name == "root"
+        ):  # warned of, if anything
+            assert done.code == 0 and (
+                name == "root" or f"warning: {name} was None" in done.text
+            ), done.text
             runs = stopped.copy(tmp_path / f"copy_{name}")
             continue
         assert done.code == 1 and str(runs.saved()[-1]) in done.last, (path, done.text)
         assert re.search(rf"lacks {name!r}|\b{name} was None", done.last), (path, done.last)
-        survived("Saving: a piece of the state is missing from the checkpoint", of="pieces unnoticed")
+        survived(
+            "Saving: a piece of the state is missing from the checkpoint", of="pieces unnoticed"
+        )
 
 
 NAMES = "[square, circle, triangle, star, ring, cross]"
@@ -457,23 +521,35 @@ REFUSED = {
     "teacher": ["teacher=null", "distill=null"],
     "data.train.names": [f"data.train.names={NAMES}", f"data.val.names={NAMES}"],
 }
-WARNED = {"data.workers": "data.workers=0", "train.patience": "train.patience=9", "data.root": "data.root={root}"}
+WARNED = {
+    "data.workers": "data.workers=0",
+    "train.patience": "train.patience=9",
+    "data.root": "data.root={root}",
+}
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_change_that_would_not_be_the_same_run_is_refused_by_name(stopped: Runs, tmp_path: Path, key: str) -> None:
+def test_a_change_that_would_not_be_the_same_run_is_refused_by_name(
+    stopped: Runs, tmp_path: Path, key: str
+) -> None:
     runs = stopped.copy(tmp_path / "copy")
     before = runs.files()
     done = runs.tried(runs.resume(*REFUSED[key]))
-    assert done.code == 1 and f"{key} was " in done.last and "begin another run" in done.last, done.text
+    assert done.code == 1 and f"{key} was " in done.last and "begin another run" in done.last, (
+        done.text
+    )
     assert runs.files() == before and "decode" not in done.text
     survived("Saving: resumed with a config that is another run's", of="runs mixed")
 
 
-def test_a_change_that_makes_no_difference_is_told_and_goes_on(stopped: Runs, shapes: Path, tmp_path: Path) -> None:
+def test_a_change_that_makes_no_difference_is_told_and_goes_on(
+    stopped: Runs, shapes: Path, tmp_path: Path
+) -> None:
     runs = stopped.copy(tmp_path / "copy")
     (tmp_path / "moved").symlink_to(shapes)
-    done = runs.tried(runs.resume(*(change.format(root=tmp_path / "moved") for change in WARNED.values())))
+    done = runs.tried(
+        runs.resume(*(change.format(root=tmp_path / "moved") for change in WARNED.values()))
+    )
     assert done.code == 0 and all(f"warning: {key} was" in done.text for key in WARNED), done.text
     other = stopped.copy(tmp_path / "other")
     assert other.tried(other.resume()).code == 0
@@ -485,14 +561,20 @@ def test_a_finished_run_says_so_and_nothing_changes(whole: Wholes, tmp_path: Pat
     before = runs.files()
     for work in (runs.resume(), runs.resume("data.workers=0")):
         done = runs.tried(work)
-        assert done.code == 0 and "finished: best epoch" in done.text and "decode" not in done.text, done.text
+        assert (
+            done.code == 0 and "finished: best epoch" in done.text and "decode" not in done.text
+        ), done.text
         assert runs.files() == before
     done = runs.tried(runs.begin())
-    assert done.code == 1 and "holds a run already" in done.last and "--resume" in done.last, done.text
+    assert done.code == 1 and "holds a run already" in done.last and "--resume" in done.last, (
+        done.text
+    )
     assert runs.files() == before
     (runs.run / "config.yaml").unlink()
     before = runs.files()
-    assert runs.tried(runs.begin()).code == 1 and runs.files() == before  # results are never written over
+    assert (
+        runs.tried(runs.begin()).code == 1 and runs.files() == before
+    )  # results are never written over
 
 
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "a config alone"])
@@ -534,16 +616,24 @@ def file_size_limit() -> None:
 
 FULL = {
     "OSError": error_in_save(OSError(28, "No space left on device")),
-    "RuntimeError": error_in_save(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")),
+    "RuntimeError": error_in_save(
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    ),
     "a limit of the system": file_size_limit,
 }
 
 
 @pytest.mark.parametrize("case", few(FULL, "a limit of the system"))
-def test_a_full_disk_stops_the_run_with_what_it_needs_and_keeps_the_old(runs: Runs, whole: Wholes, case: str) -> None:
+def test_a_full_disk_stops_the_run_with_what_it_needs_and_keeps_the_old(
+    runs: Runs, whole: Wholes, case: str
+) -> None:
     done = runs.tried(runs.watched(runs.begin(), first=FULL[case]))
     assert_told_of_a_full_disk(done)
-    assert all(map(readable, runs.saved())) and runs.newest() == STEPS and not list(runs.run.rglob("*.tmp"))
+    assert (
+        all(map(readable, runs.saved()))
+        and runs.newest() == STEPS
+        and not list(runs.run.rglob("*.tmp"))
+    )
     done = runs.tried(runs.watched(runs.resume()))
     assert done.code == 0, done.text
     assert_as_never_stopped(runs, whole(), journal=False)
@@ -552,7 +642,10 @@ def test_a_full_disk_stops_the_run_with_what_it_needs_and_keeps_the_old(runs: Ru
 
 def assert_told_of_a_full_disk(done: Done) -> None:
     assert done.code == 1 and "Traceback" not in done.text, done.text
-    assert re.search(r"cannot save .*\.pt .*needs \d+\.\d MB, \d+\.\d MB are free; make room and resume", done.last)
+    assert re.search(
+        r"cannot save .*\.pt .*needs \d+\.\d MB, \d+\.\d MB are free; make room and resume",
+        done.last,
+    )
 
 
 def test_a_disk_that_really_is_full(config: Path, tmp_path: Path) -> None:
@@ -564,7 +657,9 @@ def test_a_disk_that_really_is_full(config: Path, tmp_path: Path) -> None:
     try:
         done = runs.tried(runs.begin("train.save_every=1"))
         assert_told_of_a_full_disk(done)
-        assert runs.saved() and all(map(readable, runs.saved())) and not list(runs.run.rglob("*.tmp"))
+        assert (
+            runs.saved() and all(map(readable, runs.saved())) and not list(runs.run.rglob("*.tmp"))
+        )
         mount[4] = "remount,size=100m"
         subprocess.run(mount, check=True, capture_output=True)
         done = runs.tried(runs.resume())
@@ -575,7 +670,9 @@ def test_a_disk_that_really_is_full(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["the folder", "the lock"])
-def test_a_folder_that_cannot_be_written_is_found_before_anything_is_built(config: Path, what: str) -> None:
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_built(
+    config: Path, what: str
+) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         runs = Runs(Path(shutil.copy(config, name)), Path(name))
         runs.run.mkdir()
@@ -595,12 +692,19 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_built(confi
 
         done = runs.tried(somebody)
         assert done.code == 1 and "cannot write the run folder" in done.last, done.text
-        assert str(runs.run) in done.last and "decode" not in done.text and "Traceback" not in done.text
+        assert (
+            str(runs.run) in done.last
+            and "decode" not in done.text
+            and "Traceback" not in done.text
+        )
         survived("Saving: the run folder is read-only", of="runs begun")
 
 
 DAMAGE: dict[str, Callable[[bytearray], bytes]] = {
-    **{f"flipped at {at}/6": lambda whole, at=at: flip(whole, len(whole) * at // 6) for at in range(1, 6)},
+    **{
+        f"flipped at {at}/6": lambda whole, at=at: flip(whole, len(whole) * at // 6)
+        for at in range(1, 6)
+    },
     "cut": lambda whole: whole[: len(whole) // 2],
     "without its end": lambda whole: whole[:-20],
     "zero bytes": lambda whole: b"",
@@ -612,7 +716,9 @@ def flip(whole: bytearray, at: int) -> bytes:
     return whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(stopped: Runs, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    stopped: Runs, tmp_path: Path
+) -> None:
     """Whole runs for some; the rest by `newest`, which chooses for them."""
     before, last = stopped.saved()
     for number, (case, damage) in enumerate(DAMAGE.items()):
@@ -628,7 +734,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(stopped: Ru
         survived("Saving: the newest checkpoint is damaged", of="damages unnoticed")
 
 
-def test_every_flipped_byte_is_noticed_though_torch_is_silent(stopped: Runs, tmp_path: Path) -> None:
+def test_every_flipped_byte_is_noticed_though_torch_is_silent(
+    stopped: Runs, tmp_path: Path
+) -> None:
     rng, file = random.Random(0), tmp_path / "flipped.pt"
     whole, silent = bytearray(stopped.saved()[-1].read_bytes()), 0
     tensors = whole.index(b"/data/0"), whole.rindex(b"PK\x01\x02")
@@ -666,7 +774,10 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(
     half = runs.run / "ckpt/step_00000009.pt.tmp"
     half.write_text("the first run is at it")
     before = runs.files()
-    for work, words in ((runs.resume(), f"locked by pid {first.pid}"), (runs.begin(), "holds a run already")):
+    for work, words in (
+        (runs.resume(), f"locked by pid {first.pid}"),
+        (runs.begin(), "holds a run already"),
+    ):
         done = runs.tried(work)
         assert done.code == 1 and words in done.last and str(runs.run) in done.last, done.text
     assert runs.files() == before  # the half-written file among them
@@ -678,7 +789,9 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(
     survived("Saving: two runs in one folder", of="runs mixed", tried=2)
 
 
-def test_of_two_runs_begun_at_once_one_is_refused(config: Path, whole: Wholes, tmp_path: Path) -> None:
+def test_of_two_runs_begun_at_once_one_is_refused(
+    config: Path, whole: Wholes, tmp_path: Path
+) -> None:
     for attempt in range(2):
         runs = Runs(config, tmp_path / f"{attempt}")
         both = [Child(runs.begin(), tmp_path / f"{attempt}.{n}") for n in range(2)]
@@ -730,5 +843,7 @@ def test_nan_is_never_the_best_and_numbers_of_numpy_do_no_harm(runs: Runs, score
     best = runs.run / "best.pt"
     assert (checkpoint.load(best)["epoch"] if best.exists() else None) == BEST[scores]
     assert all(map(readable, runs.saved()))
-    assert [record["other"] for record in runlog.RunFolder(runs.run, resume=True).records()] == [0.5] * 4
+    assert [record["other"] for record in runlog.RunFolder(runs.run, resume=True).records()] == [
+        0.5
+    ] * 4
     survived("Saving: a metric returns NaN, or numbers of numpy", of="best models")

@@ -43,7 +43,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Finished
     """A run of one epoch, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     text = CONFIG.format(run=folder / "run", shapes=shapes, tiny=TINY)
-    (folder / "config.yaml").write_text(text.replace("epochs: 4", "epochs: 1").replace("workers: 2", "workers: 0"))
+    (folder / "config.yaml").write_text(
+        text.replace("epochs: 4", "epochs: 1").replace("workers: 2", "workers: 0")
+    )
     done = run(script(train_script, "--config", folder / "config.yaml"), folder / "out")
     assert done.code == 0, done.text
     return Finished(folder / "config.yaml", folder / "run")
@@ -67,11 +69,23 @@ ENTRIES: dict[str, Entry] = {
         train_script, "--config", run.config, f"run={run.run}2", f"student.weights={file}"
     ),
     "teacher": lambda file, run: script(
-        train_script, "--config", run.config, f"run={run.run}2", f"teacher.weights={{path: {file}, classes: by_name}}"
+        train_script,
+        "--config",
+        run.config,
+        f"run={run.run}2",
+        f"teacher.weights={{path: {file}, classes: by_name}}",
     ),
     "eval": lambda file, run: script(eval_script, "--config", run.config, "--weights", file),
     "eval --teacher": lambda file, run: script(
-        *(eval_script, "--config", run.config, "--weights", run.best, "--teacher", f"teacher.weights={file}")
+        *(
+            eval_script,
+            "--config",
+            run.config,
+            "--weights",
+            run.best,
+            "--teacher",
+            f"teacher.weights={file}",
+        )
     ),
     "resume": resumed,
 }
@@ -102,7 +116,9 @@ def watch(seen: list[str], canary: Path) -> None:
         forbidden = (
             event.startswith(FORBIDDEN)
             or (event == "import" and args[0] == "this")
-            or (event == "exec" and str(canary) in args[0].co_consts)  # importing a module is an exec too
+            or (
+                event == "exec" and str(canary) in args[0].co_consts
+            )  # importing a module is an exec too
             or (event == "open" and str(args[0]) == str(canary))
         )
         if forbidden:
@@ -122,9 +138,14 @@ class Attempt(NamedTuple):
 
 
 def attempts(
-    calls: Mapping[str, Callable[[], object]], canary: Path, output: Path, reader: Callable[[], object] = lambda: None
+    calls: Mapping[str, Callable[[], object]],
+    canary: Path,
+    output: Path,
+    reader: Callable[[], object] = lambda: None,
 ) -> dict[str, Attempt]:
-    """Makes the calls one after another in one child, watched; `reader` is called in the child before."""
+    """Makes the calls one after another in one child, watched; `reader` is called in the child
+    before.
+    """
 
     def work() -> None:
         reader()
@@ -133,24 +154,38 @@ def attempts(
         made = {}
         for name, call in calls.items():
             events.clear()
-            with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.redirect_stderr(text):
+            with (
+                contextlib.redirect_stdout(io.StringIO()) as text,
+                contextlib.redirect_stderr(text),
+            ):
                 code = exit_code(call)
-            made[name] = (code, text.getvalue(), [*events, *(["CANARY"] if canary.exists() else [])])
+            made[name] = (
+                code,
+                text.getvalue(),
+                [*events, *(["CANARY"] if canary.exists() else [])],
+            )
             canary.unlink(missing_ok=True)
             sys.modules.pop("this", None)  # or importing it again would be no event
         output.with_suffix(".json").write_text(json.dumps(made))
 
     done = run(work, output, limit=300)
     assert done.code == 0, done.text
-    return {name: Attempt(*made) for name, made in json.loads(output.with_suffix(".json").read_text()).items()}
+    return {
+        name: Attempt(*made)
+        for name, made in json.loads(output.with_suffix(".json").read_text()).items()
+    }
 
 
 def assert_one_line(attempt: Attempt | Done, file: Path, name: str, most: int = 700) -> None:
     """Exit code 1, and a last line of at most so many characters that names the file."""
     assert attempt.code == 1, f"{name}: ended with {attempt.code}\n{attempt.text}"
     assert "Traceback" not in attempt.text, f"{name}: {attempt.text}"
-    assert attempt.last.startswith("error: ") and attempt.last.isprintable(), f"{name}: {attempt.last!r}"
-    assert str(file) in attempt.last and len(attempt.last) < most + len(str(file)), f"{name}: {attempt.last}"
+    assert attempt.last.startswith("error: ") and attempt.last.isprintable(), (
+        f"{name}: {attempt.last!r}"
+    )
+    assert str(file) in attempt.last and len(attempt.last) < most + len(str(file)), (
+        f"{name}: {attempt.last}"
+    )
     assert ": " in attempt.last or ";" in attempt.last, f"{name}: no remedy in {attempt.last}"
 
 
@@ -166,12 +201,16 @@ QUICK = "exec|INST|STACK_GLOBAL|BUILD on a class"
 
 
 def hostile_files(folder: Path, good: Path, names: str) -> dict[str, Path]:
-    """Each payload whose name matches as a file of its own, and inside a file that is good otherwise."""
+    """Each payload whose name matches as a file of its own, and inside a file that is good
+    otherwise.
+    """
     files = {}
     for number, (name, (protocol, fragment)) in enumerate(fragments(folder / "CANARY").items()):
         if re.fullmatch(names, name):
             files[f"{name}, bare"] = bare(folder / f"bare{number}.pt", protocol, fragment)
-            files[f"{name}, inside"] = spliced(folder / f"inside{number}.pt", good, protocol, fragment)
+            files[f"{name}, inside"] = spliced(
+                folder / f"inside{number}.pt", good, protocol, fragment
+            )
     assert len(files) >= 8
     return files
 
@@ -181,7 +220,10 @@ def newest(run: Path) -> Path:
 
 
 # by the entry points that build one detector only, all of them take two seconds
-ATTEMPTS = {entry: pytest.param(entry, ".*" if entry in ("student", "eval") else QUICK, id=entry) for entry in ENTRIES}
+ATTEMPTS = {
+    entry: pytest.param(entry, ".*" if entry in ("student", "eval") else QUICK, id=entry)
+    for entry in ENTRIES
+}
 ATTEMPTS |= {
     f"{entry}, all": pytest.param(entry, ".*", id=f"{entry}, all", marks=pytest.mark.long)
     for entry in ("teacher", "eval --teacher", "resume")
@@ -192,7 +234,9 @@ ATTEMPTS |= {
 def test_a_hostile_file_is_refused_in_one_line_and_nothing_runs(
     entry: str, names: str, private: Finished, tmp_path: Path
 ) -> None:
-    good = shutil.copy(newest(private.run) if entry == "resume" else private.best, tmp_path / "good.pt")
+    good = shutil.copy(
+        newest(private.run) if entry == "resume" else private.best, tmp_path / "good.pt"
+    )
     files = hostile_files(tmp_path, Path(good), names)
     calls = {name: ENTRIES[entry](file, private) for name, file in files.items()}
     for name, attempt in attempts(calls, tmp_path / "CANARY", tmp_path / "out").items():
@@ -202,29 +246,41 @@ def test_a_hostile_file_is_refused_in_one_line_and_nothing_runs(
 
 
 def plain_reader() -> None:
-    """What this project must never do: in this process, files are unpickled as pickle and torch offer it."""
+    """What this project must never do: in this process, files are unpickled as pickle and torch
+    offer it.
+    """
 
     class Plain(pickle.Unpickler):
-        def persistent_load(self, pid: Any) -> Any:  # a storage; what is in it is of no interest here
+        def persistent_load(
+            self, pid: Any
+        ) -> Any:  # a storage; what is in it is of no interest here
             content = torch.UntypedStorage(8 * pid[4])
-            return torch.storage.TypedStorage(wrap_storage=content, dtype=pid[1].dtype, _internal=True)
+            return torch.storage.TypedStorage(
+                wrap_storage=content, dtype=pid[1].dtype, _internal=True
+            )
 
     load = torch.load
     weights.interpret = lambda pickled: Plain(io.BytesIO(pickled)).load()
-    checkpoint.torch.load = lambda path, **others: load(path, map_location="cpu", weights_only=False)
+    checkpoint.torch.load = lambda path, **others: load(
+        path, map_location="cpu", weights_only=False
+    )
 
 
 @pytest.mark.parametrize("entry, names", [ATTEMPTS[n] for n in ("eval", "resume", "resume, all")])
 def test_control_with_a_plain_unpickler_every_payload_runs(
     entry: str, names: str, private: Finished, tmp_path: Path
 ) -> None:
-    good = shutil.copy(newest(private.run) if entry == "resume" else private.best, tmp_path / "good.pt")
+    good = shutil.copy(
+        newest(private.run) if entry == "resume" else private.best, tmp_path / "good.pt"
+    )
     files = hostile_files(tmp_path, Path(good), names)
     calls = {name: ENTRIES[entry](file, private) for name, file in files.items()}
     made = attempts(calls, tmp_path / "CANARY", tmp_path / "out", plain_reader)
     for name, attempt in made.items():
         if name.startswith(("socket", "__import__")):
-            assert {"socket.connect", "import"} & set(attempt.traces), f"{name} did nothing:\n{attempt.text}"
+            assert {"socket.connect", "import"} & set(attempt.traces), (
+                f"{name} did nothing:\n{attempt.text}"
+            )
         else:
             assert "CANARY" in attempt.traces, f"{name} did nothing:\n{attempt.text}"
 
@@ -238,8 +294,12 @@ def test_control_with_a_plain_unpickler_every_payload_runs(
         "resume",
     ],
 )
-def test_control_a_spliced_file_without_a_payload_is_read(entry: str, private: Finished, tmp_path: Path) -> None:
-    good = shutil.copy(newest(private.run) if entry == "resume" else private.best, tmp_path / "good.pt")
+def test_control_a_spliced_file_without_a_payload_is_read(
+    entry: str, private: Finished, tmp_path: Path
+) -> None:
+    good = shutil.copy(
+        newest(private.run) if entry == "resume" else private.best, tmp_path / "good.pt"
+    )
     file = spliced(tmp_path / "f.pt", Path(good), 2, b"N")
     made = attempts({entry: ENTRIES[entry](file, private)}, tmp_path / "CANARY", tmp_path / "out")
     assert made[entry].code == 0, made[entry].text
@@ -260,8 +320,14 @@ def test_a_hostile_checkpoint_is_skipped_by_name_and_the_one_before_it_resumed(
 
 
 @pytest.mark.parametrize("entry", ["eval", pytest.param("resume", marks=pytest.mark.long)])
-def test_a_bomb_is_refused_in_one_line_and_small_memory(entry: str, private: Finished, tmp_path: Path) -> None:
-    good = Path(shutil.copy(newest(private.run) if entry == "resume" else private.best, tmp_path / "good.pt"))
+def test_a_bomb_is_refused_in_one_line_and_small_memory(
+    entry: str, private: Finished, tmp_path: Path
+) -> None:
+    good = Path(
+        shutil.copy(
+            newest(private.run) if entry == "resume" else private.best, tmp_path / "good.pt"
+        )
+    )
     key = "config" if entry == "resume" else "names"  # what is looked at
     files = {}
     for number, (name, fragment) in enumerate(BOMBS.items()):
@@ -287,7 +353,9 @@ def content_of(path: Path, **changes: Any) -> dict[str, Any]:
     return torch.load(path, weights_only=True) | changes
 
 
-def rewritten(change: Callable[[dict[str, bytes]], None], method: int = zipfile.ZIP_STORED) -> Callable[..., None]:
+def rewritten(
+    change: Callable[[dict[str, bytes]], None], method: int = zipfile.ZIP_STORED
+) -> Callable[..., None]:
     """-> a function that writes best.pt again with its entries changed, and right checksums."""
 
     def write(path: Path, best: Path) -> None:
@@ -333,7 +401,9 @@ def legacy(path: Path, best: Path) -> None:
 def overlong(path: Path, best: Path) -> None:
     """A tensor whose strides reach beyond its storage."""
     content, storage = content_of(best), torch.rand(4)._typed_storage()
-    content["model"]["x"] = Reduced(torch._utils._rebuild_tensor_v2, storage, 0, (1 << 20,), (1,), False, {})
+    content["model"]["x"] = Reduced(
+        torch._utils._rebuild_tensor_v2, storage, 0, (1 << 20,), (1,), False, {}
+    )
     torch.save(content, path)
 
 
@@ -345,27 +415,61 @@ def task(name: str) -> Callable[..., None]:
 ESCAPES = ["\x1b[2J" + "x" * 100, "\x1b]0;title\x07", "a\nerror: b", "\u202e", "\r", "\0"]
 SCALE = {"sppf_act": True, "license": ""}
 
-OTHERS: dict[str, tuple[str, Callable[..., None], str]] = {  # -> row of the table, how it is written, message
+OTHERS: dict[
+    str, tuple[str, Callable[..., None], str]
+] = {  # -> row of the table, how it is written, message
     "entry twice": ("damaged", twice, "has an entry twice"),
-    "two roots": ("damaged", rewritten(lambda e: e.update({"other/data.pkl": b""})), "more than one root"),
+    "two roots": (
+        "damaged",
+        rewritten(lambda e: e.update({"other/data.pkl": b""})),
+        "more than one root",
+    ),
     "deflated": ("damaged", rewritten(lambda e: None, zipfile.ZIP_DEFLATED), "compressed"),
-    "cut off": ("damaged", lambda path, best: path.write_bytes(best.read_bytes()[:-1000]), "damaged"),
+    "cut off": (
+        "damaged",
+        lambda path, best: path.write_bytes(best.read_bytes()[:-1000]),
+        "damaged",
+    ),
     "flipped byte": ("damaged", flipped, "damaged"),
-    "no data.pkl": ("damaged", rewritten(lambda e: e.pop(inside(e, "data.pkl"))), "without data.pkl"),
-    "a storage cut off": ("damaged", rewritten(lambda e: e.update({inside(e, "data/0"): b"1234"})), "damaged"),
+    "no data.pkl": (
+        "damaged",
+        rewritten(lambda e: e.pop(inside(e, "data.pkl"))),
+        "without data.pkl",
+    ),
+    "a storage cut off": (
+        "damaged",
+        rewritten(lambda e: e.update({inside(e, "data/0"): b"1234"})),
+        "damaged",
+    ),
     "a tensor without end": ("damaged", overlong, "outside its storage"),
     "empty": ("of another kind", of_bytes(b""), "is empty"),
     "legacy": ("of another kind", legacy, "before PyTorch 1.6"),
-    "tar": ("of another kind", of_bytes(b"storages".ljust(257, b"\0") + b"ustar\x0000"), "before PyTorch 1.6"),
-    "TorchScript": ("of another kind", rewritten(lambda e: e.update({inside(e, "constants.pkl"): b""})), "TorchScript"),
+    "tar": (
+        "of another kind",
+        of_bytes(b"storages".ljust(257, b"\0") + b"ustar\x0000"),
+        "before PyTorch 1.6",
+    ),
+    "TorchScript": (
+        "of another kind",
+        rewritten(lambda e: e.update({inside(e, "constants.pkl"): b""})),
+        "TorchScript",
+    ),
     "bare pickle": ("of another kind", of_bytes(pickle.dumps({"model": 1})), "bare pickle"),
     "safetensors": ("of another kind", of_bytes(b"\2\0\0\0\0\0\0\0{}"), "safetensors"),
-    "ONNX": ("of another kind", of_bytes(b"\x08\x0a\x12\x07pytorch\x1a\x062.15.0:\x04\x0a\x02hi"), "ONNX"),
+    "ONNX": (
+        "of another kind",
+        of_bytes(b"\x08\x0a\x12\x07pytorch\x1a\x062.15.0:\x04\x0a\x02hi"),
+        "ONNX",
+    ),
     "HTML": ("of another kind", of_bytes(b"<!DOCTYPE html><title>404</title>"), "web page"),
     "pose": ("of another kind", task("Pose"), "is a pose checkpoint"),
     "segmentation": ("of another kind", task("Segmentation"), "is a segmentation checkpoint"),
     "classification": ("of another kind", task("Classification"), "is a classification checkpoint"),
-    "a run's checkpoint": ("of another kind", lambda path, best: shutil.copy(newest(best.parent), path), "no YOLO11"),
+    "a run's checkpoint": (
+        "of another kind",
+        lambda path, best: shutil.copy(newest(best.parent), path),
+        "no YOLO11",
+    ),
     "scale s": (
         "of another scale or other classes",
         saved(card=SCALE | {"scale": "s"}),
@@ -376,13 +480,21 @@ OTHERS: dict[str, tuple[str, Callable[..., None], str]] = {  # -> row of the tab
         saved(card=SCALE | {"scale": "m"}),
         "is YOLO11m, the config says YOLO11 [0.5",
     ),
-    "other names": ("of another scale or other classes", saved(names=list("abcdef")), "classes: by_name"),
+    "other names": (
+        "of another scale or other classes",
+        saved(names=list("abcdef")),
+        "classes: by_name",
+    ),
     "other order": (
         "of another scale or other classes",
         saved(names=["cross", *list("abcd"), "circle"]),
         "classes: by_name",
     ),
-    "terminal escapes": ("of another scale or other classes", saved(names=ESCAPES), r"'\x1b[2Jxxxx"),
+    "terminal escapes": (
+        "of another scale or other classes",
+        saved(names=ESCAPES),
+        r"'\x1b[2Jxxxx",
+    ),
     "a million names": (
         "of another scale or other classes",
         saved(names=["x"] * 1_000_000),
@@ -392,7 +504,9 @@ OTHERS: dict[str, tuple[str, Callable[..., None], str]] = {  # -> row of the tab
 
 
 @pytest.mark.parametrize("entry", ["eval", pytest.param("student", marks=pytest.mark.long)])
-def test_a_file_that_does_not_serve_is_called_what_it_is(entry: str, private: Finished, tmp_path: Path) -> None:
+def test_a_file_that_does_not_serve_is_called_what_it_is(
+    entry: str, private: Finished, tmp_path: Path
+) -> None:
     files = {name: tmp_path / f"{name}.pt" for name in OTHERS}
     for name, (_, write, _) in OTHERS.items():
         write(files[name], private.best)
@@ -407,9 +521,22 @@ def test_a_file_that_does_not_serve_is_called_what_it_is(entry: str, private: Fi
 
 
 @pytest.mark.parametrize("scale", ["s", "m"])
-def test_a_file_of_another_scale_is_refused_even_where_it_lies(scale: str, private: Finished, tmp_path: Path) -> None:
-    saved(card=SCALE | {"scale": "s"})(tmp_path / "f.pt", private.best)  # the tensors are those of neither
-    work = script(*(eval_script, "--config", private.config, "--weights", tmp_path / "f.pt", f"student.scale={scale}"))
+def test_a_file_of_another_scale_is_refused_even_where_it_lies(
+    scale: str, private: Finished, tmp_path: Path
+) -> None:
+    saved(card=SCALE | {"scale": "s"})(
+        tmp_path / "f.pt", private.best
+    )  # the tensors are those of neither
+    work = script(
+        *(
+            eval_script,
+            "--config",
+            private.config,
+            "--weights",
+            tmp_path / "f.pt",
+            f"student.scale={scale}",
+        )
+    )
     done = run(work, tmp_path / "out")
     assert_one_line(done, tmp_path / "f.pt", scale)
     if scale == "s":
@@ -421,7 +548,11 @@ def test_a_file_of_another_scale_is_refused_even_where_it_lies(scale: str, priva
 # --- config
 
 MISTAKES = {  # what is changed in the file, or an override -> message
-    "typo": ("train: {epochs", "train: {epoch", "train: epoch: unknown key; did you mean `epochs`?"),
+    "typo": (
+        "train: {epochs",
+        "train: {epoch",
+        "train: epoch: unknown key; did you mean `epochs`?",
+    ),
     "typo of a section": ("distill:", "distil:", "distil: unknown key; did you mean `distill`?"),
     "typo, nested": (
         "imgsz: 64",
@@ -437,7 +568,11 @@ MISTAKES = {  # what is changed in the file, or an override -> message
         "{epochs: 1, amp: half,",
         "train: amp: expected bool | Literal['bf16', 'fp16'], got 'half'",
     ),
-    "bool gets 2": ("{epochs: 1,", "{epochs: 1, amp: 2,", "train: amp: expected bool | Literal['bf16', 'fp16'], got 2"),
+    "bool gets 2": (
+        "{epochs: 1,",
+        "{epochs: 1, amp: 2,",
+        "train: amp: expected bool | Literal['bf16', 'fp16'], got 2",
+    ),
     "text gets no": ("device: cpu", "device: no", "device: expected str, got False; put quotes"),
     "key twice": ("seed: 3", "seed: 3\nseed: 4", "config.yaml:4: the key `seed` is given twice"),
     "override of a typo": (
@@ -453,7 +588,9 @@ MISTAKES = {  # what is changed in the file, or an override -> message
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_in_the_config_is_one_line_with_the_key(case: str, private: Finished, tmp_path: Path) -> None:
+def test_a_mistake_in_the_config_is_one_line_with_the_key(
+    case: str, private: Finished, tmp_path: Path
+) -> None:
     old, new, message = MISTAKES[case]
     text = private.config.read_text().replace(str(private.run), str(tmp_path / "fresh"))
     path = tmp_path / "mistake" / "config.yaml"
@@ -465,7 +602,11 @@ def test_a_mistake_in_the_config_is_one_line_with_the_key(case: str, private: Fi
     path.write_text(new if old is None else text)
     done = run(script(train_script, "--config", path, *overrides), tmp_path / "out")
     assert done.code == 1 and "Traceback" not in done.text, done.text
-    assert done.text.strip().count("\n") == 0 and done.last.startswith("error: ") and message in done.last, done.text
+    assert (
+        done.text.strip().count("\n") == 0
+        and done.last.startswith("error: ")
+        and message in done.last
+    ), done.text
     assert not (tmp_path / "fresh").exists()
     survived("Processes: mistake in the config")
 
@@ -473,16 +614,24 @@ def test_a_mistake_in_the_config_is_one_line_with_the_key(case: str, private: Fi
 # --- places
 
 
-def test_a_run_in_a_folder_with_spaces_and_korean(finished: Finished, shapes: Path, tmp_path: Path) -> None:
+def test_a_run_in_a_folder_with_spaces_and_korean(
+    finished: Finished, shapes: Path, tmp_path: Path
+) -> None:
     place = tmp_path / "한글 폴더"
     folder, given = place / "실행 하나", place / "교사 가중치.pt"
     shutil.copytree(shapes, place / "사진 자료")
     shutil.copy(finished.best, given)
-    text = CONFIG.format(run=folder, shapes=place / "사진 자료", tiny=TINY).replace("epochs: 4", "epochs: 1")
+    text = CONFIG.format(run=folder, shapes=place / "사진 자료", tiny=TINY).replace(
+        "epochs: 4", "epochs: 1"
+    )
     (place / "설정 파일.yaml").write_text(text, encoding="utf-8")
     works = [
         script(
-            train_script, "--config", place / "설정 파일.yaml", f"student.weights={given}", f"teacher.weights={given}"
+            train_script,
+            "--config",
+            place / "설정 파일.yaml",
+            f"student.weights={given}",
+            f"teacher.weights={given}",
         ),
         lambda: newest(folder).unlink(),  # so that there is something left to do
         script(train_script, "--resume", folder),
@@ -499,23 +648,42 @@ def test_a_run_in_a_folder_with_spaces_and_korean(finished: Finished, shapes: Pa
     assert (place / "저장 곳" / "teacher.json").exists()
 
 
-OUTSIDE = ("socket.connect", "socket.getaddrinfo", "socket.gethostby", "socket.sendto", *FORBIDDEN[:5])
+OUTSIDE = (
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.gethostby",
+    "socket.sendto",
+    *FORBIDDEN[:5],
+)
 
 
-def test_a_whole_run_neither_connects_nor_starts_a_program(private: Finished, tmp_path: Path) -> None:
+def test_a_whole_run_neither_connects_nor_starts_a_program(
+    private: Finished, tmp_path: Path
+) -> None:
     """train.py and eval.py with two decoding processes, under a hook that refuses both."""
 
     def alone() -> None:
         def hook(event: str, args: tuple[Any, ...]) -> None:
-            if event.startswith(OUTSIDE) and not (event == "socket.connect" and isinstance(args[1], str | bytes)):
-                raise AssertionError(f"{event} {args}")  # a Unix socket, which has a path, stays on this machine
+            if event.startswith(OUTSIDE) and not (
+                event == "socket.connect" and isinstance(args[1], str | bytes)
+            ):
+                raise AssertionError(
+                    f"{event} {args}"
+                )  # a Unix socket, which has a path, stays on this machine
 
         sys.addaudithook(hook)
 
     fresh = tmp_path / "fresh"
     works = {
         "train": script(train_script, "--config", private.config, f"run={fresh}", "data.workers=2"),
-        "eval": script(eval_script, "--config", private.config, "--weights", fresh / "best.pt", "data.workers=2"),
+        "eval": script(
+            eval_script,
+            "--config",
+            private.config,
+            "--weights",
+            fresh / "best.pt",
+            "data.workers=2",
+        ),
     }
     for name, work in works.items():
         done = run(lambda work=work: (alone(), work()), tmp_path / name)

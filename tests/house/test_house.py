@@ -20,9 +20,16 @@ from kdmini.optim import Recipe
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train", "eval")
 CORE_LINES, READING_LINES = 3000, 900
-READING_PATH = ("train", "kdmini.engine", "kdmini.distill", "kdmini.yolo11.loss", "kdmini.yolo11.assign")
+READING_PATH = (
+    "train",
+    "kdmini.engine",
+    "kdmini.distill",
+    "kdmini.yolo11.loss",
+    "kdmini.yolo11.assign",
+)
 
-# room -> what it may import from kdmini besides itself and contracts. What is not named here is forbidden.
+# room -> what it may import from kdmini besides itself and contracts. What is not named here is
+# forbidden.
 MAY_IMPORT = {
     "contracts": (),
     "boxes": (),
@@ -36,7 +43,12 @@ MAY_IMPORT = {
     "yolo11": ("boxes",),  # a detector never learns that it is distilled
     "data": ("boxes",),
     "distill": ("distributed",),  # a term works for any detector
-    "engine": ("optim", "metrics", "distributed", "signals"),  # models, data and terms arrive as arguments
+    "engine": (
+        "optim",
+        "metrics",
+        "distributed",
+        "signals",
+    ),  # models, data and terms arrive as arguments
     "check": ("engine", "optim", "signals"),
     "train": (
         "check",
@@ -62,27 +74,43 @@ def modules() -> dict[str, Path]:
     found = {name: ROOT / f"{name}.py" for name in SCRIPTS}
     found |= {f"examples.{path.stem}": path for path in sorted((ROOT / "examples").glob("*.py"))}
     for path in sorted((ROOT / "kdmini").rglob("*.py")):
-        found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+        found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = (
+            path
+        )
     return found
 
 
 MODULES = modules()
-CORE = {name: path for name, path in MODULES.items() if not name.startswith(("kdmini.extras", "examples"))}
+CORE = {
+    name: path
+    for name, path in MODULES.items()
+    if not name.startswith(("kdmini.extras", "examples"))
+}
 
 
 def everything() -> list[Path]:
     """Every text file of the project: what git would keep, found without git."""
     kept = [ROOT / "Makefile", *(ROOT / ".ci").glob("*")]
     for suffix in ("py", "md", "yaml", "toml", "sh"):
-        kept += [path for path in ROOT.rglob(f"*.{suffix}") if not path.relative_to(ROOT).parts[0].startswith(".")]
-    return [p for p in kept if p.is_file() and p.relative_to(ROOT).parts[0] not in ("data", "runs", "build", "weights")]
+        kept += [
+            path
+            for path in ROOT.rglob(f"*.{suffix}")
+            if not path.relative_to(ROOT).parts[0].startswith(".")
+        ]
+    return [
+        p
+        for p in kept
+        if p.is_file() and p.relative_to(ROOT).parts[0] not in ("data", "runs", "build", "weights")
+    ]
 
 
 # --- what each check looks for
 
 
 def imports(source: str, module: str) -> Iterator[str]:
-    """Dotted names that a module imports, wherever in it: `from a import b` gives both "a" and "a.b"."""
+    """Dotted names that a module imports, wherever in it: `from a import b` gives both "a" and
+    "a.b".
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -119,7 +147,16 @@ def dotted(node: ast.AST) -> str:
 
 
 FORBIDDEN_MODULES = {
-    *("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"),  # run what they read
+    *(
+        "pickle",
+        "cPickle",
+        "_pickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "marshal",
+        "shelve",
+    ),  # run what they read
     *("subprocess", "runpy", "pty", "code", "ctypes"),
 }
 FORBIDDEN_NAMES = re.compile(  # called or handed on
@@ -145,7 +182,11 @@ def dangers(source: str) -> list[str]:
             for alias in node.names:
                 full = f"{origin}{alias.name}"
                 renamed = alias.asname not in (None, *ALIASES) and full.split(".")[0] in PLAIN
-                if renamed or FORBIDDEN_NAMES.fullmatch(full) or full in ("torch.load", "numpy.load"):
+                if (
+                    renamed
+                    or FORBIDDEN_NAMES.fullmatch(full)
+                    or full in ("torch.load", "numpy.load")
+                ):
                     found.append(full)
         if isinstance(node, ast.Attribute | ast.Name):
             name, call = dotted(node), called.get(id(node))
@@ -160,7 +201,9 @@ def dangers(source: str) -> list[str]:
         if isinstance(node, ast.Call):
             for keyword in node.keywords:
                 bad, value = FORBIDDEN_SETTINGS.get(keyword.arg or ""), keyword.value
-                if bad is not None and not (isinstance(value, ast.Constant) and bool(value.value) is not bad):
+                if bad is not None and not (
+                    isinstance(value, ast.Constant) and bool(value.value) is not bad
+                ):
                     found.append(f"{dotted(node.func)}({keyword.arg}=)")
     return found
 
@@ -169,11 +212,18 @@ def code_lines(source: str) -> int:
     """Lines that hold code: not blank, not a comment, not a docstring."""
     docstrings = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node
-        ):
+        if isinstance(
+            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        ) and ast.get_docstring(node):
             docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    empty = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in empty:
@@ -187,9 +237,13 @@ def code_lines(source: str) -> int:
 @pytest.mark.parametrize("module", CORE)
 def test_rooms_import_only_what_they_may(module: str) -> None:
     if module == "kdmini":
-        assert not [name for name in imports(CORE[module].read_text(), module) if name.startswith("kdmini")]
+        assert not [
+            name for name in imports(CORE[module].read_text(), module) if name.startswith("kdmini")
+        ]
     else:
-        assert room_of(module) in MAY_IMPORT, f"{module}: a new room; say in MAY_IMPORT what it may import"
+        assert room_of(module) in MAY_IMPORT, (
+            f"{module}: a new room; say in MAY_IMPORT what it may import"
+        )
         assert trespasses(CORE[module].read_text(), module) == []
 
 
@@ -201,7 +255,11 @@ def test_rooms_import_only_what_they_may(module: str) -> None:
         ("kdmini.yolo11.model", "from ..data import voc", "kdmini.data.voc"),
         ("kdmini.distill.step", "import kdmini.yolo11.model", "kdmini.yolo11.model"),
         ("kdmini.data.voc", "from kdmini.yolo11.assign import assign", "kdmini.yolo11.assign"),
-        ("kdmini.engine", "def f():\n    from kdmini.yolo11.model import YOLO11", "kdmini.yolo11.model"),
+        (
+            "kdmini.engine",
+            "def f():\n    from kdmini.yolo11.model import YOLO11",
+            "kdmini.yolo11.model",
+        ),
         ("kdmini.optim", "from .engine import evaluate", "kdmini.engine"),
         ("kdmini.metrics", "import train", "train"),
         ("train", "from kdmini.yolo11.model import YOLO11", "kdmini.yolo11.model"),
@@ -216,18 +274,26 @@ def test_a_trespass_would_be_seen(module: str, line: str, named: str) -> None:
 
 def test_the_core_does_without_extras() -> None:
     for module, path in CORE.items():
-        assert not [name for name in imports(path.read_text(), module) if name.startswith("kdmini.extras")], module
+        assert not [
+            name for name in imports(path.read_text(), module) if name.startswith("kdmini.extras")
+        ], module
 
 
 def test_the_core_opens_no_connection_of_its_own() -> None:
     network = {"socket", "ssl", "urllib", "http", "ftplib", "requests", "asyncio"}
     for module, path in CORE.items():
-        assert not {name.split(".")[0] for name in imports(path.read_text(), module)} & network, module
+        assert not {name.split(".")[0] for name in imports(path.read_text(), module)} & network, (
+            module
+        )
 
 
 def test_modules_are_imported_by_name_in_one_place() -> None:
     """What is imported dynamically is what the config names, or this page would not see it."""
-    users = [name for name, path in MODULES.items() if re.search(r"import_module|__import__|runpy", path.read_text())]
+    users = [
+        name
+        for name, path in MODULES.items()
+        if re.search(r"import_module|__import__|runpy", path.read_text())
+    ]
     assert users == ["kdmini.config"]
 
 
@@ -239,14 +305,18 @@ def test_third_party_packages_are_the_few_that_are_declared() -> None:
         assert packages - set(sys.stdlib_module_names) - {"kdmini"} <= THIRD_PARTY | extra, module
 
 
-def test_ultralytics_is_the_oracle_of_the_parity_tests_and_the_peer_of_the_benchmarks_alone() -> None:
+def test_ultralytics_is_the_oracle_of_the_parity_tests_and_the_peer_of_the_benchmarks_alone() -> (
+    None
+):
     peers = (ROOT / "bench" / "peer.py", ROOT / "bench" / "peer_training.py")
     for path in everything():
         if path.suffix == ".py" and "parity" not in path.parts and path not in peers:
             names = {name.split(".")[0] for name in imports(path.read_text(), path.stem)}
             assert "ultralytics" not in names, path
     for path in (ROOT / "tests" / "parity").glob("*.py"):  # and even there in a process of its own
-        assert not [n for n in imports(path.read_text(), path.stem) if n.split(".")[0] == "ultralytics"], path
+        assert not [
+            n for n in imports(path.read_text(), path.stem) if n.split(".")[0] == "ultralytics"
+        ], path
 
 
 # --- safety
@@ -342,7 +412,9 @@ def f(
 def test_the_core_is_small() -> None:
     sizes = {name: code_lines(path.read_text()) for name, path in CORE.items()}
     assert sum(sizes.values()) <= CORE_LINES, sizes
-    path = {n: s for n, s in sizes.items() if any(n == p or n.startswith(p + ".") for p in READING_PATH)}
+    path = {
+        n: s for n, s in sizes.items() if any(n == p or n.startswith(p + ".") for p in READING_PATH)
+    }
     assert {
         "train",
         "kdmini.engine",
@@ -355,11 +427,15 @@ def test_the_core_is_small() -> None:
 
 def test_no_file_is_named_after_nothing() -> None:
     for name in MODULES:
-        assert not re.search(r"utils?|helpers?|misc|base|managers?|common", name.rpartition(".")[2]), name
+        assert not re.search(
+            r"utils?|helpers?|misc|base|managers?|common", name.rpartition(".")[2]
+        ), name
 
 
 def test_nothing_is_left_to_be_done() -> None:
-    marks = re.compile("|".join(rf"\b{mark}\b" for mark in ("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")))
+    marks = re.compile(
+        "|".join(rf"\b{mark}\b" for mark in ("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK"))
+    )
     assert len(everything()) > 20
     for path in everything():
         found = marks.search(path.read_text(encoding="utf-8"))
@@ -414,11 +490,20 @@ def test_the_table_of_witnesses_in_the_readme_has_the_rows_that_were_measured() 
     if not measured.exists():
         pytest.skip("`make parity` has not written its table here")
 
-    def rows(text: str) -> set[tuple[str, str]]:  # what, bound; the figures differ from machine to machine
-        cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    def rows(
+        text: str,
+    ) -> set[tuple[str, str]]:  # what, bound; the figures differ from machine to machine
+        cells = [
+            line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")
+        ]
         return {(row[0], row[-1]) for row in cells}
 
-    readme = (ROOT / "README.md").read_text().partition("<!-- witnesses -->")[2].partition("<!-- /witnesses -->")[0]
+    readme = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("<!-- witnesses -->")[2]
+        .partition("<!-- /witnesses -->")[0]
+    )
     assert rows(readme) == rows(measured.read_text()) != set()
 
 
@@ -428,11 +513,22 @@ def test_the_table_of_faults_in_the_readme_promises_no_more_than_was_measured() 
         pytest.skip("`make faults` has not written its table here")
 
     def lost(text: str) -> dict[str, str]:  # in the worst of the attempts, which chance may spare
-        cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        cells = [
+            line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")
+        ]
         return {row[0]: row[2] for row in cells}
 
-    readme = (ROOT / "README.md").read_text().partition("<!-- faults -->")[2].partition("<!-- /faults -->")[0]
+    readme = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("<!-- faults -->")[2]
+        .partition("<!-- /faults -->")[0]
+    )
     promised, found = lost(readme), lost(measured.read_text())
     assert len(promised) > 40
-    assert {fault: what for fault, what in found.items() if what != "nothing" and promised.get(fault) != what} == {}
+    assert {
+        fault: what
+        for fault, what in found.items()
+        if what != "nothing" and promised.get(fault) != what
+    } == {}
     assert found.keys() <= promised.keys()

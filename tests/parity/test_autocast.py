@@ -19,8 +19,9 @@ CPU = torch.device("cpu")
 TAPS = {f"model.{i}": f"model.{i}" for i in (6, 8, 13, 16, 19, 22)}
 NAMES = [f"class {i}" for i in range(20)]
 SEEDS = range(6)
-# Relative, of the detection and of the attention losses. Measured over 14 seeds: 6.7e-3 and 1.2e-3 in bf16, 2.9e-3 and
-# 1.1e-4 in fp16; the bounds are 1.5 to 1.8 times that. An assignment that tips over weighs more than rounding does.
+# Relative, of the detection and of the attention losses. Measured over 14 seeds: 6.7e-3 and 1.2e-3
+# in bf16, 2.9e-3 and 1.1e-4 in fp16; the bounds are 1.5 to 1.8 times that. An assignment that tips
+# over weighs more than rounding does.
 BOUNDS = {"bf16": (1e-2, 2e-3), "fp16": (5e-3, 2e-4)}
 
 
@@ -33,7 +34,10 @@ def losses(seed: int, amp: Any) -> tuple[dict[str, Tensor], torch.dtype]:
     distillation = Distillation(student, teacher, terms, TAPS, shapes)
     images = torch.rand(4, 3, 128, 128)
     corner, side = 64 * torch.rand(4, 5, 2), 8 + 56 * torch.rand(4, 5, 2)
-    targets: Any = {"boxes_xyxy": torch.cat([corner, corner + side], -1), "labels": torch.randint(0, 20, (4, 5))}
+    targets: Any = {
+        "boxes_xyxy": torch.cat([corner, corner + side], -1),
+        "labels": torch.randint(0, 20, (4, 5)),
+    }
     autocast, _ = precision(amp, CPU)
     with autocast():
         preds = student.train()(images)
@@ -54,7 +58,9 @@ def test_losses_are_near_those_of_float32(amp: str, dtype: torch.dtype) -> None:
 
 
 def overflowing(kind: str) -> Tensor:
-    """(2, 512, 6, 5) float64, exact in both half precisions: 300 squared is over float16, and so is a sum of 512."""
+    """(2, 512, 6, 5) float64, exact in both half precisions: 300 squared is over float16, and so is
+    a sum of 512.
+    """
     if kind == "constant":
         return torch.full((2, 512, 6, 5), 300.0, dtype=torch.float64)
     return 300 + 4 * torch.randint(-25, 26, (2, 512, 6, 5)).double()  # 200 .. 400
@@ -70,9 +76,17 @@ def test_attention_maps_of_features_that_overflow(amp: str, dtype: torch.dtype) 
         with autocast():
             feat = exact.to(dtype).requires_grad_()
             found = attention_map(feat)
-            losses = [AttentionTransfer(reduction).distance(feat, exact.flip(3).to(dtype)) for reduction in REDUCTIONS]
+            losses = [
+                AttentionTransfer(reduction).distance(feat, exact.flip(3).to(dtype))
+                for reduction in REDUCTIONS
+            ]
         assert found.dtype == torch.float32
         off = (found.detach().double() - notes_map(exact)).abs().max() / notes_map(exact).max()
-        witness("Autocast: attention maps of features that overflow fp16, relative", "notes, float64", off, 1e-6)
+        witness(
+            "Autocast: attention maps of features that overflow fp16, relative",
+            "notes, float64",
+            off,
+            1e-6,
+        )
         (slope,) = torch.autograd.grad(sum(losses), feat)
         assert slope.isfinite().all() and all(loss.isfinite() for loss in losses)

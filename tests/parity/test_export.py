@@ -1,4 +1,6 @@
-"""An exported state_dict loads strictly into the reference implementation, and gives the same outputs there."""
+"""An exported state_dict loads strictly into the reference implementation, and gives the same
+outputs there.
+"""
 
 from pathlib import Path
 
@@ -35,7 +37,9 @@ torch.save({"decoded": decoded, "version": __version__, "about": about}, folder 
 """
 
 
-@pytest.mark.parametrize("release, scale, classes", [("8.3.250", "n", 20), ("8.3.250", "s", 80), ("newest", "m", 20)])
+@pytest.mark.parametrize(
+    "release, scale, classes", [("8.3.250", "n", 20), ("8.3.250", "s", 80), ("newest", "m", 20)]
+)
 def test_the_exported_state_gives_the_same_outputs_there(
     tmp_path: Path, release: str, scale: str, classes: int
 ) -> None:
@@ -60,10 +64,14 @@ def test_the_exported_state_gives_the_same_outputs_there(
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     with torch.no_grad():
         boxes, scores = decode_maps(model.eval()(images))
-    ours = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], scores], -1).mT
+    ours = torch.cat(
+        [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], scores], -1
+    ).mT
     for what, rows in (("boxes", slice(0, 4)), ("scores", slice(4, None))):
         theirs = found["decoded"][:, rows]
         difference = (ours[:, rows] - theirs).abs().max() / theirs.abs().max()
         against = f"ultralytics {found['version']}"
-        witness(f"Exported state_dict: decoded {what}, relative", against, difference, 1e-4, len(images))
+        witness(
+            f"Exported state_dict: decoded {what}, relative", against, difference, 1e-4, len(images)
+        )
     assert found["about"]["scale"] == scale and found["about"]["imgsz"] == "128"

@@ -1,4 +1,6 @@
-"""The metrics, against pycocotools, the procedure of the VOC kits in loops, an installed VOC evaluation, and paper."""
+"""The metrics, against pycocotools, the procedure of the VOC kits in loops, an installed VOC
+evaluation, and paper.
+"""
 
 import json
 import math
@@ -45,7 +47,9 @@ def changed(seed: int, how: str) -> Scene:
         elif how == "no detections of a class, no objects of another":
             found[i] = {key: value[d["labels"] != 1] for key, value in d.items()}  # type: ignore[typeddict-item]
             keep = t["labels"] != 2
-            targets[i] = target(t["id"], t["boxes_xyxy"][keep], t["labels"][keep], t["difficult"][keep])
+            targets[i] = target(
+                t["id"], t["boxes_xyxy"][keep], t["labels"][keep], t["difficult"][keep]
+            )
         elif how == "empty images" and i % 2:
             found[i] = detections([], [], [])
         elif how == "images without objects" and i % 2:
@@ -73,7 +77,11 @@ ALL = {
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The largest; NaN against NaN is none, and against a number infinite."""
     return max(
-        0.0 if math.isnan(a) and math.isnan(b) else math.inf if math.isnan(a) or math.isnan(b) else abs(a - b)
+        0.0
+        if math.isnan(a) and math.isnan(b)
+        else math.inf
+        if math.isnan(a) or math.isnan(b)
+        else abs(a - b)
         for a, b in zip(ours, theirs, strict=True)
     )
 
@@ -83,16 +91,27 @@ def compare_with_pycocotools(scene: Scene) -> None:
     overall, per_class = pycocotools_scores(scene)
     table, scores = metric.per_class(), metric.compute()
     pairs = [([scores[key] for key in COCO], list(overall.values()))]
-    pairs += [([table[name][key] for key in COCO], per_class.get(name, [math.nan] * 3)) for name in NAMES]
+    pairs += [
+        ([table[name][key] for key in COCO], per_class.get(name, [math.nan] * 3)) for name in NAMES
+    ]
     for ours, theirs in pairs:
         what = "Metrics: COCO AP, overall and by class"
-        witness(what, f"pycocotools {version('pycocotools')}", difference(ours, theirs), 1e-12, len(COCO))
+        witness(
+            what,
+            f"pycocotools {version('pycocotools')}",
+            difference(ours, theirs),
+            1e-12,
+            len(COCO),
+        )
 
 
 def compare_with_the_kits(scene: Scene) -> None:
     table = measure(scene).per_class()
     for label, name in enumerate(NAMES):
-        ours, theirs = (table[name]["VOC07"], table[name]["VOC"]), devkit_scores(scene, label) or (math.nan, math.nan)
+        ours, theirs = (
+            (table[name]["VOC07"], table[name]["VOC"]),
+            devkit_scores(scene, label) or (math.nan, math.nan),
+        )
         witness(VOC, "VOC kits' procedure in loops", difference(ours, theirs), 1e-12, 2)
 
 
@@ -110,7 +129,8 @@ def test_more_than_a_hundred_detections_of_an_image() -> None:
         compare_with_the_kits(scene)
 
 
-# argv: file of [[gold boxes], [found boxes]] for each scene, a box being image, label, x1, y1, x2, y2 (and score)
+# argv: file of [[gold boxes], [found boxes]] for each scene, a box being image, label, x1, y1, x2,
+# y2 (and score)
 VOC_PACKAGE = """
 import json, sys
 from podm.metrics import BoundingBox, MethodAveragePrecision, get_pascal_voc_metrics
@@ -128,8 +148,9 @@ print(json.dumps(results))
 
 
 def test_an_installed_voc_evaluation(tmp_path: Path) -> None:
-    # It knows no difficult objects and divides by the area of a box. It reads the precision at 0.6000000000000001
-    # and not at 0.6 (0.3 and 0.7 likewise), so a class with a multiple of five objects is left out.
+    # It knows no difficult objects and divides by the area of a box. It reads the precision at
+    # 0.6000000000000001 and not at 0.6 (0.3 and 0.7 likewise), so a class with a multiple of five
+    # objects is left out.
     scenes, given = [], []
     for seed in range(1400, 1424):
         found, targets = random_scene(seed)
@@ -146,32 +167,50 @@ def test_an_installed_voc_evaluation(tmp_path: Path) -> None:
         boxes = [
             [t["id"], label, *box, score]
             for d, t in zip(found, targets, strict=True)
-            for label, box, score in zip(*(d[k].tolist() for k in ("labels", "boxes_xyxy", "scores")), strict=True)
+            for label, box, score in zip(
+                *(d[k].tolist() for k in ("labels", "boxes_xyxy", "scores")), strict=True
+            )
         ]
         given.append([gold, boxes])
     (tmp_path / "given.json").write_text(json.dumps(given))
-    results = json.loads(oracle(VOC_PACKAGE, tmp_path / "given.json", version="object-detection-metrics"))
+    results = json.loads(
+        oracle(VOC_PACKAGE, tmp_path / "given.json", version="object-detection-metrics")
+    )
     compared = 0
     for scene, result in zip(scenes, results, strict=True):
         table = measure(scene).per_class()
         for label, name in enumerate(NAMES):
             if table[name]["objects"] % 5:
                 ours = table[name]["VOC07"], table[name]["VOC"]
-                witness(VOC, "object-detection-metrics 0.4.post1", difference(ours, result[str(label)]), 1e-12, 2)
+                witness(
+                    VOC,
+                    "object-detection-metrics 0.4.post1",
+                    difference(ours, result[str(label)]),
+                    1e-12,
+                    2,
+                )
                 compared += 1
     assert compared > 50
 
 
 def test_on_paper() -> None:
-    # Five objects and a difficult one. By falling score, of IoU 1 unless another is given:
-    #   hit, miss, (difficult: ignored), hit, hit with IoU 0.72, miss (the first object again); two are never found
-    # Up to IoU 0.70: precision 1, 1/2, 2/3, 3/4, 3/5, so 1 at recall 1/5 and 3/4 at 2/5 and 3/5.
-    # Above:          precision 1, 1/2, 2/3, 2/4, 2/5, so 1 at recall 1/5 and 2/3 at 2/5.
+    # Five objects and a difficult one. By falling score, of IoU 1 unless another is given: hit,
+    # miss, (difficult: ignored), hit, hit with IoU 0.72, miss (the first object again); two are
+    # never found Up to IoU 0.70: precision 1, 1/2, 2/3, 3/4, 3/5, so 1 at recall 1/5 and 3/4 at 2/5
+    # and 3/5. Above:          precision 1, 1/2, 2/3, 2/4, 2/5, so 1 at recall 1/5 and 2/3 at 2/5.
     objects = [[x, 0, x + 10, 10] for x in (0, 20, 40, 60, 80, 100)]
-    found = [[0, 0, 10, 10], [0, 50, 10, 60], [100, 0, 110, 10], [20, 0, 30, 10], [40, 0, 50, 7.2], [0, 0, 10, 10]]
+    found = [
+        [0, 0, 10, 10],
+        [0, 50, 10, 60],
+        [100, 0, 110, 10],
+        [20, 0, 30, 10],
+        [40, 0, 50, 7.2],
+        [0, 0, 10, 10],
+    ]
     metric = DetectionMetric(NAMES)
     metric.update(
-        [detections(found, np.linspace(0.9, 0.4, 6), [2] * 6)], [target("a", objects, [2] * 6, [False] * 5 + [True])]
+        [detections(found, np.linspace(0.9, 0.4, 6), [2] * 6)],
+        [target("a", objects, [2] * 6, [False] * 5 + [True])],
     )
     expected = {
         "VOC": (1 + 3 / 4 + 3 / 4) / 5,
@@ -182,4 +221,9 @@ def test_on_paper() -> None:
     }
     scores = metric.compute()
     for key, value in expected.items():
-        witness("Metrics: all five scores", "a case worked out on paper", abs(scores[key] - value), 1e-12)
+        witness(
+            "Metrics: all five scores",
+            "a case worked out on paper",
+            abs(scores[key] - value),
+            1e-12,
+        )

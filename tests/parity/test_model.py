@@ -16,7 +16,8 @@ pytestmark = pytest.mark.parity
 TAPS = (6, 8, 13, 16, 19, 22)
 PAIRS = [(scale, classes) for scale in ("n", "s", "m") for classes in (80, 20)]
 
-# argv: scale, classes, folder. Reads folder/given.pt, writes folder/model.pt as the trainer does, and folder/found.pt.
+# argv: scale, classes, folder. Reads folder/given.pt, writes folder/model.pt as the trainer does,
+# and folder/found.pt.
 RUN = """
 import sys
 from pathlib import Path
@@ -74,14 +75,41 @@ torch.save(found, folder / "found.pt")
 HEIGHT, WIDTH = 128, 160
 SCENES = {  # boxes in pixels, and the class
     "crowded": [
-        *([10, 10, 70, 60, 0], [14, 12, 74, 66, 0], [8, 20, 66, 70, 5], [60, 30, 150, 120, 3], [64, 40, 140, 110, 7]),
-        *([20, 70, 60, 125, 19], [90, 4, 156, 40, 2], [100, 8, 130, 32, 2], [40, 40, 110, 90, 11], [5, 5, 155, 123, 1]),
+        *(
+            [10, 10, 70, 60, 0],
+            [14, 12, 74, 66, 0],
+            [8, 20, 66, 70, 5],
+            [60, 30, 150, 120, 3],
+            [64, 40, 140, 110, 7],
+        ),
+        *(
+            [20, 70, 60, 125, 19],
+            [90, 4, 156, 40, 2],
+            [100, 8, 130, 32, 2],
+            [40, 40, 110, 90, 11],
+            [5, 5, 155, 123, 1],
+        ),
     ],
     "empty": [],
     "single": [[33.25, 20.5, 120.75, 101.5, 4]],
-    "tiny": [[40, 40, 42, 43, 6], [99.5, 63.25, 104, 69, 8], [120, 20, 120.5, 20.5, 8], [75, 3, 77, 119, 9]],
-    "duplicate": [[20, 20, 90, 100, 10], [20, 20, 90, 100, 10], [20, 20, 90, 100, 12], [100, 50, 140, 90, 10]],
-    "border": [[0, 0, 160, 128, 13], [0, 0, 24, 20, 14], [136, 100, 160, 128, 15], [0, 60, 160, 70, 16]],
+    "tiny": [
+        [40, 40, 42, 43, 6],
+        [99.5, 63.25, 104, 69, 8],
+        [120, 20, 120.5, 20.5, 8],
+        [75, 3, 77, 119, 9],
+    ],
+    "duplicate": [
+        [20, 20, 90, 100, 10],
+        [20, 20, 90, 100, 10],
+        [20, 20, 90, 100, 12],
+        [100, 50, 140, 90, 10],
+    ],
+    "border": [
+        [0, 0, 160, 128, 13],
+        [0, 0, 24, 20, 14],
+        [136, 100, 160, 128, 15],
+        [0, 60, 160, 70, 16],
+    ],
 }
 
 
@@ -90,7 +118,9 @@ def both(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     """kdmini's detector, loaded from the reference's file, what the reference found, and the batch."""
     scale, classes = request.param
     folder = tmp_path_factory.mktemp("parity")
-    rows = torch.tensor([[n, *object] for n, objects in enumerate(SCENES.values()) for object in objects])
+    rows = torch.tensor(
+        [[n, *object] for n, objects in enumerate(SCENES.values()) for object in objects]
+    )
     corners = rows[:, 1:5]
     centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
     torch.manual_seed(0)
@@ -109,7 +139,9 @@ def both(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         for g, (*box, label) in enumerate(objects):
             boxes[n, g], labels[n, g] = torch.tensor(box), label
     return {
-        "model": YOLO11([f"class {i}" for i in range(classes)], scale, weights=str(folder / "model.pt")),
+        "model": YOLO11(
+            [f"class {i}" for i in range(classes)], scale, weights=str(folder / "model.pt")
+        ),
         "found": torch.load(folder / "found.pt", weights_only=True),
         "images": images,
         "targets": {"boxes_xyxy": boxes, "labels": labels},
@@ -122,14 +154,21 @@ AGAINST = "ultralytics 8.3.250"
 def assert_close(ours: Tensor, theirs: Tensor, what: str) -> None:
     """The largest difference, against the largest value."""
     assert ours.shape == theirs.shape, what
-    witness(f"Model: {what}, relative", AGAINST, (ours - theirs).detach().abs().max() / theirs.abs().max(), 1e-4)
+    witness(
+        f"Model: {what}, relative",
+        AGAINST,
+        (ours - theirs).detach().abs().max() / theirs.abs().max(),
+        1e-4,
+    )
 
 
 def test_maps_taps_and_boxes(both: dict[str, Any]) -> None:
     model, found = both["model"].eval(), both["found"]
     feats: dict[int, Tensor] = {}
     handles = [
-        model.get_submodule(f"model.{tap}").register_forward_hook(lambda m, a, o, tap=tap: feats.update({tap: o}))
+        model.get_submodule(f"model.{tap}").register_forward_hook(
+            lambda m, a, o, tap=tap: feats.update({tap: o})
+        )
         for tap in TAPS
     ]
     with torch.no_grad():
@@ -156,7 +195,12 @@ def test_training_maps_losses_gradients_and_statistics(both: dict[str, Any]) -> 
     losses = model.loss(preds, both["targets"])
     for name, value in losses.items():
         theirs = found[f"loss {name}"]
-        witness("Detection loss: components, relative", AGAINST, (value.detach() - theirs).abs() / theirs, 1e-4)
+        witness(
+            "Detection loss: components, relative",
+            AGAINST,
+            (value.detach() - theirs).abs() / theirs,
+            1e-4,
+        )
         assert value > 0.1, name
     model.zero_grad()
     (len(both["images"]) * sum(losses.values())).backward()
@@ -221,10 +265,14 @@ def test_nms(tmp_path: Path, score: float, iou: float, most: int) -> None:
     centres, sides = torch.rand(2, 400, 2) * 300, torch.rand(2, 400, 2) * 90 + 5
     boxes = torch.cat([centres - sides / 2, centres + sides / 2], -1)
     scores = torch.rand(2, 400, 6) ** 3
-    torch.save((torch.cat([centres, sides, scores], -1).mT, score, iou, most), tmp_path / "given.pt")
+    torch.save(
+        (torch.cat([centres, sides, scores], -1).mT, score, iou, most), tmp_path / "given.pt"
+    )
     oracle(NMS, tmp_path)
     for image, theirs in enumerate(torch.load(tmp_path / "found.pt", weights_only=True)):
         ours = select(boxes[image], scores[image], score, iou, most)
         assert 20 < len(theirs) <= most
         assert torch.allclose(ours["boxes_xyxy"], theirs[:, :4], atol=1e-3)
-        assert torch.equal(ours["scores"], theirs[:, 4]) and torch.equal(ours["labels"], theirs[:, 5].long())
+        assert torch.equal(ours["scores"], theirs[:, 4]) and torch.equal(
+            ours["labels"], theirs[:, 5].long()
+        )

@@ -1,4 +1,6 @@
-"""Twenty steps of training lead to the same weights, momentum and average as with the reference's own pieces."""
+"""Twenty steps of training lead to the same weights, momentum and average as with the reference's
+own pieces.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +22,18 @@ pytestmark = pytest.mark.parity
 
 CLASSES, SIDE = 20, 96
 EPOCHS, STEPS = 5, 4
-# accumulate is 1 and yet the weight decay is scaled by 4/5; the cosine starts to fall in the warm-up; the decay is
-# large and the average young, so that twenty steps show them
-RECIPE = Recipe(EPOCHS, batch=4, nbs=5, weight_decay=0.05, warmup_epochs=1.5, warmup_steps=1, ema_tau=20.0, amp=False)
+# accumulate is 1 and yet the weight decay is scaled by 4/5; the cosine starts to fall in the
+# warm-up; the decay is large and the average young, so that twenty steps show them
+RECIPE = Recipe(
+    EPOCHS,
+    batch=4,
+    nbs=5,
+    weight_decay=0.05,
+    warmup_epochs=1.5,
+    warmup_steps=1,
+    ema_tau=20.0,
+    amp=False,
+)
 
 # argv: folder. Reads folder/given.pt, writes folder/found.pt.
 RUN = """
@@ -82,7 +93,9 @@ torch.save(found | {"norms": norms, "updates": ema.updates}, folder / "found.pt"
 
 
 def scenes() -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, Any]]]:
-    """The same batches twice: for the reference, flat and normalised, and for kdmini, padded and in pixels."""
+    """The same batches twice: for the reference, flat and normalised, and for kdmini, padded and in
+    pixels.
+    """
     theirs, ours = [], []
     for counts in ([2, 0, 5, 1], [1, 3, 1, 2], [4, 1, 1, 1], [0, 2, 6, 3]):
         images = torch.rand(4, 3, SIDE, SIDE, dtype=torch.float64)
@@ -96,7 +109,9 @@ def scenes() -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, Any]]]:
         image, slot = (labels >= 0).nonzero(as_tuple=True)
         low, high = boxes[image, slot].chunk(2, 1)
         bboxes = torch.cat([(low + high) / 2, high - low], 1) / SIDE
-        theirs.append({"img": images, "batch_idx": image, "cls": labels[image, slot, None], "bboxes": bboxes})
+        theirs.append(
+            {"img": images, "batch_idx": image, "cls": labels[image, slot, None], "bboxes": bboxes}
+        )
         ours.append((images, {"boxes_xyxy": boxes, "labels": labels, "ids": []}))
     return theirs, ours
 
@@ -125,8 +140,9 @@ class NoDistillation(torch.nn.Module):
 
 
 def test_twenty_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64, for rounding grows: in float32 a typical tensor is 1e-3 apart by the twentieth step, the worst 0.4,
-    and the reference's own gradient norms in float32 and in float64 are 2 % apart. And with next to no guard against
+    """In float64, for rounding grows: in float32 a typical tensor is 1e-3 apart by the twentieth
+    step, the worst 0.4, and the reference's own gradient norms in float32 and in float64 are 2 %
+    apart. And with next to no guard against
     division by zero in CIoU: the two place its 1e-7 differently, and that grows to 6e-5."""
     torch.manual_seed(0)
     student = YOLO11([f"class {i}" for i in range(CLASSES)], "n")
@@ -139,7 +155,9 @@ def test_twenty_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(found["norms"]) > RECIPE.clip  # so the clipping counts in every step
 
     monkeypatch.setattr(kdmini.boxes, "EPS", 1e-20)
-    single = Tensor.float  # which the loss calls whatever the network's type: here it leaves double precision alone
+    single = (
+        Tensor.float
+    )  # which the loss calls whatever the network's type: here it leaves double precision alone
     monkeypatch.setattr(Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x))
     student.double()
     ema = EMA(student, RECIPE.ema_decay, RECIPE.ema_tau)
@@ -149,21 +167,42 @@ def test_twenty_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     progress = Progress()
     while progress.epoch < EPOCHS:
         train_one_epoch(
-            student, student, NoDistillation(), loader, optimizer, scaler, ema, RECIPE, progress, autocast, Stop()
+            student,
+            student,
+            NoDistillation(),
+            loader,
+            optimizer,
+            scaler,
+            ema,
+            RECIPE,
+            progress,
+            autocast,
+            Stop(),
         )
         progress.next_epoch()
 
-    momentum = {n: optimizer.state[p]["momentum_buffer"] for n, p in student.named_parameters() if p.requires_grad}
-    mine = {"weights": student.state_dict(), "average": ema.average.state_dict(), "momentum": momentum}
+    momentum = {
+        n: optimizer.state[p]["momentum_buffer"]
+        for n, p in student.named_parameters()
+        if p.requires_grad
+    }
+    mine = {
+        "weights": student.state_dict(),
+        "average": ema.average.state_dict(),
+        "momentum": momentum,
+    }
     assert ema.updates == found["updates"] == EPOCHS * STEPS
     for kind, tensors in mine.items():
         assert tensors.keys() == found[kind].keys()
         apart = {}
         for name, value in tensors.items():
-            if not value.is_floating_point():  # the count of batches, which the reference's average never moves
+            if (
+                not value.is_floating_point()
+            ):  # the count of batches, which the reference's average never moves
                 continue
             reference = found[kind][name]
-            # the floor is for a bias before another BatchNorm, whose gradient is nothing but rounding
+            # the floor is for a bias before another BatchNorm, whose gradient is nothing but
+            # rounding
             apart[name] = (value - reference).norm() / reference.norm().clamp(min=1e-3)
         what = f"Training: {kind} after 20 steps in float64, relative"
         witness(what, "ultralytics 8.3.250", max(apart.values()), 1e-8, len(apart))

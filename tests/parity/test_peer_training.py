@@ -1,4 +1,6 @@
-"""The run of the competitor's own distillation is on our data, from our weights, by our schedule, with our teacher."""
+"""The run of the competitor's own distillation is on our data, from our weights, by our schedule,
+with our teacher.
+"""
 
 import csv
 from pathlib import Path
@@ -23,7 +25,8 @@ from tests.conftest import ROOT
 from train import save_best
 
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
-# nine batches in three epochs, the warm-up over four, up to two batches an update, the last epoch without mosaic
+# nine batches in three epochs, the warm-up over four, up to two batches an update, the last epoch
+# without mosaic
 CHANGES = [
     "student.scale=n", "train.epochs=3", "train.ema_tau=2000", "data.limit=20",
     "data.augment={close_mosaic: 1, hsv_h: 0.02, translate: 0.2}",
@@ -70,11 +73,16 @@ torch.save(found, folder / "found.pt")
 
 
 @pytest.mark.parity
-def test_its_distillation_with_our_teacher_weights_and_schedule(tmp_path: Path, config_file: Path) -> None:
+def test_its_distillation_with_our_teacher_weights_and_schedule(
+    tmp_path: Path, config_file: Path
+) -> None:
     torch.manual_seed(8)
     teacher = YOLO11(NAMES, "n")
     save_best(tmp_path / "best.pt", teacher, NAMES, 64, 0, 0.5)
-    changes = [*CHANGES, f"teacher={{build: kdmini.yolo11.model:YOLO11, scale: n, weights: {tmp_path / 'best.pt'}}}"]
+    changes = [
+        *CHANGES,
+        f"teacher={{build: kdmini.yolo11.model:YOLO11, scale: n, weights: {tmp_path / 'best.pt'}}}",
+    ]
     oracle(RUNS, ROOT, tmp_path, config_file, *changes, version="newest")
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     against = found["version"]
@@ -82,19 +90,25 @@ def test_its_distillation_with_our_teacher_weights_and_schedule(tmp_path: Path, 
     # its student begins as ours does, and ends as another, which ours can be
     torch.manual_seed(3)
     student = YOLO11(NAMES, "n")
-    difference = max((found["begun"][key] - value).abs().max() for key, value in student.state_dict().items())
+    difference = max(
+        (found["begun"][key] - value).abs().max() for key, value in student.state_dict().items()
+    )
     witness("Competitor's run: first weights of the student", against, difference, 0.0)
     student.load_state_dict(found["first"])
     key = "model.22.cv2.conv.weight"
     assert found["first"][key].dtype == torch.float32
     assert not torch.equal(found["first"][key], found["begun"][key])
-    assert not torch.equal(found["first"][key], found["student"][key])  # the average, not what was averaged
+    assert not torch.equal(
+        found["first"][key], found["student"][key]
+    )  # the average, not what was averaged
 
     # its teacher is ours, to the end; and it teaches
     file = weights.read(tmp_path / "first" / "teacher.pt")
     assert file.sppf_act
     for state in (file.state, found["teacher"]):
-        difference = max((state[key] - value).abs().max() for key, value in teacher.state_dict().items())
+        difference = max(
+            (state[key] - value).abs().max() for key, value in teacher.state_dict().items()
+        )
         witness("Competitor's run: weights of the teacher", against, difference, 0.0)
     with open(tmp_path / "first" / "run" / "results.csv") as table:
         epochs = list(csv.DictReader(table))
@@ -103,7 +117,11 @@ def test_its_distillation_with_our_teacher_weights_and_schedule(tmp_path: Path, 
     # its schedule is ours, batch by batch
     settings = config.load(config_file, changes)
     recipe = Recipe(**settings["train"])
-    assert [batch["images"] for batch in found["batches"]] == [8, 8, 4] * 3  # ours leaves the last four out
+    assert [batch["images"] for batch in found["batches"]] == [
+        8,
+        8,
+        4,
+    ] * 3  # ours leaves the last four out
     assert [batch["mosaic"] for batch in found["batches"]] == [1.0] * 6 + [0.0] * 3
     ours = [recipe.at(step, 3) for step in range(9)]
     assert {setting.accumulate for setting in ours} == {1, 2}
@@ -115,9 +133,19 @@ def test_its_distillation_with_our_teacher_weights_and_schedule(tmp_path: Path, 
         "accumulate": [setting.accumulate for setting in ours],
     }
     for name, values in rows.items():
-        difference = np.abs(np.array(values) - np.array([batch[name] for batch in found["batches"]])).max()
+        difference = np.abs(
+            np.array(values) - np.array([batch[name] for batch in found["batches"]])
+        ).max()
         witness(f"Competitor's run: {name}", against, difference, 1e-12, 9)
-    told = {"seed": 3, "translate": 0.2, "hsv_h": 0.02, "imgsz": 64, "dis": 6.0, "mixup": 0.0, "amp": False}
+    told = {
+        "seed": 3,
+        "translate": 0.2,
+        "hsv_h": 0.02,
+        "imgsz": 64,
+        "dis": 6.0,
+        "mixup": 0.0,
+        "amp": False,
+    }
     assert {name: found["args"][name] for name in told} == told
 
     # without a teacher it trains alone
@@ -131,9 +159,12 @@ def test_its_distillation_with_our_teacher_weights_and_schedule(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"), [("clip=1.0", "train.clip: ultralytics has 10"), ("ema_tau=9", "train.ema_tau")]
+    ("change", "told"),
+    [("clip=1.0", "train.clip: ultralytics has 10"), ("ema_tau=9", "train.ema_tau")],
 )
-def test_a_recipe_that_it_cannot_follow(tmp_path: Path, config_file: Path, change: str, told: str) -> None:
+def test_a_recipe_that_it_cannot_follow(
+    tmp_path: Path, config_file: Path, change: str, told: str
+) -> None:
     with pytest.raises(UserError, match=told):
         distil(config.load(config_file, ["train.ema_tau=2000", f"train.{change}"]), tmp_path)
 
@@ -154,5 +185,9 @@ def test_images_are_written_as_a_store_has_them(tmp_path: Path, shapes: Path) ->
         rows = np.loadtxt(tmp_path / "labels" / f"{file.stem}.txt", ndmin=2)
         centre, sides = rows[:, 1:3] * [width, height], rows[:, 3:] * [width, height]
         easy = ~target["difficult"]
-        assert np.allclose(np.hstack([centre - sides / 2, centre + sides / 2]), target["boxes_xyxy"][easy], atol=1e-3)
+        assert np.allclose(
+            np.hstack([centre - sides / 2, centre + sides / 2]),
+            target["boxes_xyxy"][easy],
+            atol=1e-3,
+        )
         assert (rows[:, 0] == target["labels"][easy]).all()

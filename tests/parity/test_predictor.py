@@ -1,4 +1,6 @@
-"""The same photographs and weights give the same detections as the reference's predictor, in pixels of the files."""
+"""The same photographs and weights give the same detections as the reference's predictor, in pixels
+of the files.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +72,8 @@ for found, file in zip(native, files):
 torch.save({"images": images, "placed": placed, "native": native, "candidates": candidates}, folder / "found.pt")
 """
 
-# argv: folder. For each size in folder/sizes.pt, where a white picture of it comes to lie, and a box of it goes.
+# argv: folder. For each size in folder/sizes.pt, where a white picture of it comes to lie, and a
+# box of it goes.
 PLACE = """
 import sys
 import numpy as np, torch
@@ -94,11 +97,15 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     dataset = VOC(str(PHOTOGRAPHS), ["all"])
     loader = ValLoader(Store(dataset, SIDE, workers=1), batch=len(dataset))
     [(images, targets, to_native)] = loader
-    files = [PHOTOGRAPHS / "JPEGImages" / f"{target['id'].split('/')[-1]}.jpg" for target in targets]
+    files = [
+        PHOTOGRAPHS / "JPEGImages" / f"{target['id'].split('/')[-1]}.jpg" for target in targets
+    ]
     assert len(files) > 30 and all(file.is_file() for file in files)
     oracle(PREDICT, folder, SIDE, *files)
     return {
-        "model": YOLO11(VOC_NAMES, "n", weights={"path": str(folder / "model.pt"), "classes": "keep"}).eval(),
+        "model": YOLO11(
+            VOC_NAMES, "n", weights={"path": str(folder / "model.pt"), "classes": "keep"}
+        ).eval(),
         "ours": images,
         "to_native": to_native,
         **torch.load(folder / "found.pt", weights_only=True),
@@ -126,16 +133,25 @@ def test_detections_of_the_same_pixels(both: dict[str, Any]) -> None:
 
 
 def test_the_way_back_to_the_files(both: dict[str, Any]) -> None:
-    """The reference divides both sides by one ratio, kdmini each by its own, for the sides were rounded to pixels:
-    up to half a pixel of the letterbox apart, and one more where the rounding moves the reference's corner."""
+    """The reference divides both sides by one ratio, kdmini each by its own, for the sides were
+    rounded to pixels: up to half a pixel of the letterbox apart, and one more where the rounding
+    moves the reference's corner.
+    """
     to_native = both["to_native"]
-    given = [{"boxes_xyxy": found[:, :4], "scores": found[:, 4], "labels": found[:, 5]} for found in both["placed"]]
+    given = [
+        {"boxes_xyxy": found[:, :4], "scores": found[:, 4], "labels": found[:, 5]}
+        for found in both["placed"]
+    ]
     exact: list[float] = []
     apart: list[float] = []
-    for ours, theirs, (width, height) in zip(to_native(given), both["native"], to_native.native, strict=True):
+    for ours, theirs, (width, height) in zip(
+        to_native(given), both["native"], to_native.native, strict=True
+    ):
         ratio = max(width, height) / SIDE
         whole = all((side / ratio).is_integer() for side in (width, height))
-        (exact if whole else apart).append((ours["boxes_xyxy"] - theirs[:, :4]).abs().max().item() / ratio)
+        (exact if whole else apart).append(
+            (ours["boxes_xyxy"] - theirs[:, :4]).abs().max().item() / ratio
+        )
     what = "Detections of photographs: mapped back, pixels of the letterbox"
     witness(f"{what}, sides that divide", AGAINST, max(exact), 1e-3, len(exact))
     witness(f"{what}, others", AGAINST, max(apart), 1.5, len(apart))
@@ -158,7 +174,9 @@ def test_where_pictures_are_placed(tmp_path: Path) -> None:
     torch.save((torch.from_numpy(sizes), SIDE), tmp_path / "sizes.pt")
     oracle(PLACE, tmp_path)
     theirs = torch.load(tmp_path / "found.pt", weights_only=True).numpy()
-    stored = np.array([shrink(np.empty((height, width, 3), np.uint8), SIDE).shape[:2] for width, height in sizes])
+    stored = np.array(
+        [shrink(np.empty((height, width, 3), np.uint8), SIDE).shape[:2] for width, height in sizes]
+    )
     store: Any = SimpleNamespace(sizes=stored)
     layout = letterbox(store, np.arange(len(sizes)), SIDE)
     low, high = layout.b[:, 0], layout.b[:, 0] + layout.a[:, 0] * stored[:, ::-1]

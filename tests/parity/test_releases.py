@@ -1,4 +1,6 @@
-"""Files of several releases, stripped and from mid-training, give the outputs of the release that saved them."""
+"""Files of several releases, stripped and from mid-training, give the outputs of the release that
+saved them.
+"""
 
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from kdmini.yolo11.model import YOLO11, decode_maps
 
 pytestmark = pytest.mark.parity
 
-# argv: scale, height, width, folder. Writes best.pt (stripped), last.pt (mid-training) and found.pt.
+# argv: scale, height, width, folder. Writes best.pt (stripped), last.pt (mid-training) and
+# found.pt.
 SAVE = """
 import sys
 from copy import deepcopy
@@ -91,7 +94,13 @@ def test_a_file_gives_what_its_release_gives(saved: dict, file: str) -> None:
     for what, rows in (("boxes", slice(0, 4)), ("scores", slice(4, None))):
         theirs = saved["decoded"][:, rows]
         difference = ((ours[:, rows] - theirs).abs().max() / theirs.abs().max()).item()
-        witness(f"Files of other releases: decoded {what}, relative", against, difference, 1e-4, len(theirs))
+        witness(
+            f"Files of other releases: decoded {what}, relative",
+            against,
+            difference,
+            1e-4,
+            len(theirs),
+        )
 
 
 def test_the_default_is_that_of_8_3(saved: dict) -> None:
@@ -108,7 +117,12 @@ def test_the_default_is_that_of_8_3(saved: dict) -> None:
     for branch, theirs in zip((head.cv2, head.cv3), fresh["bias"], strict=True):
         for level, bias in zip(branch, theirs, strict=True):
             difference = (level[-1].bias.detach() - bias).abs().max()
-            witness("Model: first biases of the head", f"ultralytics {saved['version']}", difference, 1e-6)
+            witness(
+                "Model: first biases of the head",
+                f"ultralytics {saved['version']}",
+                difference,
+                1e-6,
+            )
 
 
 def test_class_rows_are_carried_over_one_by_one(saved: dict) -> None:
@@ -120,7 +134,9 @@ def test_class_rows_are_carried_over_one_by_one(saved: dict) -> None:
     }  # fmt: skip
     path = Path(saved["folder"] / "best.pt")
     file = weights.read(path)
-    ours = YOLO11(VOC_NAMES, saved["scale"], weights={"path": str(path), "classes": "by_name"}).state_dict()
+    ours = YOLO11(
+        VOC_NAMES, saved["scale"], weights={"path": str(path), "classes": "by_name"}
+    ).state_dict()
     rows = 0
     for key, value in ours.items():
         if key.startswith("model.23.cv3") and ".2." in key and key.split(".")[4] == "2":

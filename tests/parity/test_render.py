@@ -1,4 +1,6 @@
-"""Rendering, against a picture worked out pixel by pixel in float64; boxes, against the pixels; colour, colorsys."""
+"""Rendering, against a picture worked out pixel by pixel in float64; boxes, against the pixels;
+colour, colorsys.
+"""
 
 import colorsys
 from typing import Any
@@ -8,7 +10,16 @@ import pytest
 import torch
 from witness import witness
 
-from kdmini.data.render import choose, letterbox, mirror, mosaic, recolour, render, render_boxes, zoom
+from kdmini.data.render import (
+    choose,
+    letterbox,
+    mirror,
+    mosaic,
+    recolour,
+    render,
+    render_boxes,
+    zoom,
+)
 from tests.data.test_render import (
     SIZES,
     colours,
@@ -49,14 +60,20 @@ def test_mosaic_zoom_and_mirror() -> None:
     layout = mirror(zoom(mosaic(store, four, size, centre), factor, size, to), mirrored, size)
     for n, found in enumerate(grey_levels(render(store, layout, size))):
         chosen = [images[i] for i in four[n]]
-        compare("mosaic", found, expected_mosaic(chosen, size, centre[n], factor[n], to[n], mirrored[n]))
+        compare(
+            "mosaic", found, expected_mosaic(chosen, size, centre[n], factor[n], to[n], mirrored[n])
+        )
     assert 10 < mirrored.sum() < 50
 
 
 def test_tiles_that_end_at_the_centre_of_a_pixel() -> None:
     size, images = 40, noise([(40, 10), (10, 40), (10, 40), (40, 10)], 9)
     store = keep(images, size)
-    centre, factor, to = np.array([[40.5, 30.5], [35.5, 45.5]]), np.ones(2), np.full((2, 2), size / 2)
+    centre, factor, to = (
+        np.array([[40.5, 30.5], [35.5, 45.5]]),
+        np.ones(2),
+        np.full((2, 2), size / 2),
+    )
     four = np.array([[0, 1, 2, 3], [1, 0, 3, 2]])
     layout = zoom(mosaic(store, four, size, centre), factor, size, to)
     for n, found in enumerate(grey_levels(render(store, layout, size))):
@@ -65,7 +82,10 @@ def test_tiles_that_end_at_the_centre_of_a_pixel() -> None:
 
 
 def test_zoomed_and_mirrored_letterbox() -> None:
-    size, images = 32, noise([(32, 32), (20, 32), (32, 11)], 8)  # no larger than the letterbox: its scale is one
+    size, images = (
+        32,
+        noise([(32, 32), (20, 32), (32, 11)], 8),
+    )  # no larger than the letterbox: its scale is one
     store = keep(images, size)
     four, _, factor, to, mirrored = draws(12, len(images), size, seed=12)
     layout = mirror(zoom(letterbox(store, four[:, 0], size), factor, size / 2, to), mirrored, size)
@@ -84,7 +104,9 @@ def test_zoomed_and_mirrored_letterbox() -> None:
 
 
 def scene(rng: Any, size: int, reduced: int) -> tuple[Any, list[list[int]]]:
-    """Three pictures with a rectangle lit in a channel of its own, and one without -> store, boxes of the files."""
+    """Three pictures with a rectangle lit in a channel of its own, and one without -> store, boxes
+    of the files.
+    """
     images, boxes = [], []
     for channel in range(3):
         height, width = (int(side) for side in rng.integers(24, size + 1, 2))
@@ -123,13 +145,24 @@ def test_boxes_lie_where_rectangles_are_lit(reduced: int, draws_wanted: int) -> 
                 if channel in labels:
                     assert lit_box is not None
                     (box,) = rendered[labels == channel]
-                    witness("Rendering: boxes, pixels", "lit rectangles", abs(box - lit_box).max(), 0.501)
+                    witness(
+                        "Rendering: boxes, pixels",
+                        "lit rectangles",
+                        abs(box - lit_box).max(),
+                        0.501,
+                    )
                     found_again += 1
                     on_mosaics += four_tiles[n]
                 elif lit_box is not None:  # left out: thin, or less than a tenth
                     scale = abs(layout.a[n, list(four[n]).index(channel)])
-                    sides, whole = lit_box[2:] - lit_box[:2], np.subtract(boxes[channel][2:], boxes[channel][:2])
-                    assert sides.min() <= 3 or sides.prod() < 0.1 * (whole * scale / reduced + 2).prod()
+                    sides, whole = (
+                        lit_box[2:] - lit_box[:2],
+                        np.subtract(boxes[channel][2:], boxes[channel][:2]),
+                    )
+                    assert (
+                        sides.min() <= 3
+                        or sides.prod() < 0.1 * (whole * scale / reduced + 2).prod()
+                    )
                     left_out += 1
     assert found_again > draws_wanted and on_mosaics > draws_wanted / 2 and left_out > 0
 
@@ -140,12 +173,18 @@ def test_colour() -> None:
     factors[0] = 1
     images = torch.from_numpy(rgb.T.reshape(3, 16, 32)).float().expand(12, 3, 16, 32)
     found = (
-        torch.stack(recolour(images.unbind(1), torch.from_numpy(factors).float()), 1).flatten(2).mT.numpy()
+        torch.stack(recolour(images.unbind(1), torch.from_numpy(factors).float()), 1)
+        .flatten(2)
+        .mT.numpy()
     )  # (12, 512, 3)
     for n, (h, s, v) in enumerate(factors):
         expected = []
         for colour in rgb:
             hue, saturation, value = colorsys.rgb_to_hsv(*colour)
-            expected.append(colorsys.hsv_to_rgb(hue * h % 1, min(saturation * s, 1), min(value * v, 1)))
+            expected.append(
+                colorsys.hsv_to_rgb(hue * h % 1, min(saturation * s, 1), min(value * v, 1))
+            )
         off = 255 * abs(found[n] - np.array(expected)).max()
-        witness("Rendering: hue, saturation and value, grey levels", "colorsys", off, 0.05, len(rgb))
+        witness(
+            "Rendering: hue, saturation and value, grey levels", "colorsys", off, 0.05, len(rgb)
+        )

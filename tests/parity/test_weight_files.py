@@ -13,7 +13,8 @@ from kdmini.yolo11.model import YOLO11
 
 pytestmark = pytest.mark.parity
 
-# Saves <case>.pt as the trainer does, and what is in it when it is unpickled: <case>.state and <case>.json.
+# Saves <case>.pt as the trainer does, and what is in it when it is unpickled: <case>.state and
+# <case>.json.
 SAVE = """
 import json, sys
 from argparse import Namespace

@@ -1,15 +1,20 @@
-"""The largest difference from each witness, collected while the parity tests run, and the table of them."""
+"""The largest difference from each witness, collected while the parity tests run, and the table of
+them.
+"""
 
 from pathlib import Path
 
 TABLE = Path(__file__).parent / "TABLE.md"
 HEAD = "| what | witness | cases | largest difference | bound |\n|---|---|---|---|---|\n"
 
-_rows: dict[tuple[str, str, float], tuple[int, float]] = {}  # (what, witness, bound) -> cases, largest difference
+_rows: dict[
+    tuple[str, str, float], tuple[int, float]
+] = {}  # (what, witness, bound) -> cases, largest difference
 
 
 def witness(what: str, against: str, difference: float, bound: float, cases: int = 1) -> None:
-    """Asserts difference <= bound, and adds the cases to the row of the table for (what, against, bound).
+    """Asserts difference <= bound, and adds the cases to the row of the table for (what, against,
+    bound).
 
     what: "Model: decoded boxes, relative"; against: "ultralytics 8.3.250". NaN fails.
     """

@@ -1,4 +1,6 @@
-"""Assignment and detection loss, against plain loops, torchvision's CIoU and cases worked out by hand."""
+"""Assignment and detection loss, against plain loops, torchvision's CIoU and cases worked out by
+hand.
+"""
 
 import math
 from typing import Any
@@ -64,7 +66,9 @@ def looped_loss(maps: list[Tensor], scenes: Any) -> tuple[float, float, float]:
         boxes = []
         for value, (_, _, _, x, y, stride) in zip(values, cells, strict=True):
             bins = value[: 4 * BINS].view(4, BINS).softmax(1)
-            left, top, right, bottom = (sum(i * p.item() for i, p in enumerate(side)) * stride for side in bins)
+            left, top, right, bottom = (
+                sum(i * p.item() for i, p in enumerate(side)) * stride for side in bins
+            )
             boxes.append([x - left, y - top, x + right, y + bottom])
         predicted = torch.tensor(boxes, dtype=torch.float64)
 
@@ -82,7 +86,11 @@ def looped_loss(maps: list[Tensor], scenes: Any) -> tuple[float, float, float]:
             for a in best:
                 if x1 < cells[a][3] < x2 and y1 < cells[a][4] < y2:
                     claims[a].add(g)
-        owners = {a: min(c) if len(c) == 1 else int(overlap[:, a].argmax()) for a, c in enumerate(claims) if c}
+        owners = {
+            a: min(c) if len(c) == 1 else int(overlap[:, a].argmax())
+            for a, c in enumerate(claims)
+            if c
+        }
 
         for a, value in enumerate(values):
             target = torch.zeros(CLASSES, dtype=torch.float64)
@@ -90,21 +98,33 @@ def looped_loss(maps: list[Tensor], scenes: Any) -> tuple[float, float, float]:
                 g = owners[a]
                 own = [b for b, owner in owners.items() if owner == g]
                 most = alignment[g, own].max()
-                target[objects[g][1]] = alignment[g, a] / most * overlap[g, own].max() if most > 0 else 0
+                target[objects[g][1]] = (
+                    alignment[g, a] / most * overlap[g, own].max() if most > 0 else 0
+                )
             weight = target.sum().item()
             total += weight
             logits = value[4 * BINS :]
-            cls -= (target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits)).sum().item()
+            cls -= (
+                (target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits)).sum().item()
+            )
             if weight:
                 corners = objects[owners[a]][0]
-                ciou = complete_box_iou(torch.tensor([corners], dtype=torch.float64), predicted[a : a + 1])
+                ciou = complete_box_iou(
+                    torch.tensor([corners], dtype=torch.float64), predicted[a : a + 1]
+                )
                 box += weight * (1 - ciou.item())
                 _, _, _, x, y, stride = cells[a]
                 ltrb = [x - corners[0], y - corners[1], corners[2] - x, corners[3] - y]
-                for side, distance in zip(value[: 4 * BINS].view(4, BINS).log_softmax(1), ltrb, strict=True):
+                for side, distance in zip(
+                    value[: 4 * BINS].view(4, BINS).log_softmax(1), ltrb, strict=True
+                ):
                     place = min(max(distance / stride, 0), 14.99)
                     low = math.floor(place)
-                    dfl -= weight / 4 * ((low + 1 - place) * side[low] + (place - low) * side[low + 1]).item()
+                    dfl -= (
+                        weight
+                        / 4
+                        * ((low + 1 - place) * side[low] + (place - low) * side[low + 1]).item()
+                    )
     total = max(total, 1)
     return box / total, cls / total, dfl / total
 
@@ -114,26 +134,42 @@ def test_equals_plain_loops(seed: int) -> None:
     maps = random_maps(3, seed)
     with torch.no_grad():
         for level in maps:
-            level[:, : 4 * BINS] += torch.arange(4 * BINS).view(1, -1, 1, 1) % BINS * -0.4  # boxes of about their size
+            level[:, : 4 * BINS] += (
+                torch.arange(4 * BINS).view(1, -1, 1, 1) % BINS * -0.4
+            )  # boxes of about their size
     found = loss_of(maps, targets_of(*SCENES))
     expected = looped_loss(maps, SCENES)
-    assert [found[name].item() for name in ("box", "cls", "dfl")] == pytest.approx(expected, rel=2e-5)
+    assert [found[name].item() for name in ("box", "cls", "dfl")] == pytest.approx(
+        expected, rel=2e-5
+    )
     assert min(expected) > 0.05
 
 
 def test_one_object_worked_out_by_hand() -> None:
-    """A single anchor of stride 32 at (16, 16), whose sides are a quarter in bin 0 and three quarters in bin 1."""
+    """A single anchor of stride 32 at (16, 16), whose sides are a quarter in bin 0 and three
+    quarters in bin 1.
+    """
     level = torch.full((1, 65, 1, 1), -100.0)
     level[0, 64] = 0
     for side in range(4):
         level[0, side * BINS] = math.log(1)
         level[0, side * BINS + 1] = math.log(3)
-    assert expected_dist(level[..., 0].mT[..., :64], BINS).flatten().tolist() == pytest.approx([0.75] * 4)
+    assert expected_dist(level[..., 0].mT[..., :64], BINS).flatten().tolist() == pytest.approx(
+        [0.75] * 4
+    )
     found = detection_loss([level], targets_of([([0, 0, 32, 32], 0)]), [32], BINS)
-    iou = 32 * 32 / 48**2  # the box is -8 -8 40 40: same centre, same aspect, so CIoU is IoU, and the target score
-    assert found["box"].item() == pytest.approx(iou * (1 - iou), rel=1e-4)  # divided by 1, the least
-    assert found["cls"].item() == pytest.approx(math.log(2), rel=1e-4)  # logit 0, whatever the target
-    assert found["dfl"].item() == pytest.approx(-iou * (math.log(1 / 4) + math.log(3 / 4)) / 2, rel=1e-4)
+    iou = (
+        32 * 32 / 48**2
+    )  # the box is -8 -8 40 40: same centre, same aspect, so CIoU is IoU, and the target score
+    assert found["box"].item() == pytest.approx(
+        iou * (1 - iou), rel=1e-4
+    )  # divided by 1, the least
+    assert found["cls"].item() == pytest.approx(
+        math.log(2), rel=1e-4
+    )  # logit 0, whatever the target
+    assert found["dfl"].item() == pytest.approx(
+        -iou * (math.log(1 / 4) + math.log(3 / 4)) / 2, rel=1e-4
+    )
 
 
 def test_dfl_equals_a_plain_loop() -> None:
@@ -158,7 +194,10 @@ def test_dfl_equals_a_plain_loop() -> None:
 @pytest.mark.parametrize("padding", [0, 3])
 def test_images_without_objects(padding: int) -> None:
     maps = random_maps(2)
-    targets: Any = {"boxes_xyxy": torch.zeros(2, padding, 4), "labels": torch.full((2, padding), -1)}
+    targets: Any = {
+        "boxes_xyxy": torch.zeros(2, padding, 4),
+        "labels": torch.full((2, padding), -1),
+    }
     found = loss_of(maps, targets)
     assert found["box"] == 0 and found["dfl"] == 0
     logits = torch.cat([m[:, 4 * BINS :].flatten() for m in maps])
@@ -248,7 +287,9 @@ def test_a_batch_is_its_images_one_by_one() -> None:
 
 def test_the_order_of_objects_does_not_matter() -> None:
     scores, boxes, points = answers(1)
-    one, other = (assign(scores, boxes, points, targets_of(objects)) for objects in (CROWD, CROWD[::-1]))
+    one, other = (
+        assign(scores, boxes, points, targets_of(objects)) for objects in (CROWD, CROWD[::-1])
+    )
     assert torch.equal(one.scores, other.scores)
     owned = one.scores.any(-1)
     assert torch.equal(one.boxes_xyxy[owned], other.boxes_xyxy[owned])
@@ -264,7 +305,9 @@ def test_at_most_ten_anchors_and_only_with_their_centre_inside() -> None:
     assert ((x > 10) & (x < 90) & (y > 10) & (y < 60)).all()
     assert not found.scores[0, :, [0, 2]].any()
     ciou = complete_box_iou(torch.tensor([corners]), boxes[0])[0]
-    assert found.scores.max().item() == pytest.approx(ciou[owned].max().item(), rel=1e-4)  # the best gets the best
+    assert found.scores.max().item() == pytest.approx(
+        ciou[owned].max().item(), rel=1e-4
+    )  # the best gets the best
 
 
 def test_an_anchor_claimed_twice_goes_to_the_highest_ciou() -> None:
@@ -280,14 +323,18 @@ def test_an_anchor_claimed_twice_goes_to_the_highest_ciou() -> None:
 
 
 def test_only_contested_anchors_change_hands() -> None:
-    candidate = torch.tensor([[[True, True, False], [True, False, False], [False, False, False]]])  # (1, 3, 3)
+    candidate = torch.tensor(
+        [[[True, True, False], [True, False, False], [False, False, False]]]
+    )  # (1, 3, 3)
     overlap = torch.tensor([[[0.1, 0.2, 0.9], [0.4, 0.9, 0.1], [0.3, 0.3, 0.3]]])
     owned = best_object(candidate, overlap)
     assert owned[0].tolist() == [[False, True, False], [True, False, False], [False, False, False]]
 
 
 def test_fewer_anchors_than_candidates() -> None:
-    found = detection_loss([torch.randn(1, 66, 1, 2)], targets_of([([2, 2, 60, 30], 1)]), [32], BINS)
+    found = detection_loss(
+        [torch.randn(1, 66, 1, 2)], targets_of([([2, 2, 60, 30], 1)]), [32], BINS
+    )
     assert all(value.isfinite() and value > 0 for value in found.values())
 
 
@@ -318,7 +365,9 @@ def test_the_perfect_answer_is_the_minimum() -> None:
     targets, maps = targets_of(objects), perfect_maps(objects)
     found = loss_of(maps, targets)
     assert abs(found["box"].item()) < 1e-4
-    found["dfl"].backward()  # what is left of it is the spread over two bins, and no step makes it smaller
+    found[
+        "dfl"
+    ].backward()  # what is left of it is the spread over two bins, and no step makes it smaller
     assert all(level.grad is not None and level.grad.abs().max() < 1e-4 for level in maps)
 
     worse = [level.detach().clone() for level in maps]

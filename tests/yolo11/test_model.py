@@ -51,16 +51,21 @@ def tiny(classes: int = 3, seed: int = 0, scale: Any = TINY) -> YOLO11:
         ("m", 20, 20_068_428, 649),
     ],
 )
-def test_sizes_are_the_published_ones(scale: str, classes: int, parameters: int, tensors: int) -> None:
+def test_sizes_are_the_published_ones(
+    scale: str, classes: int, parameters: int, tensors: int
+) -> None:
     made = on_meta(scale, classes)
     assert sum(p.numel() for p in made.parameters()) == parameters
     assert len(made.state_dict()) == tensors
 
 
 @pytest.mark.parametrize(
-    "scale, channels", [("s", [256, 512, 256, 128, 256, 512]), ("m", [512, 512, 512, 256, 512, 512])]
+    "scale, channels",
+    [("s", [256, 512, 256, 128, 256, 512]), ("m", [512, 512, 512, 256, 512, 512])],
 )
-def test_the_taps_of_the_notes_have_their_channels_and_sizes(scale: str, channels: list[int]) -> None:
+def test_the_taps_of_the_notes_have_their_channels_and_sizes(
+    scale: str, channels: list[int]
+) -> None:
     made = on_meta(scale, 20)
     shapes = {}
     for tap in (6, 8, 13, 16, 19, 22):
@@ -80,7 +85,9 @@ def test_the_class_branch_of_n_widens_with_the_classes() -> None:
     for scale in ("s", "m"):
         few, many = on_meta(scale, 20).state_dict(), on_meta(scale, 80).state_dict()
         differ = [key for key in few if few[key].shape != many[key].shape]
-        assert differ == [f"model.23.cv3.{level}.2.{kind}" for level in range(3) for kind in ("weight", "bias")]
+        assert differ == [
+            f"model.23.cv3.{level}.2.{kind}" for level in range(3) for kind in ("weight", "bias")
+        ]
 
 
 def test_a_half_of_s_would_fit_into_m() -> None:
@@ -97,7 +104,9 @@ def test_biases_begin_at_about_five_objects_an_image(classes: int) -> None:
         box = made.get_parameter(f"model.23.cv2.{level}.2.bias")
         cls = made.get_parameter(f"model.23.cv3.{level}.2.bias")
         assert torch.equal(box, torch.ones(64))
-        assert torch.allclose(cls, torch.full((classes,), math.log(5 / classes / (640 / stride) ** 2)))
+        assert torch.allclose(
+            cls, torch.full((classes,), math.log(5 / classes / (640 / stride) ** 2))
+        )
 
 
 def test_batchnorm_is_that_of_the_public_recipe() -> None:
@@ -152,7 +161,12 @@ def test_card_is_plain_and_rebuilds_the_detector(tmp_path: Any) -> None:
     made = tiny()
     assert made.card == {"scale": TINY, "sppf_act": True, "license": ""}
     assert YOLO11(names(2), "n").card == {"scale": "n", "sppf_act": True, "license": ""}
-    content = {"format": "kdmini", "model": made.state_dict(), "card": made.card, "names": made.names}
+    content = {
+        "format": "kdmini",
+        "model": made.state_dict(),
+        "card": made.card,
+        "names": made.names,
+    }
     torch.save(content, tmp_path / "best.pt")
     assert torch.load(tmp_path / "best.pt", weights_only=True)["card"] == made.card
     loaded = YOLO11(made.names, made.card["scale"], weights=str(tmp_path / "best.pt")).eval()
@@ -187,7 +201,10 @@ def test_a_scale_of_ones_own_learns() -> None:
 
 def test_gains_multiply_their_own_loss() -> None:
     preds = tiny()(torch.rand(1, 3, 64, 64))
-    targets: Any = {"boxes_xyxy": torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), "labels": torch.tensor([[1]])}
+    targets: Any = {
+        "boxes_xyxy": torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]),
+        "labels": torch.tensor([[1]]),
+    }
     ones = YOLO11(names(3), TINY, box=1, cls=1, dfl=1).loss(preds, targets)
     gains = YOLO11(names(3), TINY, box=2, cls=3, dfl=5).loss(preds, targets)
     default = YOLO11(names(3), TINY).loss(preds, targets)
@@ -208,7 +225,9 @@ def empty_maps(height: int, width: int, classes: int, images: int = 1) -> list[T
     return maps
 
 
-def put(maps: list[Tensor], level: int, row: int, column: int, ltrb: list[float], **logits: float) -> None:
+def put(
+    maps: list[Tensor], level: int, row: int, column: int, ltrb: list[float], **logits: float
+) -> None:
     """One cell: distances in strides, as two neighbouring bins, and `c3=1.5`: the logit of class 3."""
     cell = maps[level][0, :, row, column]
     for side, distance in enumerate(ltrb):
@@ -228,14 +247,20 @@ def logit(p: float) -> float:
 
 def test_one_cell_with_known_distances_gives_the_known_box() -> None:
     maps = empty_maps(64, 96, 5)
-    put(maps, 1, 2, 3, [1.25, 2.0, 0.5, 1.0], c3=logit(0.8), c1=logit(0.3))  # centre (3.5, 2.5) * 16 = (56, 40)
+    put(
+        maps, 1, 2, 3, [1.25, 2.0, 0.5, 1.0], c3=logit(0.8), c1=logit(0.3)
+    )  # centre (3.5, 2.5) * 16 = (56, 40)
     (found,) = tiny(5).decode(maps, score=0.25, iou=0.7, max_det=300)
-    assert torch.allclose(found["boxes_xyxy"], torch.tensor([[36.0, 8.0, 64.0, 56.0]] * 2), atol=1e-4)
+    assert torch.allclose(
+        found["boxes_xyxy"], torch.tensor([[36.0, 8.0, 64.0, 56.0]] * 2), atol=1e-4
+    )
     assert torch.allclose(found["scores"], torch.tensor([0.8, 0.3]))
     assert found["labels"].tolist() == [3, 1]  # two classes of one box
 
 
-@pytest.mark.parametrize("level, row, column, centre", [(0, 7, 11, (92, 60)), (0, 0, 0, (4, 4)), (2, 1, 2, (80, 48))])
+@pytest.mark.parametrize(
+    "level, row, column, centre", [(0, 7, 11, (92, 60)), (0, 0, 0, (4, 4)), (2, 1, 2, (80, 48))]
+)
 def test_cells_lie_row_by_row_in_an_image_that_is_no_square(
     level: int, row: int, column: int, centre: tuple[int, int]
 ) -> None:
@@ -243,7 +268,9 @@ def test_cells_lie_row_by_row_in_an_image_that_is_no_square(
     put(maps, level, row, column, [1, 1, 1, 1], c0=2.0)
     (found,) = tiny(1).decode(maps, 0.25)
     (x, y), stride = centre, (8, 16, 32)[level]
-    assert found["boxes_xyxy"].round().tolist() == [[x - stride, y - stride, x + stride, y + stride]]
+    assert found["boxes_xyxy"].round().tolist() == [
+        [x - stride, y - stride, x + stride, y + stride]
+    ]
 
 
 def test_nms_keeps_the_best_of_one_class_and_spares_the_others() -> None:
@@ -303,4 +330,6 @@ def test_half_precision_maps_are_decoded_in_float32() -> None:
     (found,) = tiny(1).decode([m.bfloat16() for m in maps], 0.25)
     assert found["boxes_xyxy"].dtype == torch.float32
     # bfloat16 has steps of 4 at 564: the box would move by as much
-    assert torch.allclose(found["boxes_xyxy"], torch.tensor([[552.0, 544.0, 592.0, 600.0]]), atol=0.2)
+    assert torch.allclose(
+        found["boxes_xyxy"], torch.tensor([[552.0, 544.0, 592.0, 600.0]]), atol=0.2
+    )

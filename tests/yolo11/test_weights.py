@@ -25,9 +25,24 @@ from kdmini.yolo11 import weights
 from kdmini.yolo11.model import YOLO11
 from tests.faults.hostile import BOMBS, PAYLOADS, Reduced, payloads, text
 
-COCO = [n for n in SSD300_VGG16_Weights.COCO_V1.meta["categories"] if n not in ("N/A", "__background__")]
+COCO = [
+    n for n in SSD300_VGG16_Weights.COCO_V1.meta["categories"] if n not in ("N/A", "__background__")
+]
 VOC = [
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *(
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+    ),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 ]
 LICENSE = "AGPL-3.0 License (https://ultralytics.com/license)"
@@ -36,7 +51,17 @@ ROWS = [f"model.23.cv3.{level}.2.{kind}" for level in range(3) for kind in ("wei
 
 # --- nothing may run
 
-FORBIDDEN = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "pickle.find_class", "ctypes.", "shutil.")
+FORBIDDEN = (
+    "exec",
+    "compile",
+    "import",
+    "os.",
+    "subprocess.",
+    "socket.",
+    "pickle.find_class",
+    "ctypes.",
+    "shutil.",
+)
 happened: list[str] = []
 armed = False
 
@@ -61,8 +86,12 @@ def read(path: Path) -> weights.WeightFile:
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Iterator[Path]:
-    """A file that no reading may create. Nor may reading import, execute, connect or start anything."""
-    weights.read(own_file(tmp_path / "first.pt"))  # zipfile and torch import parts of their own with the first file
+    """A file that no reading may create. Nor may reading import, execute, connect or start
+    anything.
+    """
+    weights.read(
+        own_file(tmp_path / "first.pt")
+    )  # zipfile and torch import parts of their own with the first file
     happened.clear()
     yield tmp_path / "CANARY"
     assert not (tmp_path / "CANARY").exists()
@@ -80,7 +109,9 @@ def refused(path: Path, match: str | None = None) -> None:
 
 
 def own_content(**changes: Any) -> dict[str, Any]:
-    state = {key: torch.rand(2, 4, 1, 1) if key.endswith("weight") else torch.rand(2) for key in ROWS}
+    state = {
+        key: torch.rand(2, 4, 1, 1) if key.endswith("weight") else torch.rand(2) for key in ROWS
+    }
     card = {"scale": "n", "sppf_act": True, "license": "of the data"}
     return {"format": "kdmini", "model": state, "names": ["cat", "dog"], "card": card} | changes
 
@@ -119,7 +150,9 @@ MODULES = {
 
 @pytest.fixture(scope="module")
 def public() -> Iterator[dict[str, type]]:
-    """Empty classes of the public names, so that torch.save writes the pickle that a public file has."""
+    """Empty classes of the public names, so that torch.save writes the pickle that a public file
+    has.
+    """
     made: dict[str, type] = {}
     with pytest.MonkeyPatch.context() as patch:
         for module, names in MODULES.items():
@@ -144,8 +177,20 @@ def public_model(public: dict[str, type], detector: YOLO11) -> nn.Module:
 
 
 def public_file(path: Path, model: Any, **changes: Any) -> Path:
-    facts = {"date": "2024", "version": "8.3.0", "license": LICENSE, "docs": "", "epoch": -1, "best_fitness": None}
-    torch.save(facts | {"model": model, "ema": None, "optimizer": None, "train_args": {"lr0": 0.01}} | changes, path)
+    facts = {
+        "date": "2024",
+        "version": "8.3.0",
+        "license": LICENSE,
+        "docs": "",
+        "epoch": -1,
+        "best_fitness": None,
+    }
+    torch.save(
+        facts
+        | {"model": model, "ema": None, "optimizer": None, "train_args": {"lr0": 0.01}}
+        | changes,
+        path,
+    )
     return path
 
 
@@ -162,7 +207,10 @@ def detector(scale: Any, names: list[str]) -> YOLO11:
 
 
 def rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.half().float() if value.is_floating_point() else value.clone() for key, value in state.items()}
+    return {
+        key: value.half().float() if value.is_floating_point() else value.clone()
+        for key, value in state.items()
+    }
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -172,11 +220,15 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def coco_n(public: dict[str, type], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+def coco_n(
+    public: dict[str, type], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor]]:
     """A public-looking YOLO11n of 80 classes, and the tensors in it."""
     made = detector("n", COCO)
     state = rounded(made.state_dict())
-    return public_file(tmp_path_factory.mktemp("coco") / "yolo11n.pt", public_model(public, made)), state
+    return public_file(
+        tmp_path_factory.mktemp("coco") / "yolo11n.pt", public_model(public, made)
+    ), state
 
 
 # --- public files
@@ -213,12 +265,16 @@ def test_ema_is_preferred_and_identity_in_sppf_is_seen(
     root = public_model(public, ema)
     stepped = public["DetectionModel"]()
     for model in (stepped, None):
-        file = weights.read(public_file(tmp_path / "last.pt", model, ema=root, optimizer=optimizer, epoch=3))
+        file = weights.read(
+            public_file(tmp_path / "last.pt", model, ema=root, optimizer=optimizer, epoch=3)
+        )
         assert_equal(file.state, state)
         assert not file.sppf_act and "YOLO11n (no SiLU in SPPF)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("scale, width, blocks", [("n", 16, 1), ("s", 32, 1), ("m", 64, 1), ("l", 64, 2), ("x", 96, 2)])
+@pytest.mark.parametrize(
+    "scale, width, blocks", [("n", 16, 1), ("s", 32, 1), ("m", 64, 1), ("l", 64, 2), ("x", 96, 2)]
+)
 def test_the_scale_is_told_by_the_tensors(
     public: dict[str, type], tmp_path: Path, scale: str, width: int, blocks: int
 ) -> None:
@@ -240,18 +296,31 @@ def test_hooks_in_the_file_are_ignored(public: dict[str, type], tmp_path: Path) 
 
 
 def test_other_tasks_and_other_detectors_are_named(public: dict[str, type], tmp_path: Path) -> None:
-    refused(public_file(tmp_path / "yolo11n-pose.pt", public["PoseModel"]()), "is a pose checkpoint")
+    refused(
+        public_file(tmp_path / "yolo11n-pose.pt", public["PoseModel"]()), "is a pose checkpoint"
+    )
     for task in ("Segmentation", "Classification", "OBB"):
         pickled = f"\x80\x02cultralytics.nn.tasks\n{task}Model\n.".encode("latin1")
         refused(zipped(tmp_path / "task.pt", pickled), f"is a {task.lower()} checkpoint")
     refused(zipped(tmp_path / "f.pt", b"\x80\x02c__builtin__\ngetattr\n."), "__builtin__.getattr")
-    refused(zipped(tmp_path / "f.pt", b"\x80\x02cultralytics.nn.modules.block\nC2f\n."), "block.C2f")
+    refused(
+        zipped(tmp_path / "f.pt", b"\x80\x02cultralytics.nn.modules.block\nC2f\n."), "block.C2f"
+    )
     refused(public_file(tmp_path / "f.pt", None), "no YOLO11 detector")
-    refused(public_file(tmp_path / "f.pt", {"model.0.conv.weight": torch.rand(3)}), "no YOLO11 detector")
+    refused(
+        public_file(tmp_path / "f.pt", {"model.0.conv.weight": torch.rand(3)}), "no YOLO11 detector"
+    )
 
 
-def test_text_of_the_file_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    card = {"scale": "n", "sppf_act": True, "license": "\x1b[2J" + "x" * 10_000, "version": "\n\x07"}
+def test_text_of_the_file_cannot_write_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = {
+        "scale": "n",
+        "sppf_act": True,
+        "license": "\x1b[2J" + "x" * 10_000,
+        "version": "\n\x07",
+    }
     weights.read(own_file(tmp_path / "f.pt", card=card))
     line = capsys.readouterr().out
     assert line[:-1].isprintable() and len(line) < 300
@@ -282,7 +351,9 @@ def test_a_name_alone_is_looked_for_here_then_in_weights_then_in_the_cache(here:
 
 @pytest.mark.parametrize("missing", ["best.pt", "runs/yolo11s.pt", "yolo11z.pt", "yolo11s.pt"])
 def test_a_missing_file_is_named(here: Path, missing: str) -> None:
-    with pytest.raises(UserError, match=rf"'{re.escape(missing)}' are not there.*kdmini\.extras\.download") as told:
+    with pytest.raises(
+        UserError, match=rf"'{re.escape(missing)}' are not there.*kdmini\.extras\.download"
+    ) as told:
         weights.find(missing)
     assert ("--weights yolo11s.pt" in str(told.value)) == (missing == "yolo11s.pt")
 
@@ -300,14 +371,28 @@ def weight_file(names: list[str], **changes: Any) -> weights.WeightFile:
     """A file whose row k holds the number k everywhere."""
     numbers = torch.arange(float(len(names)))
     state = {"model.0.conv.weight": torch.rand(32, 3, 3, 3)}
-    state |= {key: numbers[:, None, None, None].expand(-1, 8, 1, 1) if "weight" in key else numbers for key in ROWS}
-    fields = {"path": Path("yolo11s.pt"), "sha256": "", "state": state, "names": names, "scale": "s"}
-    return weights.WeightFile(**(fields | {"sppf_act": True, "license": "", "version": ""} | changes))
+    state |= {
+        key: numbers[:, None, None, None].expand(-1, 8, 1, 1) if "weight" in key else numbers
+        for key in ROWS
+    }
+    fields = {
+        "path": Path("yolo11s.pt"),
+        "sha256": "",
+        "state": state,
+        "names": names,
+        "scale": "s",
+    }
+    return weights.WeightFile(
+        **(fields | {"sppf_act": True, "license": "", "version": ""} | changes)
+    )
 
 
 def initial(classes: int, width: int = 8) -> dict[str, Tensor]:
     state = {"model.0.conv.weight": torch.full((32, 3, 3, 3), -1.0)}
-    return state | {key: torch.full((classes, width, 1, 1) if "weight" in key else (classes,), -1.0) for key in ROWS}
+    return state | {
+        key: torch.full((classes, width, 1, 1) if "weight" in key else (classes,), -1.0)
+        for key in ROWS
+    }
 
 
 def test_every_voc_class_takes_its_coco_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,7 +404,11 @@ def test_every_voc_class_takes_its_coco_row(capsys: pytest.CaptureFixture[str]) 
         assert [row.unique().item() for row in result[key]] == published
     assert torch.equal(result["model.0.conv.weight"], coco.state["model.0.conv.weight"])
     line = capsys.readouterr().out
-    assert "20 of 80 class rows" in line and "airplane = aeroplane" in line and line.endswith("new: none\n")
+    assert (
+        "20 of 80 class rows" in line
+        and "airplane = aeroplane" in line
+        and line.endswith("new: none\n")
+    )
 
 
 def test_the_synonyms_work_in_both_directions_and_new_classes_stay_as_initialised(
@@ -327,13 +416,24 @@ def test_the_synonyms_work_in_both_directions_and_new_classes_stay_as_initialise
 ) -> None:
     names = ["unicorn", "tv", "couch", "person", "sofa"]
     result = weights.fit(weight_file(VOC), initial(5), names, "s", "by_name")
-    assert result[ROWS[1]].tolist() == [-1, VOC.index("tvmonitor"), VOC.index("sofa"), 14, VOC.index("sofa")]
+    assert result[ROWS[1]].tolist() == [
+        -1,
+        VOC.index("tvmonitor"),
+        VOC.index("sofa"),
+        14,
+        VOC.index("sofa"),
+    ]
     assert "new: 'unicorn'" in capsys.readouterr().out
     both = weight_file(["couch", "sofa"])  # each its own class here
-    assert weights.fit(both, initial(2), ["sofa", "couch"], "s", "by_name")[ROWS[1]].tolist() == [1, 0]
+    assert weights.fit(both, initial(2), ["sofa", "couch"], "s", "by_name")[ROWS[1]].tolist() == [
+        1,
+        0,
+    ]
 
 
-def test_a_class_branch_of_another_width_starts_anew(coco_n: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_branch_of_another_width_starts_anew(
+    coco_n: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, state = coco_n
     torch.manual_seed(3)
     fresh = YOLO11(VOC, "n").state_dict()
@@ -341,13 +441,24 @@ def test_a_class_branch_of_another_width_starts_anew(coco_n: Any, capsys: pytest
     loaded = YOLO11(VOC, "n", weights={"path": str(path), "classes": "by_name"}).state_dict()
     assert "80 wide for 80 classes and 64 for 20" in capsys.readouterr().out
     for key in loaded:
-        assert torch.equal(loaded[key], (fresh if key.startswith("model.23.cv3.") else state)[key]), key
+        assert torch.equal(
+            loaded[key], (fresh if key.startswith("model.23.cv3.") else state)[key]
+        ), key
 
 
 def test_other_classes_need_a_decision() -> None:
     with pytest.raises(UserError) as caught:
         weights.fit(weight_file(COCO), initial(20), VOC, "s", None)
-    for part in ("yolo11s.pt", "80", "20", "'airplane'", "'aeroplane'", ROWS[0], "classes: by_name", "classes: keep"):
+    for part in (
+        "yolo11s.pt",
+        "80",
+        "20",
+        "'airplane'",
+        "'aeroplane'",
+        ROWS[0],
+        "classes: by_name",
+        "classes: keep",
+    ):
         assert part in str(caught.value)
     with pytest.raises(UserError, match="classes: by_name"):  # equal tensors, other meaning
         weights.fit(weight_file(["cat", "dog"]), initial(2), ["dog", "cat"], "s", None)
@@ -380,11 +491,22 @@ def test_a_file_that_does_not_fit_is_refused_by_name(classes: str | None) -> Non
 def test_own_file_round_trip(tmp_path: Path, scale: Any, read_as: Any) -> None:
     made = detector(scale, ["cat", "dog"])
     card = made.card | {"license": "AGPL-3.0", "sppf_act": False}
-    content = {"format": "kdmini", "model": made.state_dict(), "names": made.names, "card": card, "imgsz": 128}
+    content = {
+        "format": "kdmini",
+        "model": made.state_dict(),
+        "names": made.names,
+        "card": card,
+        "imgsz": 128,
+    }
     torch.save(content, tmp_path / "best.pt")
     file = weights.read(tmp_path / "best.pt")
     assert_equal(file.state, dict(made.state_dict()))
-    assert (file.names, file.scale, file.sppf_act, file.license) == (["cat", "dog"], read_as, False, "AGPL-3.0")
+    assert (file.names, file.scale, file.sppf_act, file.license) == (
+        ["cat", "dog"],
+        read_as,
+        False,
+        "AGPL-3.0",
+    )
     assert_equal(weights.fit(file, made.state_dict(), made.names, scale, None), file.state)
     content["card"]["scale"] = "m"
     torch.save(content, tmp_path / "best.pt")
@@ -429,7 +551,9 @@ def test_own_file_with_nonsense_in_it_is_refused(tmp_path: Path, changes: dict[s
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("name", [*PAYLOADS, "harmless"])
-def test_a_payload_is_refused_wherever_it_stands(tmp_path: Path, canary: Path, name: str, protocol: int) -> None:
+def test_a_payload_is_refused_wherever_it_stands(
+    tmp_path: Path, canary: Path, name: str, protocol: int
+) -> None:
     payload = (payloads(canary) | {"harmless": Reduced(print, "x")})[name]
     for content in (
         payload,
@@ -442,14 +566,18 @@ def test_a_payload_is_refused_wherever_it_stands(tmp_path: Path, canary: Path, n
         refused(tmp_path / "f.pt")
 
 
-def test_a_payload_in_the_state_of_a_module_is_refused(public: dict[str, type], tmp_path: Path, canary: Path) -> None:
+def test_a_payload_in_the_state_of_a_module_is_refused(
+    public: dict[str, type], tmp_path: Path, canary: Path
+) -> None:
     for place in ("_forward_hooks", "_parameters", "_modules", "_buffers"):
         root = public["DetectionModel"]()
         getattr(root, place)["x"] = payloads(canary)["os.system"]
         refused(public_file(tmp_path / "f.pt", root), "nothing was run")
 
 
-def test_opcodes_that_call_or_look_up_in_other_ways_are_refused(tmp_path: Path, canary: Path) -> None:
+def test_opcodes_that_call_or_look_up_in_other_ways_are_refused(
+    tmp_path: Path, canary: Path
+) -> None:
     touch = f"touch {canary}".encode()
     short = bytes([len(touch)]) + touch
     model = b"cultralytics.nn.tasks\nDetectionModel\n"
@@ -475,30 +603,49 @@ def test_opcodes_that_call_or_look_up_in_other_ways_are_refused(tmp_path: Path, 
         (b"\x80\x02N2.", "opcode DUP"),
         (b"\x80\x05\x96\x01\0\0\0\0\0\0\0x.", "opcode PROTO '5'"),
         (b"\x80\x02\x96\x01\0\0\0\0\0\0\0x.", "opcode BYTEARRAY8"),
-        (b"\x80\x02})Ns.", "no list or dict"),  # a tuple for a key: its hash may recurse until the stack is full
+        (
+            b"\x80\x02})Ns.",
+            "no list or dict",
+        ),  # a tuple for a key: its hash may recurse until the stack is full
         (b"\x80\x02" + model + b"Na.", "no list or dict"),
     ):
         refused(zipped(tmp_path / "f.pt", pickled), reason)
 
 
 def test_broken_pickles_are_refused(tmp_path: Path, canary: Path) -> None:
-    good = pickle.dumps({"format": "kdmini", "model": {}, "names": ["a"], "card": {"scale": "n"}}, 2)
+    good = pickle.dumps(
+        {"format": "kdmini", "model": {}, "names": ["a"], "card": {"scale": "n"}}, 2
+    )
     for cut in range(len(good)):
         refused(zipped(tmp_path / "f.pt", good[:cut]))
-    for pickled in (b".", b"\x80\x02.", b"\x80\x02e.", b"\x80\x02Nb.", b"\x80\x02h\x07.", b"\x80\x02(t.", b"\xff"):
+    for pickled in (
+        b".",
+        b"\x80\x02.",
+        b"\x80\x02e.",
+        b"\x80\x02Nb.",
+        b"\x80\x02h\x07.",
+        b"\x80\x02(t.",
+        b"\xff",
+    ):
         refused(zipped(tmp_path / "f.pt", pickled))
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_bomb_in_an_otherwise_good_file_goes_off_nowhere(tmp_path: Path, canary: Path, bomb: str) -> None:
+def test_a_bomb_in_an_otherwise_good_file_goes_off_nowhere(
+    tmp_path: Path, canary: Path, bomb: str
+) -> None:
     with zipfile.ZipFile(own_file(tmp_path / "good.pt")) as archive:
         good = {name: archive.read(name) for name in archive.namelist()}
     value = BOMBS[bomb]
     card = b"}" + text("scale") + text("n") + b"s" + text("sppf_act") + b"\x88s"
     tensor = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\nFloatStorage\n%sNK\x08tQ%s(K\1t\x89NtR"
+        b"ctorch._utils\n_rebuild_tensor_v2\n(("
+        + text("storage")
+        + b"ctorch\nFloatStorage\n%sNK\x08tQ%s(K\1t\x89NtR"
     )
-    values = {key: text(key) + value for key in ("names", "model", "card", "format", "ema", "anything")}
+    values = {
+        key: text(key) + value for key in ("names", "model", "card", "format", "ema", "anything")
+    }
     for key in ("scale", "sppf_act", "license"):
         values[f"card {key}"] = text("card") + card + text(key) + value + b"s"
     for key, storage, place in (
@@ -506,13 +653,19 @@ def test_a_bomb_in_an_otherwise_good_file_goes_off_nowhere(tmp_path: Path, canar
         ("offset", text("0"), value),
         ("size", text("0"), b"K\0" + value),
     ):
-        values[f"tensor {key}"] = text("model") + b"}" + text(ROWS[0]) + tensor % (storage, place) + b"s"
-    values["control"] = text("model") + b"}" + text(ROWS[0]) + tensor % (text("0"), b"K\0(K\2t") + b"s"
+        values[f"tensor {key}"] = (
+            text("model") + b"}" + text(ROWS[0]) + tensor % (storage, place) + b"s"
+        )
+    values["control"] = (
+        text("model") + b"}" + text(ROWS[0]) + tensor % (text("0"), b"K\0(K\2t") + b"s"
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for place, added in values.items():
         with zipfile.ZipFile(tmp_path / "f.pt", "w") as archive:
             for name, content in good.items():
-                archive.writestr(name, content[:-1] + added + b"s." if name.endswith("data.pkl") else content)
+                archive.writestr(
+                    name, content[:-1] + added + b"s." if name.endswith("data.pkl") else content
+                )
         if place == "control":
             assert read(tmp_path / "f.pt").state[ROWS[0]].shape == (2,)
         elif place in ("ema", "anything", "card license", "card sppf_act"):  # may be of no interest
@@ -523,12 +676,16 @@ def test_a_bomb_in_an_otherwise_good_file_goes_off_nowhere(tmp_path: Path, canar
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
-def test_a_pickle_without_end_is_refused(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_without_end_is_refused(
+    tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weights, "MAX_OPCODES", 1000)
     refused(zipped(tmp_path / "f.pt", b"\x80\x02" + b"N" * 1001 + b"."), "over 1000 steps")
 
 
-def test_a_tree_that_is_cyclic_or_explodes_is_refused(public: dict[str, type], tmp_path: Path, canary: Path) -> None:
+def test_a_tree_that_is_cyclic_or_explodes_is_refused(
+    public: dict[str, type], tmp_path: Path, canary: Path
+) -> None:
     circle = public["DetectionModel"]()
     circle._modules["again"] = circle
     wide = public["DetectionModel"]()
@@ -572,8 +729,13 @@ def test_a_tensor_outside_its_storage_is_refused(
     storage = torch.storage.TypedStorage(
         wrap_storage=torch.rand(4).untyped_storage(), dtype=torch.float32, _internal=True
     )
-    crafted = Reduced(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict())
-    refused(own_file(tmp_path / "f.pt", model=own_content()["model"] | {"x": crafted}), "ValueError|TypeError")
+    crafted = Reduced(
+        torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict()
+    )
+    refused(
+        own_file(tmp_path / "f.pt", model=own_content()["model"] | {"x": crafted}),
+        "ValueError|TypeError",
+    )
 
 
 def test_one_storage_named_many_times_is_refused(tmp_path: Path, canary: Path) -> None:
@@ -586,11 +748,21 @@ def test_a_storage_of_another_length_is_refused(tmp_path: Path, canary: Path) ->
     for change in (lambda b: b[:-4], lambda b: b + b"1234", lambda b: b""):
         path = own_file(tmp_path / "f.pt")
         refused(
-            rezipped(path, lambda entries, change=change: entries.update({"f/data/0": change(entries["f/data/0"])}))
+            rezipped(
+                path,
+                lambda entries, change=change: entries.update(
+                    {"f/data/0": change(entries["f/data/0"])}
+                ),
+            )
         )
-    refused(rezipped(own_file(tmp_path / "f.pt"), lambda entries: entries.pop("f/data/0")), "KeyError")
     refused(
-        rezipped(own_file(tmp_path / "f.pt"), lambda entries: entries.update({"f/byteorder": b"big"})), "big-endian"
+        rezipped(own_file(tmp_path / "f.pt"), lambda entries: entries.pop("f/data/0")), "KeyError"
+    )
+    refused(
+        rezipped(
+            own_file(tmp_path / "f.pt"), lambda entries: entries.update({"f/byteorder": b"big"})
+        ),
+        "big-endian",
     )
 
 
@@ -602,7 +774,9 @@ def test_zip_tricks_are_refused(tmp_path: Path, canary: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         good = {name: archive.read(name) for name in archive.namelist()}
 
-    def written(change: Callable[[zipfile.ZipFile], None], method: int = zipfile.ZIP_STORED) -> Path:
+    def written(
+        change: Callable[[zipfile.ZipFile], None], method: int = zipfile.ZIP_STORED
+    ) -> Path:
         with zipfile.ZipFile(path, "w", method) as archive:
             for name, content in good.items():
                 archive.writestr(name, content)
@@ -613,8 +787,14 @@ def test_zip_tricks_are_refused(tmp_path: Path, canary: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         twice = written(lambda archive: archive.writestr("f/data.pkl", good["f/data.pkl"]))
     refused(twice, "an entry twice")
-    refused(written(lambda archive: archive.writestr("g/data.pkl", good["f/data.pkl"])), "more than one root")
-    refused(written(lambda archive: archive.writestr("data.pkl", good["f/data.pkl"])), "more than one root")
+    refused(
+        written(lambda archive: archive.writestr("g/data.pkl", good["f/data.pkl"])),
+        "more than one root",
+    )
+    refused(
+        written(lambda archive: archive.writestr("data.pkl", good["f/data.pkl"])),
+        "more than one root",
+    )
     refused(written(lambda archive: None, zipfile.ZIP_DEFLATED), "compressed")
     refused(written(lambda archive: archive.writestr("f/constants.pkl", b"")), "TorchScript")
 
@@ -646,7 +826,11 @@ def test_a_file_without_checksums_is_read(tmp_path: Path, canary: Path) -> None:
     state = torch.load(path, weights_only=True)["model"]
     assert_equal(read(path).state, state)
     data = bytearray(path.read_bytes())
-    for signature, at in ((b"PK\3\4", 14), (b"PK\1\2", 16), (b"PK\7\x08", 4)):  # where the format keeps a CRC
+    for signature, at in (
+        (b"PK\3\4", 14),
+        (b"PK\1\2", 16),
+        (b"PK\7\x08", 4),
+    ):  # where the format keeps a CRC
         for match in re.finditer(re.escape(signature), bytes(data)):
             data[match.start() + at : match.start() + at + 4] = bytes(4)
     path.write_bytes(data)
@@ -684,7 +868,9 @@ def legacy() -> bytes:
         (lambda: b"PK\3\4", "damaged"),
     ],
 )
-def test_other_files_are_called_what_they_are(tmp_path: Path, content: Callable[[], bytes], match: str) -> None:
+def test_other_files_are_called_what_they_are(
+    tmp_path: Path, content: Callable[[], bytes], match: str
+) -> None:
     (tmp_path / "f.pt").write_bytes(content())
     refused(tmp_path / "f.pt", match)
 
