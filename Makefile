@@ -29,7 +29,7 @@ demo: setup
 	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo_teacher student.scale=s teacher=null distill=null
 	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo teacher.weights=$(RUNS)/demo_teacher/best.pt
 	$(RUN) eval.py --config $(RUNS)/demo/config.yaml --weights $(RUNS)/demo/best.pt --teacher
-	$(RUN) -m kdmini.extras.visualize $(RUNS)/demo
+	$(RUN) -m kdmini.tools.visualize $(RUNS)/demo
 
 test: setup
 	$(RUN) -m pytest --ignore tests/faults -m 'not parity and not long'

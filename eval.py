@@ -20,6 +20,7 @@ from kdmini import config, engine
 from kdmini.contracts import UserError
 from kdmini.data.loader import ValLoader, check_size
 from kdmini.data.store import Store
+from kdmini.device import pick_device, precision
 from kdmini.runlog import write_whole
 
 
@@ -68,8 +69,8 @@ def evaluate(
     """Builds the detectors, scores each, prints one table. The parameters after `save` are sections
     of the config.
     """
-    place = engine.pick_device(device)
-    autocast, _ = engine.precision(train.get("amp", True), place)
+    place = pick_device(device)
+    autocast, _ = precision(train.get("amp", True), place)
     if weights:
         given = student.get("weights")
         student = {

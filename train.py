@@ -19,8 +19,10 @@ from kdmini.check import STEPS, examine, report
 from kdmini.contracts import Dataset, UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_batch, check_size
 from kdmini.data.store import Store
+from kdmini.device import choose_algorithms, pick_device, precision
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.progress import Progress
 from kdmini.runlog import RunFolder
 
 # what a resumed run may have otherwise and still come out bit for bit as if it had never stopped;
@@ -125,13 +127,13 @@ def train_detector(
     """
     recipe = config.call(Recipe, train, "train")
     torch.manual_seed(seed)
-    engine.choose_algorithms(deterministic)
-    place = distributed.start(engine.pick_device(device), timeout)
+    choose_algorithms(deterministic)
+    place = distributed.start(pick_device(device), timeout)
     compiled = place.type == "cuda" if compile == "auto" else compile
-    autocast, scaler = engine.precision(recipe.amp, place)
+    autocast, scaler = precision(recipe.amp, place)
     rank, world = distributed.rank(), distributed.world()
     check_batch(recipe.batch, world)
-    folder, progress = RunFolder(run, resume, lead=rank == 0 and not check), engine.Progress()
+    folder, progress = RunFolder(run, resume, lead=rank == 0 and not check), Progress()
     saved: dict[str, Any] = {}
     if resume:
         saved_at, saved = checkpoint.newest(folder.checkpoints)
@@ -186,7 +188,7 @@ def train_detector(
         folder.rewind(progress.epoch)
     if check:
         score = config.build(metric, "metric", names=names)
-        loop = (loader, optimizer, scaler, ema, recipe, engine.Progress(), autocast, signals.Stop())
+        loop = (loader, optimizer, scaler, ema, recipe, Progress(), autocast, signals.Stop())
         return report(examine(student, teacher, distillation, loop, val_loader, score))
     replica = distributed.replicate(student)
 
@@ -279,14 +281,14 @@ def train_detector(
     conclude(folder, progress)
 
 
-def finished(progress: engine.Progress, recipe: Recipe) -> bool:
+def finished(progress: Progress, recipe: Recipe) -> bool:
     return (
         progress.epoch >= recipe.epochs
         or progress.epoch - 1 - progress.best_epoch >= recipe.patience
     )
 
 
-def conclude(folder: RunFolder, progress: engine.Progress) -> None:
+def conclude(folder: RunFolder, progress: Progress) -> None:
     distributed.finish()
     if math.isinf(progress.best):
         return print("finished: the metric was never a number, so there is no best.pt")
@@ -294,7 +296,7 @@ def conclude(folder: RunFolder, progress: engine.Progress) -> None:
         f"finished: best epoch {progress.best_epoch + 1}, {progress.best:.4f}; weights in {folder.best}"
     )
     evaluate = f"python eval.py --config {folder.config} --weights {folder.best}"
-    print(f"evaluate: {evaluate}\nlook:     python -m kdmini.extras.visualize {folder.path}")
+    print(f"evaluate: {evaluate}\nlook:     python -m kdmini.tools.visualize {folder.path}")
 
 
 def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -302,9 +304,7 @@ def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any])
     else warns.
     """
     about = {key: saved[key] for key in ("config", "progress") if key in saved}
-    if fault := checkpoint.misfit(
-        {"config": {}, "progress": engine.Progress().state_dict()}, about
-    ):
+    if fault := checkpoint.misfit({"config": {}, "progress": Progress().state_dict()}, about):
         raise UserError(f"{path} is no checkpoint of a run: {fault}; delete it")
     told = config.changed(saved["config"], {**settings, "processes": distributed.world()})
     exact = {key for key in told if key in FREE or key.split(".")[-1] == "root"}

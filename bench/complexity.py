@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdmini.contracts import Targets
+from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.align import Align, Shapes
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
-from kdmini.yolo11.model import YOLO11
 
 Scale = str | list[float]
 TAPS = {f"model.{layer}": f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)}

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from bench import measure
 from bench.peer import PeerMetric, PeerNMS
-from kdmini import metrics
 from kdmini.contracts import Detections, Target
-from kdmini.data.voc import VOC_NAMES
-from kdmini.metrics import DetectionMetric
-from kdmini.yolo11.model import select
+from kdmini.detection import average_precision as metrics
+from kdmini.detection.average_precision import DetectionMetric
+from kdmini.detection.boxes import select
+from kdmini.detection.voc import VOC_NAMES
 
 K, ANCHORS, SIZE = len(VOC_NAMES), 8400, 640
 BATCH = 32  # images in an update of the metric

@@ -37,8 +37,9 @@ from kdmini import config, engine, signals
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, ValLoader
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC
-from kdmini.metrics import DetectionMetric
+from kdmini.detection.average_precision import DetectionMetric
+from kdmini.detection.voc import VOC
+from kdmini.device import pick_device, precision
 from kdmini.optim import Recipe
 from kdmini.runlog import RunFolder, write_whole
 
@@ -95,14 +96,14 @@ class Protocol(NamedTuple):
 
 def protocol_of(name: str) -> Protocol:
     settings = config.load(ROOT / f"bench/evidence/{name}.yaml")
-    photographs = "data.train={build: kdmini.data.voc:VOC, splits: [train]}"  # all of them
+    photographs = "data.train={build: kdmini.detection.voc:VOC, splits: [train]}"  # all of them
     teacher = [
         f"student.scale={settings['teacher']['scale']}",
         "teacher=null",
         "distill=null",
         photographs,
     ]
-    teacher.append("metric.build=kdmini.metrics:DetectionMetric")
+    teacher.append("metric.build=kdmini.detection.average_precision:DetectionMetric")
     rows = rows_of(settings["train"]["epochs"])
     if name == "gpu":
         return Protocol(teacher, rows, (0, 1, 2))
@@ -162,8 +163,8 @@ def rows_of(epochs: int) -> dict[str, list[str]]:
 
 
 def extra(term: str) -> list[str]:
-    """The term in place of attention transfer, with taps and settings of configs/extras/TERM.yaml."""
-    return [f"distill={json.dumps(config.load(ROOT / f'configs/extras/{term}.yaml')['distill'])}"]
+    """The term in place of attention transfer, with taps and settings of configs/terms/TERM.yaml."""
+    return [f"distill={json.dumps(config.load(ROOT / f'configs/terms/{term}.yaml')['distill'])}"]
 
 
 def schedules(epochs: int) -> dict[str, list[list[float]]]:
@@ -214,7 +215,7 @@ def run(
     if begins:
         if checked:
             write_whole(kept / "check.txt", check(settings, runs / f"{BASELINE}-0/best.pt"))
-        place = engine.pick_device(settings.get("device", "auto")).type
+        place = pick_device(settings.get("device", "auto")).type
         write_whole(
             kept / "made.txt", f"commit {commit()}, {machine(place, torch.get_num_threads())}\n"
         )
@@ -239,8 +240,8 @@ def compete(settings: dict[str, Any]) -> None:
         config.call(train.make_sets, settings["data"], "data"),
         Recipe(**settings["train"]),
     )
-    place = engine.pick_device(settings.get("device", "auto"))
-    autocast, _ = engine.precision(recipe.amp, place)
+    place = pick_device(settings.get("device", "auto"))
+    autocast, _ = precision(recipe.amp, place)
     student = config.build(settings["student"], "student", names=sets.val.names)
     student.load_state_dict(state)
     student.to(place, memory_format=torch.channels_last)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kdmini.extras.compare import OKABE_ITO, markdown, spread
 from kdmini.runlog import write_whole
+from kdmini.tools.compare import OKABE_ITO, markdown, spread
 
 TEACHER, BASELINE, PEER = "teacher", "alone", "ultralytics"  # the rows that have names everywhere
 PEER_BASELINE = f"{PEER}_{BASELINE}"

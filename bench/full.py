@@ -23,9 +23,11 @@ from kdmini import engine
 from kdmini.contracts import Target
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC_NAMES
-from kdmini.metrics import DetectionMetric
+from kdmini.detection.average_precision import DetectionMetric
+from kdmini.detection.voc import VOC_NAMES
+from kdmini.device import choose_algorithms, pick_device, precision
 from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.progress import Progress
 from kdmini.signals import Stop
 
 # images/s at 640 with the teacher folded and without its head, all fused: bytes moved per image
@@ -71,8 +73,8 @@ class Epoch:
         self.ema = EMA(Student(images, targets).student, self.recipe.ema_decay, self.recipe.ema_tau)
         self.bare = Ours(images, targets, compiled)
         self.optimizer = make_sgd([self.bare.student, self.bare.distillation], self.recipe)
-        self.autocast, self.scaler = engine.precision(True, device)
-        self.progress = engine.Progress(epoch=self.recipe.warmup(steps))
+        self.autocast, self.scaler = precision(True, device)
+        self.progress = Progress(epoch=self.recipe.warmup(steps))
 
     def run(self) -> None:
         student, distillation = self.bare.student, self.bare.distillation
@@ -119,8 +121,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    device = engine.pick_device(args.device)
-    engine.choose_algorithms(deterministic=False)
+    device = pick_device(args.device)
+    choose_algorithms(deterministic=False)
     kind = "compiled" if args.compile else "eager"
     print(
         f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.steps} steps an epoch, "

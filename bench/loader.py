@@ -27,7 +27,7 @@ from bench import measure
 from bench.peer import peer_loaders
 from kdmini.data.loader import Augment, TrainLoader
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC
+from kdmini.detection.voc import VOC
 
 Epoch = Callable[[], Iterator[Tensor]]  # images (N, 3, S, S), batch by batch
 AUGMENT = Augment(close_mosaic=0)  # otherwise the defaults: the public recipe

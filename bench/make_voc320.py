@@ -1,6 +1,6 @@
 """The small set of photographs that the evidence is measured on, out of VOC 2007 and VOC 2012.
 
-python -m kdmini.extras.download --root data
+python -m kdmini.tools.download --root data
 python -m bench.make_voc320 --voc data/VOCdevkit --out data/voc320
 
 3,000 photographs to train on and 800 to evaluate on, reduced to a long side of 320 pixels, without
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from examples.shapes import Thing, to_xml
 from kdmini.contracts import UserError
-from kdmini.data.voc import decode, read_annotation
+from kdmini.data.pictures import decode
+from kdmini.detection.voc import read_annotation
 
 IDS = Path(__file__).with_name("voc320")
 SIDE, QUALITY = 320, 65
@@ -57,7 +58,7 @@ def make(voc: Path, out: Path, ids: Path = IDS) -> None:
         raise UserError(f"{out} is there already; name another --out, or delete it")
     if absent := [path for path in (voc / "VOC2007", voc / "VOC2012") if not path.is_dir()]:
         raise UserError(
-            f"{absent[0]}: no such folder; `python -m kdmini.extras.download --root data` fetches it"
+            f"{absent[0]}: no such folder; `python -m kdmini.tools.download --root data` fetches it"
         )
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # an earlier run was killed

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 
 from kdmini.contracts import Detections, Targets
 from kdmini.data.loader import Augment
-from kdmini.data.store import shrink, subset
-from kdmini.data.voc import VOC, VOC_NAMES
+from kdmini.data.pictures import shrink
+from kdmini.data.store import subset
+from kdmini.detection.voc import VOC, VOC_NAMES
 
 
 def version(scratch: Path) -> str:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from bench.peer import version, write_yolo
 from kdmini import config
 from kdmini.contracts import UserError
-from kdmini.engine import pick_device
+from kdmini.device import pick_device
 from kdmini.optim import Recipe
 from train import make_sets
 

@@ -24,19 +24,19 @@ from torch import Tensor
 
 from bench import complexity
 from kdmini import config
-from kdmini.boxes import anchor_points, dist_ltrb_to_xyxy
 from kdmini.contracts import Targets, UserError
 from kdmini.data.store import Store
+from kdmini.detection.boxes import anchor_points, centre_inside, dist_ltrb_to_xyxy
+from kdmini.detection.yolo11.assign import assign
+from kdmini.detection.yolo11.loss import expected_dist
+from kdmini.detection.yolo11.model import REG_MAX, SOURCES, STRIDES
 from kdmini.distill.align import Align
 from kdmini.distill.attention import attention_map, map_distance
 from kdmini.distill.schedule import piecewise_linear
 from kdmini.distill.taps import Taps
-from kdmini.extras.draw import COLOURS, DPI, MARKERS, SMALL, Figure, plain
-from kdmini.extras.visualize import Scenes, look, look_at
 from kdmini.runlog import RunFolder, write_whole
-from kdmini.yolo11.assign import assign, centre_inside
-from kdmini.yolo11.loss import expected_dist
-from kdmini.yolo11.model import REG_MAX, SOURCES, STRIDES
+from kdmini.tools.draw import COLOURS, DPI, MARKERS, SMALL, Figure, plain
+from kdmini.tools.visualize import Scenes, look, look_at
 
 NOTES_TABLE = {
     0: 2.0,

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from bench import measure
 from bench.peer import PeerStep
 from kdmini.contracts import Targets
-from kdmini.data.voc import VOC_NAMES
+from kdmini.detection.voc import VOC_NAMES
+from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.distill.taps import Taps
-from kdmini.yolo11.model import YOLO11
 
 TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]
 

@@ -3,7 +3,7 @@ networks' maps given.
 
 python -m bench.terms [--imgsz 320] [--batch 4] [--rounds 9] [--device cuda]
 
-Every config of configs/extras that distils a YOLO11, and attention transfer as in
+Every config of configs/terms that distils a YOLO11, and attention transfer as in
 configs/demo.yaml, with YOLO11m as
 the teacher of YOLO11s at random weights. Not in the time: the student, and the teacher, whose head
 runs only for terms that read preds (see docs/terms.md).
@@ -19,8 +19,8 @@ from bench import measure
 from bench.step import noise, precision
 from kdmini import config
 from kdmini.contracts import Targets
-from kdmini.data.voc import VOC_NAMES
-from kdmini.yolo11.model import YOLO11
+from kdmini.detection.voc import VOC_NAMES
+from kdmini.detection.yolo11.model import YOLO11
 from train import make_distillation
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -72,7 +72,7 @@ def main() -> None:
     paths = {"attention": CONFIGS / "demo.yaml"}
     paths |= {
         path.stem: path
-        for path in sorted((CONFIGS / "extras").glob("*.yaml"))
+        for path in sorted((CONFIGS / "terms").glob("*.yaml"))
         if "YOLO11" in path.read_text()
     }
     seconds = measure.take_turns(

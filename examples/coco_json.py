@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from kdmini.contracts import Target, UserError
-from kdmini.data.voc import decode, nearest
+from kdmini.data.pictures import decode
+from kdmini.detection.voc import nearest
 
 
 class CocoJson:

@@ -21,7 +21,8 @@ import numpy as np
 
 from kdmini import config
 from kdmini.contracts import Target, UserError
-from kdmini.data.voc import EXIF_ORIENTATION, IMAGES, decode, files, opened
+from kdmini.data.pictures import EXIF_ORIENTATION, decode, opened
+from kdmini.detection.voc import IMAGES, files
 
 ENDINGS = (*IMAGES, ".webp", ".bmp")
 SLACK = 0.01  # what rounding and careless tools put outside; clipped

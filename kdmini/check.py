@@ -16,8 +16,10 @@ from torch.optim import SGD
 
 from kdmini import engine
 from kdmini.contracts import Losses, Metric, UserError
-from kdmini.engine import Autocast, Progress, TrainBatches, ValBatches
+from kdmini.device import Autocast
+from kdmini.engine import TrainBatches, ValBatches
 from kdmini.optim import EMA, Recipe
+from kdmini.progress import Progress
 from kdmini.signals import Stop
 
 STEPS, LEAST_RATIO = 2, 0.01

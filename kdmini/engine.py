@@ -3,13 +3,7 @@
 Legend: N images, S image size.
 """
 
-import math
-import os
-import re
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,14 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdmini import distributed
-from kdmini.contracts import Detections, Detector, Losses, Metric, Target, UserError
+from kdmini.contracts import Detections, Detector, Losses, Metric, Target
+from kdmini.device import Autocast
 from kdmini.optim import EMA, Recipe, apply_setting
+from kdmini.progress import READ_EVERY, Progress, Tally
 from kdmini.signals import Stop
-
-READ_EVERY = 10  # steps between two looks at the device's numbers; in between, nothing waits for it
-MAX_SKIPPED = 20  # updates in a row without a finite gradient before the run stops
-
-Autocast = Callable[[], AbstractContextManager]
 
 
 class TrainBatches(Protocol):
@@ -39,81 +30,6 @@ class ValBatches(Protocol):
     def __iter__(
         self,
     ) -> Iterator[tuple[Tensor, list[Target], Callable[[list[Detections]], list[Detections]]]]: ...
-
-
-@dataclass
-class Progress:
-    """Where a run stands; plain numbers, saved with every checkpoint."""
-
-    epoch: int = 0  # epochs done
-    step: int = 0  # batches done of the epoch in hand
-    best: float = -math.inf
-    best_epoch: int = 0
-    skipped: int = 0  # updates without a finite gradient, in a row until now
-    # of the epoch in hand
-    sums: dict[str, float] = field(default_factory=dict)  # of each loss, where finite
-    counts: dict[str, int] = field(default_factory=dict)
-    left_out: int = 0  # updates without a finite gradient
-    seconds: float = 0.0
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
-
-    def next_epoch(self) -> None:
-        self.epoch, self.step, self.sums, self.counts, self.left_out, self.seconds = (
-            self.epoch + 1,
-            0,
-            {},
-            {},
-            0,
-            0.0,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:1?\d)?", name):
-        raise UserError(f"device: {name!r} is none to run on; use auto, cpu, cuda or cuda:1")
-    device = torch.device(name)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(
-            f"device: {name} was asked for, but torch finds {count} CUDA devices; use auto or cpu"
-        )
-    return device
-
-
-def choose_algorithms(deterministic: bool) -> None:
-    """On CUDA: the fastest convolutions, tried out at the first step, or those that repeat bit for
-    bit.
-    """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-
-
-def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.amp.GradScaler]:
-    """`amp` of the recipe -> the autocast context and the scaler, which does nothing except in
-    fp16.
-    """
-    if amp is True:
-        amp = (
-            ("bf16" if torch.cuda.is_bf16_supported() else "fp16")
-            if device.type == "cuda"
-            else False
-        )
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, False: torch.bfloat16}[amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    return lambda: torch.autocast(device.type, dtype, enabled=bool(amp)), scaler
 
 
 def train_one_epoch(
@@ -189,68 +105,6 @@ def train_one_epoch(
         if leaving and update:
             break
     bar.close()
-
-
-class Tally:
-    """Adds the losses to `progress`. Numbers wait on the device until `read` copies them all at
-    once.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.waiting: list[tuple[str, Tensor, list[str]]] = []  # name, scalar, ids of the batch
-        self.broken: dict[
-            str, list[str]
-        ] = {}  # what was not finite since the last good update, ids of the last batch
-        self.since = time.perf_counter()
-
-    def add(self, losses: Losses, skipped: Tensor | None, ids: list[str]) -> None:
-        """losses: name -> scalar; skipped: 1.0 where the update was left out, None where there was
-        none.
-        """
-        numbers = {**losses, SKIPPED: skipped} if skipped is not None else losses
-        self.waiting += [(name, value.detach().float(), ids) for name, value in numbers.items()]
-
-    def read(self, scaler: torch.amp.GradScaler, stop: Stop) -> str:
-        """-> means so far, of the finite values and over the ranks, in words. Tells all ranks of a
-        stop signal.
-        """
-        progress = self.progress
-        numbers = torch.stack([value for _, value, _ in self.waiting])
-        values = (distributed.total(numbers) / distributed.world()).tolist()
-        stop.agreed = distributed.largest(stop.signum, numbers.device)
-        for (name, _, ids), value in zip(self.waiting, values, strict=True):
-            if name == SKIPPED and value:
-                progress.left_out, progress.skipped = progress.left_out + 1, progress.skipped + 1
-            elif name == SKIPPED:
-                progress.skipped, self.broken = 0, {}
-            elif math.isfinite(value):
-                progress.sums[name] = progress.sums.get(name, 0.0) + value
-                progress.counts[name] = progress.counts.get(name, 0) + 1
-            else:
-                self.broken[name] = ids
-        self.waiting = []
-        now = time.perf_counter()
-        progress.seconds, self.since = progress.seconds + now - self.since, now
-
-        faults = (
-            f"{name} not finite, last on {', '.join(ids)}" for name, ids in self.broken.items()
-        )
-        what = "; ".join(faults) or "all losses finite"
-        if progress.skipped >= MAX_SKIPPED:
-            remedy = "lower train.lr0, or train.amp=false"
-            raise UserError(
-                f"{progress.skipped} updates in a row had no finite gradient ({what}): {remedy}"
-            )
-        if scaler.is_enabled() and scaler.get_scale() < 1:
-            raise UserError(
-                f"the scale of the fp16 gradients fell below 1 ({what}): use train.amp=bf16 or false"
-            )
-        shown = " ".join(f"{name} {value:.3f}" for name, value in progress.means().items())
-        return f"{shown} | skipped {progress.left_out}" if progress.left_out else shown
-
-
-SKIPPED = "skipped"
 
 
 @torch.no_grad()

@@ -18,19 +18,19 @@ data:
   imgsz: 64
   workers: 2
   train: &set
-    build: kdmini.data.voc:VOC
+    build: kdmini.detection.voc:VOC
     splits: [train]
     names: [circle, square, triangle, star, ring, cross]
   val: {{<<: *set, splits: [val]}}
-student: {{build: kdmini.yolo11.model:YOLO11, scale: {tiny}}}
-teacher: {{build: kdmini.yolo11.model:YOLO11, scale: {tiny}}}
+student: {{build: kdmini.detection.yolo11.model:YOLO11, scale: {tiny}}}
+teacher: {{build: kdmini.detection.yolo11.model:YOLO11, scale: {tiny}}}
 distill:
   taps: [model.6, model.8, model.13, model.16, model.19, model.22]
   attention:
     build: kdmini.distill.attention:AttentionTransfer
     weight: 0.75
     schedule: [[0, 2.0, 2, 0.0], [3, 1.0, 4, 1.0]]
-metric: {{build: kdmini.metrics:DetectionMetric}}
+metric: {{build: kdmini.detection.average_precision:DetectionMetric}}
 train: {{epochs: 4, batch: 8, nbs: 16, warmup_steps: 4, warmup_epochs: 1, ema_tau: 10}}
 """
 

@@ -174,7 +174,7 @@ def test_a_tap_that_does_not_fire(config_file: Path) -> None:
 
 
 def test_a_teacher_that_detects_nothing(check) -> None:
-    rows, told = check("metric={build: kdmini.metrics:DetectionMetric}")
+    rows, told = check("metric={build: kdmini.detection.average_precision:DetectionMetric}")
     assert rows == ["teacher, held-out images"] and "AP50-95 0.000" in told
 
 

@@ -16,7 +16,7 @@ from kdmini.contracts import UserError
 INF = math.inf
 SCHEDULE = [[0, 2.0, 40, 0.0], [40, 0.3, 100, 0.0], [100, 0.05, INF, 0.05]]
 VOC = """\
-student: {build: kdmini.yolo11.model:YOLO11, scale: s, weights: {path: yolo11s.pt, classes: by_name}}
+student: {build: kdmini.detection.yolo11.model:YOLO11, scale: s, weights: {path: yolo11s.pt, classes: by_name}}
 train: {epochs: 150, lr0: 0.01, amp: true, run: runs/voc}
 distill:
   attention:

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from kdmini import distributed, engine
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC
+from kdmini.detection.average_precision import DetectionMetric
+from kdmini.detection.voc import VOC
+from kdmini.detection.yolo11.model import YOLO11
+from kdmini.device import precision
 from kdmini.distill.attention import AttentionTransfer, attention_map
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
-from kdmini.metrics import DetectionMetric
 from kdmini.optim import EMA, Recipe, apply_setting, make_sgd
+from kdmini.progress import Progress
 from kdmini.signals import Stop
-from kdmini.yolo11.model import YOLO11
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -133,10 +135,10 @@ class Seen(DetectionMetric):
 
 def train(case: Case, data: Store) -> list[dict[str, Any]]:
     """-> after each update: steps done, sums of the losses, weights."""
-    pieces, progress, states = Pieces(case), engine.Progress(), []
+    pieces, progress, states = Pieces(case), Progress(), []
     rank, world = distributed.rank(), distributed.world()
     loader = Loader(data, BATCH, EPOCHS, Augment(), 1, rank, world)
-    autocast, scaler = engine.precision(False, torch.device("cpu"))
+    autocast, scaler = precision(False, torch.device("cpu"))
     replica = distributed.replicate(pieces.student)
     while progress.epoch * len(loader) + progress.step < STEPS:
         engine.train_one_epoch(
@@ -161,9 +163,9 @@ def stopped(data: Store) -> list[int]:
                 stop.signum = 15 if step == 2 and distributed.rank() else stop.signum
                 yield batch
 
-    pieces, progress, stop = Pieces(Case("notes")), engine.Progress(), Stop()
+    pieces, progress, stop = Pieces(Case("notes")), Progress(), Stop()
     loader = Signalled(data, 2, 1, Augment(), 0, distributed.rank(), distributed.world())
-    autocast, scaler = engine.precision(False, torch.device("cpu"))
+    autocast, scaler = precision(False, torch.device("cpu"))
     engine.train_one_epoch(
         pieces.student, distributed.replicate(pieces.student), pieces.distillation, loader, pieces.optimizer, scaler,
         pieces.ema, Recipe(1, 2, nbs=2), progress, autocast, stop,
@@ -176,7 +178,7 @@ def evaluate(data: Store, batch: int) -> dict[str, Any]:
     torch.manual_seed(2)
     model = YOLO11(NAMES, [0.5, 0.0625, 1024])
     loader = ValLoader(data, batch, distributed.rank(), distributed.world())
-    scores = engine.evaluate(model, loader, metric, engine.precision(False, torch.device("cpu"))[0])
+    scores = engine.evaluate(model, loader, metric, precision(False, torch.device("cpu"))[0])
     return {"scores": scores, "shown": metric.shown, "batches": len(loader)}
 
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from kdmini.contracts import UserError
-from kdmini.engine import Progress, attention_distances, evaluate, precision, train_one_epoch
+from kdmini.device import precision
+from kdmini.engine import attention_distances, evaluate, train_one_epoch
 from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.progress import Progress
 from kdmini.signals import Stop
 
 CPU = torch.device("cpu")

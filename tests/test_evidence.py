@@ -31,9 +31,9 @@ from bench.findings import (
 )
 from kdmini import config
 from kdmini.contracts import UserError
-from kdmini.data.voc import VOC, VOC_NAMES
+from kdmini.detection.voc import VOC, VOC_NAMES
+from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.schedule import check_segments, piecewise_linear
-from kdmini.yolo11.model import YOLO11
 from tests.conftest import CONFIG, ROOT, TINY
 
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -123,7 +123,7 @@ def test_runs_go_on_and_are_made_once(
         path.write_text(text)
     base = yaml.safe_load(CONFIG.format(run="unused", shapes="usual", tiny=TINY))
     base["data"]["train"] = {"build": "bench.evidence:Sample", "splits": ["train"], "count": 16}
-    base["data"]["val"] = {"build": "kdmini.data.voc:VOC", "splits": ["val"]}
+    base["data"]["val"] = {"build": "kdmini.detection.voc:VOC", "splits": ["val"]}
     base |= {
         "metric": {"build": "tests.test_evidence:Generous"},
         "train": {**base["train"], "epochs": 2},

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bench.make_voc320 import IDS, make, place_of
 from kdmini.contracts import UserError
-from kdmini.data.voc import VOC, read_annotation
+from kdmini.detection.voc import VOC, read_annotation
 from tests.conftest import ROOT
 
 DATA = ROOT.parent / "shared/data"
@@ -72,7 +72,7 @@ def test_an_id_says_its_year() -> None:
 
 
 def test_what_is_missing_is_named_and_nothing_is_left(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"VOC2007: no such folder; .*kdmini\.extras\.download"):
+    with pytest.raises(UserError, match=r"VOC2007: no such folder; .*kdmini\.tools\.download"):
         make(tmp_path, tmp_path / "made")
     for year in ("VOC2007", "VOC2012"):
         (tmp_path / year).mkdir()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from kdmini.detection.yolo11.model import YOLO11
 from kdmini.optim import EMA, Recipe, Setting, apply_setting, make_sgd
-from kdmini.yolo11.model import YOLO11
 
 RECIPES = [
     (Recipe(epochs=50, batch=64), 100),

@@ -9,22 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from kdmini.contracts import Detections, Target, Targets, UserError
-from kdmini.data.render import (
-    Layout,
-    choose,
-    letterbox,
-    mirror,
-    mosaic,
-    render,
-    render_boxes,
-    to_device,
-    zoom,
-)
+from kdmini.contracts import Target, Targets, UserError
+from kdmini.data.render import Layout, choose, letterbox, mirror, mosaic, render, zoom
 from kdmini.data.store import Store
+from kdmini.detection.truth import Inverse, pad, render_boxes
 
 
 @dataclass(frozen=True)
@@ -141,26 +131,6 @@ class ValLoader:
             yield images, [self.store.targets[i] for i in indices], inverse
 
 
-@dataclass(frozen=True)
-class Inverse:
-    """From the letterboxed images back to the files: native = (x - corner) * scale, clipped to the
-    picture.
-    """
-
-    scale: np.ndarray  # (N, 2) x, y
-    corner: np.ndarray  # (N, 2) x, y
-    native: np.ndarray  # (N, 2) width, height
-
-    def __call__(self, detections: list[Detections]) -> list[Detections]:
-        out: list[Detections] = []
-        for found, *numbers in zip(detections, self.scale, self.corner, self.native, strict=True):
-            corners = found["boxes_xyxy"].reshape(-1, 2, 2)
-            scale, corner, limit = (torch.as_tensor(x.copy()).to(corners) for x in numbers)
-            corners = torch.minimum(((corners - corner) * scale).clamp(min=0), limit)
-            out.append({**found, "boxes_xyxy": corners.reshape(-1, 4)})
-        return out
-
-
 def check_size(imgsz: int, name: str = "data.imgsz") -> None:
     if imgsz < 32 or imgsz % 32:
         raise UserError(f"{name}: {imgsz} is not a multiple of 32, the largest stride")
@@ -171,28 +141,6 @@ def check_batch(batch: int, world: int) -> None:
         raise UserError(
             f"train.batch: {batch} images do not share out among {world} processes; give a multiple"
         )
-
-
-def pad(
-    rendered: list[tuple[np.ndarray, np.ndarray]], ids: list[str], device: torch.device
-) -> Targets:
-    """Objects of each image -> tensors with G the next of 8, 16, 32, 64, ... so that few shapes
-    occur.
-    """
-    most = max(len(labels) for _, labels in rendered)
-    padded = 8
-    while padded < most:
-        padded *= 2
-    boxes_xyxy = np.zeros((len(rendered), padded, 4), np.float32)
-    labels = np.full((len(rendered), padded), -1, np.int64)
-    for n, (boxes, classes) in enumerate(rendered):
-        boxes_xyxy[n, : len(boxes)] = boxes
-        labels[n, : len(classes)] = classes
-    return {
-        "boxes_xyxy": to_device(boxes_xyxy, device),
-        "labels": to_device(labels, device),
-        "ids": ids,
-    }
 
 
 def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:

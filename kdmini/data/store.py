@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from kdmini.contracts import Dataset, Target, UserError
+from kdmini.data.pictures import pack, shrink
 
 Storage = Literal["auto", "resident", "mapped"]
 OnBad = Literal["stop", "skip"]
@@ -176,26 +176,6 @@ def tell(problems: list[str], total: int, on_bad: OnBad, name: str) -> None:
         )
     if problems:
         print(f"{count} and left out", file=sys.stderr)
-
-
-def shrink(image: np.ndarray, imgsz: int) -> np.ndarray:
-    """(H, W, 3) uint8, reduced with antialiasing so that the long side is at most imgsz."""
-    height, width = image.shape[:2]
-    ratio = imgsz / max(height, width)
-    if ratio >= 1:
-        return image
-    size = max(round(width * ratio), 1), max(round(height * ratio), 1)
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-
-
-def pack(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H * W,) int32."""
-    height, width = image.shape[:2]
-    padded = np.empty(image.size + 1, np.uint8)
-    padded[:-1] = image.reshape(-1)
-    # four bytes from every third on: the fourth belongs to the next pixel and is masked away
-    overlapping = np.ndarray((height * width,), "<i4", padded, strides=(3,))
-    return overlapping & 0xFFFFFF
 
 
 def resident(parts: list[np.ndarray], device: torch.device) -> Tensor:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from kdmini.contracts import UserError
-from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_size, pad, uniforms
+from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_size, uniforms
 from kdmini.data.render import letterbox, render
 from kdmini.data.store import Store
+from kdmini.detection.truth import pad
 
 NONE = Augment(mosaic=0, translate=0, scale=0, fliplr=0, hsv_h=0, hsv_s=0, hsv_v=0, close_mosaic=0)
 MASK = 2**64 - 1

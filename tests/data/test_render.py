@@ -11,18 +11,9 @@ import torch
 from torch.nn.functional import interpolate
 
 from kdmini.data.loader import Augment, TrainLoader
-from kdmini.data.render import (
-    PAD,
-    choose,
-    letterbox,
-    mirror,
-    mosaic,
-    recolour,
-    render,
-    render_boxes,
-    zoom,
-)
+from kdmini.data.render import PAD, choose, letterbox, mirror, mosaic, recolour, render, zoom
 from kdmini.data.store import Store
+from kdmini.detection.truth import render_boxes
 
 GREY_LEVEL = 1 / 255
 SIZES = [(48, 48), (31, 47), (48, 17), (10, 13), (1, 48), (48, 1), (5, 30), (29, 20)]  # H, W

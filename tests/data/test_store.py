@@ -14,9 +14,10 @@ from PIL import Image
 
 from kdmini.contracts import UserError
 from kdmini.data import store as store_module
+from kdmini.data.pictures import pack, shrink
 from kdmini.data.render import letterbox, render
-from kdmini.data.store import Store, pack, shrink, subset
-from kdmini.data.voc import VOC
+from kdmini.data.store import Store, subset
+from kdmini.detection.voc import VOC
 
 
 class Pictures:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kdmini.contracts import Targets, UserError, View
+from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.align import Align
 from kdmini.distill.attention import AttentionTransfer, map_distance
 from kdmini.distill.step import Distillation, Weighted, freeze, tap_shapes
-from kdmini.yolo11.model import YOLO11
 
 TAPS = {"stem": "stem", "deep": "deep"}
 FOREVER = ((0.0, 1.0, float("inf"), 1.0),)

@@ -18,7 +18,7 @@ from examples.coco_json import CocoJson
 from examples.shapes import SHAPE_NAMES
 from kdmini.contracts import UserError
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC
+from kdmini.detection.voc import VOC
 from tests.test_train import run
 
 CATEGORIES = [{"id": 90, "name": "dog"}, {"id": 3, "name": "cat"}]

@@ -20,7 +20,7 @@ from examples.shapes import (
     write_set,
 )
 from kdmini.contracts import UserError
-from kdmini.data.voc import VOC
+from kdmini.detection.voc import VOC
 
 
 def digest(root):

@@ -17,7 +17,7 @@ from examples.shapes import SHAPE_NAMES
 from examples.yolo_txt import YoloTxt
 from kdmini.contracts import UserError
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC
+from kdmini.detection.voc import VOC
 from tests.test_train import run
 
 NAMES = ["cat", "dog", "emu"]

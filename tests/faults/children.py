@@ -17,7 +17,12 @@ LIMIT_S = 60
 
 for name in (  # what a run imports when it needs it: here once, and not in every child
     *("torch._dynamo", "torch.cuda", "pycocotools.cocoeval"),
-    *("kdmini.data.voc", "kdmini.distill.attention", "kdmini.metrics", "kdmini.yolo11.model"),
+    *(
+        "kdmini.detection.voc",
+        "kdmini.distill.attention",
+        "kdmini.detection.average_precision",
+        "kdmini.detection.yolo11.model",
+    ),
 ):
     importlib.import_module(name)
 

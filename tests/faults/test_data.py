@@ -25,10 +25,11 @@ from PIL import Image
 import train as train_script
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
+from kdmini.data.pictures import decode
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC, VOC_NAMES, decode
-from kdmini.metrics import DetectionMetric
-from kdmini.yolo11.model import YOLO11
+from kdmini.detection.average_precision import DetectionMetric
+from kdmini.detection.voc import VOC, VOC_NAMES
+from kdmini.detection.yolo11.model import YOLO11
 from tests.conftest import ROOT
 from tests.faults.children import Done, run, script
 from tests.faults.record import survived

@@ -55,7 +55,7 @@ class Upset(AttentionTransfer):
 METRIC = """
 import os, time
 from pathlib import Path
-from kdmini.metrics import DetectionMetric
+from kdmini.detection.average_precision import DetectionMetric
 
 class Slow(DetectionMetric):
     def __init__(self, names: list, folder: str):

@@ -22,13 +22,15 @@ from kdmini import checkpoint, distributed
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC
+from kdmini.detection.voc import VOC
+from kdmini.detection.yolo11.model import YOLO11
+from kdmini.device import precision
 from kdmini.distill.attention import AttentionTransfer, attention_map
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
-from kdmini.engine import MAX_SKIPPED, READ_EVERY, Progress, Tally, precision, train_one_epoch
+from kdmini.engine import train_one_epoch
 from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.progress import MAX_SKIPPED, READ_EVERY, Progress, Tally
 from kdmini.signals import Stop
-from kdmini.yolo11.model import YOLO11
 from tests.conftest import CONFIG, TINY
 from tests.faults.children import Done, run, script
 from tests.faults.record import survived

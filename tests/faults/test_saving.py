@@ -24,8 +24,9 @@ import pytest
 import torch
 
 import train
-from kdmini import checkpoint, engine, runlog, signals
+from kdmini import checkpoint, device, engine, runlog, signals
 from kdmini.optim import EMA
+from kdmini.progress import Progress, Tally
 from tests.conftest import CONFIG, TINY
 from tests.faults.children import Child, Done, run, script
 from tests.faults.record import survived
@@ -76,7 +77,7 @@ class Runs:
         def watching() -> None:
             first()
             file, count = self.journal.open("a", buffering=1), itertools.count(1)
-            add, apply_setting, update = engine.Tally.add, engine.apply_setting, EMA.update
+            add, apply_setting, update = Tally.add, engine.apply_setting, EMA.update
 
             def adding(tally: Any, losses: Any, skipped: Any, ids: Any) -> None:
                 add(tally, losses, skipped, ids)
@@ -93,7 +94,7 @@ class Runs:
                 update(ema, *args)
                 print("average of", ema.updates, file=file)
 
-            engine.Tally.add, engine.apply_setting, EMA.update = adding, applying, updating  # type: ignore
+            Tally.add, engine.apply_setting, EMA.update = adding, applying, updating  # type: ignore
             work()
 
         return watching
@@ -194,7 +195,7 @@ def stop_at(step: int, signum: int = signal.SIGTERM) -> Callable[[int], None]:
 
 def high_scale() -> None:
     """In fp16 the first gradients overflow."""
-    precision = engine.precision
+    precision = device.precision
 
     def high(*args: Any) -> Any:
         autocast, scaler = precision(*args)
@@ -202,7 +203,7 @@ def high_scale() -> None:
             "cpu", init_scale=2.0**18
         ) if scaler.is_enabled() else scaler
 
-    engine.precision = high
+    device.precision = high
 
 
 # --- killed ---
@@ -285,7 +286,7 @@ POINTS = {
 def test_a_process_that_ends_at_any_point_of_a_save_leaves_the_old_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    folder, parts = tmp_path / "ckpt", {"progress": engine.Progress(epoch=1)}
+    folder, parts = tmp_path / "ckpt", {"progress": Progress(epoch=1)}
     checkpoint.save(folder, 10, parts, {})
 
     def work() -> None:

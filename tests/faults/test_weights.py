@@ -22,7 +22,7 @@ import torch
 import eval as eval_script
 import train as train_script
 from kdmini import checkpoint
-from kdmini.yolo11 import weights
+from kdmini.detection.yolo11 import weights
 from tests.conftest import CONFIG, TINY
 from tests.faults.children import Done, exit_code, run, script
 from tests.faults.hostile import BOMBS, Reduced, bare, fragments, spliced

@@ -24,46 +24,33 @@ READING_PATH = (
     "train",
     "kdmini.engine",
     "kdmini.distill",
-    "kdmini.yolo11.loss",
-    "kdmini.yolo11.assign",
+    "kdmini.detection.yolo11.loss",
+    "kdmini.detection.yolo11.assign",
 )
 
 # room -> what it may import from kdmini besides itself and contracts. What is not named here is
 # forbidden.
+LOW = ("config", "optim", "checkpoint", "runlog", "distributed", "signals", "device", "progress")
+TASKS = ("detection",)
 MAY_IMPORT = {
     "contracts": (),
-    "boxes": (),
     "config": (),
+    "signals": (),
+    "distributed": (),
+    "device": (),
     "optim": (),
     "checkpoint": (),
+    "weightfile": ("checkpoint",),
     "runlog": (),
-    "distributed": (),
-    "signals": (),
-    "metrics": ("boxes",),
-    "yolo11": ("boxes",),  # a detector never learns that it is distilled
-    "data": ("boxes",),
-    "distill": ("distributed",),  # a term works for any detector
-    "engine": (
-        "optim",
-        "metrics",
-        "distributed",
-        "signals",
-    ),  # models, data and terms arrive as arguments
-    "check": ("engine", "optim", "signals"),
-    "train": (
-        "check",
-        "config",
-        "engine",
-        "data.loader",
-        "data.store",
-        "distill.step",
-        "optim",
-        "checkpoint",
-        "runlog",
-        "distributed",
-        "signals",
-    ),
-    "eval": ("config", "engine", "data.loader", "data.store", "runlog"),
+    "progress": ("distributed", "signals"),
+    "data": ("detection.truth",),
+    "distill": ("distributed",),  # a term works for any model
+    "detection": ("data", "checkpoint", "weightfile"),  # a model never learns that it is distilled
+    "terms": ("distill", "detection.yolo11"),
+    "engine": ("progress", "device", "optim", "distributed", "signals"),  # the rest are arguments
+    "check": ("engine", "optim", "signals", "progress", "device"),
+    "train": ("check", "engine", "data.loader", "data.store", "distill.step", *LOW),
+    "eval": ("config", "device", "engine", "data.loader", "data.store", "runlog"),
 }
 THIRD_PARTY = {"torch", "torchvision", "numpy", "pycocotools", "tqdm", "yaml", "PIL"}
 EXTRAS_THIRD_PARTY = {"optuna", "matplotlib", "tensorboard", "onnx", "onnxscript", "onnxruntime"}
@@ -84,7 +71,7 @@ MODULES = modules()
 CORE = {
     name: path
     for name, path in MODULES.items()
-    if not name.startswith(("kdmini.extras", "examples"))
+    if not name.startswith(("kdmini.tools", "examples"))
 }
 
 
@@ -250,32 +237,50 @@ def test_rooms_import_only_what_they_may(module: str) -> None:
 @pytest.mark.parametrize(
     "module, line, named",
     [
-        ("kdmini.yolo11.model", "from kdmini.distill.taps import Taps", "kdmini.distill.taps"),
-        ("kdmini.yolo11.model", "from kdmini import config", "kdmini.config"),
-        ("kdmini.yolo11.model", "from ..data import voc", "kdmini.data.voc"),
-        ("kdmini.distill.step", "import kdmini.yolo11.model", "kdmini.yolo11.model"),
-        ("kdmini.data.voc", "from kdmini.yolo11.assign import assign", "kdmini.yolo11.assign"),
+        (
+            "kdmini.detection.yolo11.model",
+            "from kdmini.distill.taps import Taps",
+            "kdmini.distill.taps",
+        ),
+        ("kdmini.detection.yolo11.model", "from kdmini import config", "kdmini.config"),
+        ("kdmini.detection.yolo11.model", "from ..data import voc", "kdmini.detection.voc"),
+        (
+            "kdmini.distill.step",
+            "import kdmini.detection.yolo11.model",
+            "kdmini.detection.yolo11.model",
+        ),
+        (
+            "kdmini.detection.voc",
+            "from kdmini.detection.yolo11.assign import assign",
+            "kdmini.detection.yolo11.assign",
+        ),
         (
             "kdmini.engine",
-            "def f():\n    from kdmini.yolo11.model import YOLO11",
-            "kdmini.yolo11.model",
+            "def f():\n    from kdmini.detection.yolo11.model import YOLO11",
+            "kdmini.detection.yolo11.model",
         ),
         ("kdmini.optim", "from .engine import evaluate", "kdmini.engine"),
-        ("kdmini.metrics", "import train", "train"),
-        ("train", "from kdmini.yolo11.model import YOLO11", "kdmini.yolo11.model"),
-        ("kdmini.data.voc", "from examples.shapes import write_set", "examples.shapes"),
+        ("kdmini.detection.average_precision", "import train", "train"),
+        (
+            "train",
+            "from kdmini.detection.yolo11.model import YOLO11",
+            "kdmini.detection.yolo11.model",
+        ),
+        ("kdmini.detection.voc", "from examples.shapes import write_set", "examples.shapes"),
         ("train", "from kdmini.distill import attention", "kdmini.distill.attention"),
-        ("eval", "from kdmini.data.voc import VOC", "kdmini.data.voc"),
+        ("eval", "from kdmini.detection.voc import VOC", "kdmini.detection.voc"),
     ],
 )
 def test_a_trespass_would_be_seen(module: str, line: str, named: str) -> None:
     assert named in trespasses(line, module)
 
 
-def test_the_core_does_without_extras() -> None:
+def test_the_core_does_without_terms_and_tools() -> None:
     for module, path in CORE.items():
         assert not [
-            name for name in imports(path.read_text(), module) if name.startswith("kdmini.extras")
+            name
+            for name in imports(path.read_text(), module)
+            if name.startswith(("kdmini.terms", "kdmini.tools"))
         ], module
 
 
@@ -419,8 +424,8 @@ def test_the_core_is_small() -> None:
         "train",
         "kdmini.engine",
         "kdmini.distill.step",
-        "kdmini.yolo11.loss",
-        "kdmini.yolo11.assign",
+        "kdmini.detection.yolo11.loss",
+        "kdmini.detection.yolo11.assign",
     } <= path.keys()
     assert sum(path.values()) <= READING_LINES, path
 

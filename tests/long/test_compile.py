@@ -11,7 +11,7 @@ import train as train_script
 from kdmini.data.loader import Augment, TrainLoader
 from kdmini.data.render import Axis, compiled_gather
 from kdmini.data.store import Store
-from kdmini.data.voc import VOC
+from kdmini.detection.voc import VOC
 from tests.test_train import newest, run
 
 pytestmark = pytest.mark.long

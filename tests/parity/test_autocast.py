@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from witness import witness
 
+from kdmini.detection.yolo11.model import YOLO11
+from kdmini.device import precision
 from kdmini.distill.attention import AttentionTransfer, attention_map
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
-from kdmini.engine import precision
-from kdmini.yolo11.model import YOLO11
 from tests.distill.test_attention import REDUCTIONS, notes_map
 
 pytestmark = pytest.mark.parity

@@ -10,8 +10,8 @@ from oracle import oracle
 from torch import nn
 from witness import witness
 
-from kdmini.extras.export import export
-from kdmini.yolo11.model import YOLO11, decode_maps
+from kdmini.detection.yolo11.model import YOLO11, decode_maps
+from kdmini.tools.export import export
 from train import save_best
 
 pytestmark = pytest.mark.parity

@@ -9,9 +9,9 @@ import torch
 from oracle import oracle
 from witness import witness
 
-from kdmini.boxes import anchor_points
-from kdmini.yolo11.assign import assign
-from kdmini.yolo11.loss import distribution_focal
+from kdmini.detection.boxes import anchor_points
+from kdmini.detection.yolo11.assign import assign
+from kdmini.detection.yolo11.loss import distribution_focal
 from tests.test_engine import Batches, Extra, train
 
 pytestmark = pytest.mark.parity

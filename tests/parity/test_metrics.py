@@ -13,8 +13,8 @@ import pytest
 from oracle import oracle
 from witness import witness
 
-from kdmini.metrics import DetectionMetric
-from tests.test_metrics import (
+from kdmini.detection.average_precision import DetectionMetric
+from tests.detection.test_average_precision import (
     NAMES,
     SCENES,
     Scene,

@@ -9,7 +9,8 @@ from oracle import oracle
 from torch import Tensor, nn
 from witness import witness
 
-from kdmini.yolo11.model import YOLO11, decode_maps, select
+from kdmini.detection.boxes import select
+from kdmini.detection.yolo11.model import YOLO11, decode_maps
 
 pytestmark = pytest.mark.parity
 

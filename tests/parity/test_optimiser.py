@@ -12,11 +12,13 @@ from oracle import oracle
 from torch import Tensor
 from witness import witness
 
-import kdmini.boxes
-from kdmini.engine import Progress, precision, train_one_epoch
+import kdmini.detection.boxes
+from kdmini.detection.yolo11.model import YOLO11
+from kdmini.device import precision
+from kdmini.engine import train_one_epoch
 from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.progress import Progress
 from kdmini.signals import Stop
-from kdmini.yolo11.model import YOLO11
 
 pytestmark = pytest.mark.parity
 
@@ -154,7 +156,7 @@ def test_twenty_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert min(found["norms"]) > RECIPE.clip  # so the clipping counts in every step
 
-    monkeypatch.setattr(kdmini.boxes, "EPS", 1e-20)
+    monkeypatch.setattr(kdmini.detection.boxes, "EPS", 1e-20)
     single = (
         Tensor.float
     )  # which the loss calls whatever the network's type: here it leaves double precision alone

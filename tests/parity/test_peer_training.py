@@ -17,10 +17,10 @@ from bench.peer_training import distil
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.store import subset
-from kdmini.data.voc import VOC
+from kdmini.detection.voc import VOC
+from kdmini.detection.yolo11 import weights
+from kdmini.detection.yolo11.model import YOLO11
 from kdmini.optim import Recipe
-from kdmini.yolo11 import weights
-from kdmini.yolo11.model import YOLO11
 from tests.conftest import ROOT
 from train import save_best
 
@@ -81,7 +81,7 @@ def test_its_distillation_with_our_teacher_weights_and_schedule(
     save_best(tmp_path / "best.pt", teacher, NAMES, 64, 0, 0.5)
     changes = [
         *CHANGES,
-        f"teacher={{build: kdmini.yolo11.model:YOLO11, scale: n, weights: {tmp_path / 'best.pt'}}}",
+        f"teacher={{build: kdmini.detection.yolo11.model:YOLO11, scale: n, weights: {tmp_path / 'best.pt'}}}",
     ]
     oracle(RUNS, ROOT, tmp_path, config_file, *changes, version="newest")
     found = torch.load(tmp_path / "found.pt", weights_only=True)

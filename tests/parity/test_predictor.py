@@ -13,10 +13,11 @@ from oracle import oracle
 from witness import witness
 
 from kdmini.data.loader import ValLoader
+from kdmini.data.pictures import shrink
 from kdmini.data.render import letterbox
-from kdmini.data.store import Store, shrink
-from kdmini.data.voc import VOC, VOC_NAMES
-from kdmini.yolo11.model import YOLO11
+from kdmini.data.store import Store
+from kdmini.detection.voc import VOC, VOC_NAMES
+from kdmini.detection.yolo11.model import YOLO11
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.parity

@@ -10,9 +10,9 @@ from oracle import oracle
 from torch import nn
 from witness import witness
 
-from kdmini.data.voc import VOC_NAMES
-from kdmini.yolo11 import weights
-from kdmini.yolo11.model import YOLO11, decode_maps
+from kdmini.detection.voc import VOC_NAMES
+from kdmini.detection.yolo11 import weights
+from kdmini.detection.yolo11.model import YOLO11, decode_maps
 
 pytestmark = pytest.mark.parity
 

@@ -10,16 +10,8 @@ import pytest
 import torch
 from witness import witness
 
-from kdmini.data.render import (
-    choose,
-    letterbox,
-    mirror,
-    mosaic,
-    recolour,
-    render,
-    render_boxes,
-    zoom,
-)
+from kdmini.data.render import choose, letterbox, mirror, mosaic, recolour, render, zoom
+from kdmini.detection.truth import render_boxes
 from tests.data.test_render import (
     SIZES,
     colours,

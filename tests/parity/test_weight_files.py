@@ -8,8 +8,8 @@ import torch
 from oracle import oracle
 
 from kdmini.contracts import UserError
-from kdmini.yolo11 import weights
-from kdmini.yolo11.model import YOLO11
+from kdmini.detection.yolo11 import weights
+from kdmini.detection.yolo11.model import YOLO11
 
 pytestmark = pytest.mark.parity
 

@@ -1,0 +1,52 @@
+"""Where a run computes and in which precision: device, algorithms, autocast."""
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from kdmini.contracts import UserError
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:1?\d)?", name):
+        raise UserError(f"device: {name!r} is none to run on; use auto, cpu, cuda or cuda:1")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            f"device: {name} was asked for, but torch finds {count} CUDA devices; use auto or cpu"
+        )
+    return device
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """On CUDA: the fastest convolutions, tried out at the first step, or those that repeat bit for
+    bit.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.amp.GradScaler]:
+    """`amp` of the recipe -> the autocast context and the scaler, which does nothing except in
+    fp16.
+    """
+    if amp is True:
+        amp = (
+            ("bf16" if torch.cuda.is_bf16_supported() else "fp16")
+            if device.type == "cuda"
+            else False
+        )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, False: torch.bfloat16}[amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return lambda: torch.autocast(device.type, dtype, enabled=bool(amp)), scaler

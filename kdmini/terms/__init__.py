@@ -1,0 +1,1 @@
+"""Distillation terms beside attention transfer: one paper a file."""

@@ -1,0 +1,1 @@
+"""Commands around a run, one a file; training imports none of them."""
