@@ -44,7 +44,7 @@ constraints: test-newest
 	$(NEWEST)/bin/python -m pip install --quiet --editable '.[parity]'
 	$(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' > constraints.txt
 
-# everything that can go wrong, the long tests included; writes the table of the README's "What it survives"
+# everything that can go wrong, the long tests included; writes the table of docs/survives.md
 faults: setup
 	$(RUN) -m pytest tests/faults
 

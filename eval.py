@@ -1,27 +1,157 @@
-"""Score weights on the validation set of a config: VOC 2007, VOC area and COCO average precision,
-per class.
+"""Score weights on the validation set of a config: one table, a row for each class.
 
-python eval.py --config configs/voc.yaml --weights runs/voc/best.pt [--teacher] [--save FOLDER]
-[key.path=value ...]"""
+python eval.py --config configs/voc.yaml --weights runs/voc/best.pt [--teacher]
+    [--save FOLDER] [key.path=value ...]
+"""
 
 import argparse
-import json
 import math
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdmini import config, engine
+from kdmini.assemble import Sections, make_model, with_weights
 from kdmini.contracts import UserError
-from kdmini.data.loader import ValLoader, check_size
+from kdmini.data.loader import ValLoader
 from kdmini.data.store import Store
 from kdmini.device import pick_device, precision
-from kdmini.runlog import write_whole
+
+WIDTH = 9  # columns of a number in the table
+
+
+class Scored(NamedTuple):
+    """One network, evaluated."""
+
+    name: str  # student or teacher
+    metric: Any
+    scores: dict[str, float]
+    cost: str
+
+
+def evaluate(
+    settings: dict[str, Any], source: str, weights: str | None, with_teacher: bool
+) -> list[Scored]:
+    """The student, and the teacher if asked for, on the validation set.
+
+    settings: the config. source: the file it is from, for messages. weights: a file for the
+    student, in place of the config's.
+    """
+    sections = config.call(Sections, settings, source)
+    recipe = sections.recipe()
+    device = pick_device(sections.device)
+    autocast, _ = precision(recipe.amp, device)
+    models = {"student": sections.student}
+    if weights:
+        models["student"] = with_weights(sections.student, weights)
+    if with_teacher:
+        if not sections.teacher:
+            raise UserError("--teacher: the config has no teacher")
+        models["teacher"] = sections.teacher
+    for name, section in models.items():
+        if not section.get("weights"):
+            raise UserError(f"{name}: no weights to evaluate; give --weights FILE")
+
+    sets = sections.sets()
+    networks = {
+        name: folded(make_model(section, name, sets.val.names, device), name, sets.val.names)
+        for name, section in models.items()
+    }
+    store = sets.store("val", device)
+    loader = ValLoader(store, recipe.batch)
+    scored = []
+    for name, network in networks.items():
+        metric = sections.make_metric(sets.val.names)
+        started = time.perf_counter()
+        scores = engine.evaluate(network, loader, metric, autocast)
+        seconds = (time.perf_counter() - started) / len(store)
+        scored.append(Scored(name, metric, scores, cost(network, store, seconds)))
+    return scored
+
+
+def folded(network: Any, name: str, names: list[str]) -> Any:
+    """Ready to evaluate, BatchNorm merged where it knows how. Raises UserError where its
+    classes are not those of the data.
+    """
+    if network.names != names:
+        raise UserError(f"{name}: its classes are not the data set's; it cannot be scored on it")
+    network.eval()
+    if hasattr(network, "fold"):
+        network.fold()
+    return network
+
+
+@torch.no_grad()
+def cost(network: Any, store: Store, seconds: float) -> str:
+    """Size and speed in words. A multiply-add is two operations; seconds: of an image, from
+    pixels to scores.
+    """
+    size = store.imgsz
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, size, size, device=store.device))
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    giga = counter.get_total_flops() / 1e9
+    return (
+        f"{millions:.2f} M parameters, {giga:.3g} GFLOPs at {size} px, "
+        f"{1000 * seconds:.1f} ms an image"
+    )
+
+
+def table(scored: list[Scored]) -> str:
+    """One row for all classes, the means, and one for each class; a count, and the scores that
+    every row has, network by network.
+    """
+    rows: dict[str, dict[str, dict[str, float]]] = {"all classes": {}}  # row -> network -> values
+    for one in scored:
+        rows["all classes"][one.name] = one.scores
+        per_class = getattr(one.metric, "per_class", dict)
+        for label, values in per_class().items():
+            rows.setdefault(label, {})[one.name] = values
+
+    every = [values for row in rows.values() for values in row.values()]
+    scores = list(scored[0].scores)
+    columns = [score for score in scores if all(score in values for values in every)]
+    counts = [key for values in every for key in values if key not in scores]
+    count = counts[0] if counts else ""
+
+    width = max(len(label) for label in rows)
+    names = [f"{one.name:^{WIDTH * len(columns)}}" for one in scored]
+    heads = ["".join(f"{column:>{WIDTH}}" for column in columns)] * len(scored)
+    lines = [
+        " " * (width + WIDTH) + " |".join(names),
+        f"{'':{width}}{count:>{WIDTH}}" + " |".join(heads),
+    ]
+    for label, row in rows.items():
+        number = next(iter(row.values())).get(count, math.nan)
+        cells = [
+            "".join(in_cell(row[one.name][column], ".3f") for column in columns) for one in scored
+        ]
+        lines.append(f"{label:{width}}{in_cell(number, '.0f', '')}" + " |".join(cells))
+    return "\n".join(lines)
+
+
+def in_cell(value: float, form: str, nothing: str = "-") -> str:
+    return f"{value:{WIDTH}{form}}" if not math.isnan(value) else f"{nothing:>{WIDTH}}"
+
+
+def show(scored: list[Scored], save: str | None) -> None:
+    print(table(scored))
+    for one in scored:
+        print(f"{one.name}: {one.cost}")
+    for one in scored:
+        if hasattr(one.metric, "official"):
+            scores = [f"{key} {value:.4f}" for key, value in one.metric.official().items()]
+            print(f"{one.name}, by {one.metric.official_by}: {', '.join(scores)}")
+    if save:
+        folder = Path(save)
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in scored:
+            if hasattr(one.metric, "save"):
+                print(f"predictions: {one.metric.save(folder / one.name)}")
 
 
 def main() -> None:
@@ -35,141 +165,18 @@ def main() -> None:
     parser.add_argument(
         "--teacher", action="store_true", help="score the config's teacher too, side by side"
     )
-    parser.add_argument("--save", metavar="FOLDER", help="write the detections there, as NAME.json")
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="write the predictions there, as NAME.json"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()  # overrides may stand anywhere
     try:
         settings = config.load(args.config, args.overrides)
-        config.call(
-            evaluate,
-            settings,
-            args.config,
-            weights=args.weights,
-            with_teacher=args.teacher,
-            save=args.save,
-        )
+        show(evaluate(settings, args.config, args.weights, args.teacher), args.save)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def evaluate(
-    weights: str | None,
-    with_teacher: bool,
-    save: str | None,
-    data: dict[str, Any],
-    student: dict[str, Any],
-    metric: dict[str, Any],
-    train: dict[str, Any],
-    teacher: dict[str, Any] | None = None,
-    device: str = "auto",
-    **others: Any,  # sections that only training reads
-) -> None:
-    """Builds the detectors, scores each, prints one table. The parameters after `save` are sections
-    of the config.
-    """
-    place = pick_device(device)
-    autocast, _ = precision(train.get("amp", True), place)
-    if weights:
-        given = student.get("weights")
-        student = {
-            **student,
-            "weights": {**given, "path": weights} if isinstance(given, Mapping) else weights,
-        }
-    sections = {"student": student}
-    if with_teacher:
-        if not teacher:
-            raise UserError("--teacher: the config has no teacher")
-        sections["teacher"] = teacher
-    for name, section in sections.items():
-        if not section.get("weights"):
-            raise UserError(f"{name}: no weights to evaluate; give --weights FILE")
-
-    offered = {"root": data["root"]} if data.get("root") else {}
-    val_set = config.build(data["val"], "data.val", **offered)
-    detectors = {}
-    for name, section in sections.items():
-        detectors[name] = config.build(section, name, names=val_set.names).to(
-            place, memory_format=torch.channels_last
-        )
-        if detectors[name].names != val_set.names:
-            raise UserError(
-                f"{name}: its classes are not the data set's; it cannot be scored on it"
-            )
-        if hasattr(detectors[name], "fold"):
-            detectors[name].eval().fold()
-
-    keys = ("imgsz", "workers", "storage", "limit", "on_bad")
-    storing = {"imgsz": 640} | {key: data[key] for key in keys if key in data}
-    check_size(storing["imgsz"])
-    store = config.call(Store, storing, "data", dataset=val_set, device=place, name="val")
-    loader = ValLoader(store, train["batch"])
-    metrics, means, costs = {}, {}, {}
-    for name, detector in detectors.items():
-        metrics[name] = config.build(metric, "metric", names=val_set.names)
-        started = time.perf_counter()
-        means[name] = engine.evaluate(detector, loader, metrics[name], autocast)
-        costs[name] = cost(detector, store, (time.perf_counter() - started) / len(store))
-    print(table(metrics, means))
-    for name, told in costs.items():
-        print(f"{name}: {told}")
-    for name, scored in metrics.items():
-        if hasattr(scored, "official"):
-            print(
-                f"{name}, by pycocotools: "
-                + ", ".join(f"{k} {v:.4f}" for k, v in scored.official().items())
-            )
-    if save:
-        Path(save).mkdir(parents=True, exist_ok=True)
-        for name, scored in metrics.items():
-            write_whole(Path(save) / f"{name}.json", json.dumps(scored.detections_json()))
-            print(f"detections: {Path(save) / name}.json")
-
-
-@torch.no_grad()
-def cost(detector: Any, store: Store, seconds: float) -> str:
-    """Size and speed in words. A multiply-add is two operations; seconds: of an image, from pixels
-    to scores.
-    """
-    with FlopCounterMode(display=False) as counter:
-        detector(torch.zeros(1, 3, store.imgsz, store.imgsz, device=store.device))
-    millions, giga = (
-        sum(p.numel() for p in detector.parameters()) / 1e6,
-        counter.get_total_flops() / 1e9,
-    )
-    return f"{millions:.2f} M parameters, {giga:.3g} GFLOPs at {store.imgsz} px, {1000 * seconds:.1f} ms an image"
-
-
-def table(metrics: Mapping[str, Any], means: Mapping[str, dict[str, float]]) -> str:
-    """One row for all classes, the means, and one for each; the columns that every row has, for
-    every detector.
-    """
-    rows = {"all classes": {name: dict(m) for name, m in means.items()}}
-    for name, metric in metrics.items():
-        for label, values in metric.per_class().items() if hasattr(metric, "per_class") else ():
-            rows.setdefault(label, {})[name] = values
-    columns = [
-        c
-        for c in next(iter(means.values()))
-        if all(c in v for row in rows.values() for v in row.values())
-    ]
-    width = max(len(label) for label in rows)
-    heads = [f"{name:^{9 * len(columns)}}" for name in metrics]
-    lines = [
-        " " * (width + 9) + " |".join(heads),
-        f"{'':{width}}  objects"
-        + " |".join("".join(f"{column:>9}" for column in columns) for _ in metrics),
-    ]
-    for label, values in rows.items():
-        objects = next(iter(values.values())).get("objects", math.nan)
-        count = f"{objects:9.0f}" if math.isfinite(objects) else " " * 9
-        cells = (
-            "".join(f"{values[name][c]:9.3f}".replace("nan", "  -") for c in columns)
-            for name in metrics
-        )
-        lines.append(f"{label:{width}}" + count + " |".join(cells))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

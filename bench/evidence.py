@@ -1,60 +1,47 @@
-"""Does distillation help, and by how much: the same photographs, schedule and seeds, one thing
-changed a row.
+"""Does distillation help, and by how much: one thing changed a row, all else the same.
 
-python -m bench.evidence cpu                     # every run that is not done yet, then the table and the picture
-python -m bench.evidence cpu notes --seeds 0     # one of them
-python -m bench.evidence gpu --table             # no training: the table of what bench/evidence/gpu/ holds
+python -m bench.evidence cpu                  # all that is not done yet, then the page
+python -m bench.evidence cpu notes --seeds 0  # one run
+python -m bench.evidence gpu --table          # no run: the page of those that are kept
 
-The photographs are those of bench/voc320, which `python -m bench.make_voc320` takes out of VOC;
---root says where they are. Each run is one of train.py, in RUNS/ROW-SEED; a run that was stopped
-goes on where it was. Its config and results.csv go to bench/evidence/PROTOCOL/ROW-SEED/, and the
-table is made of those alone. Two processes may share the work by --seeds, once the teacher is
-there. ultralytics' own trainer makes two rows: PYTHONPATH=.oracle/newest, where `make parity`
-installs it.
+The rows stand in bench/protocol.py. The photographs are those of bench/voc320, which
+`python -m bench.make_voc320` takes out of VOC; --root says where they are. Each run is
+one of train.py, in RUNS/ROW-SEED; a run that was stopped goes on where it was. Its
+config and results.csv go to bench/evidence/PROTOCOL/ROW-SEED/, and the page, with a
+table and a picture, is made of those alone. Two processes may share the work by --seeds,
+once the teacher is there. ultralytics' own trainer makes two rows:
+PYTHONPATH=.oracle/newest, where `make parity` installs it.
 """
 
 import argparse
 import contextlib
 import io
-import json
-import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import train
-from bench.findings import BASELINE, PEER, PEER_BASELINE, TEACHER, write
 from bench.measure import machine
+from bench.page import write
 from bench.peer_training import distil
-from kdmini import config, engine, signals
+from bench.protocol import BASELINE, PEER, ROOT, TEACHER, Run, protocol_of, records_of
+from kdmini import checkpoint, config, engine, signals
+from kdmini.assemble import Sections, make_model, with_weights
 from kdmini.contracts import UserError
-from kdmini.data.loader import Augment, ValLoader
-from kdmini.data.store import Store
+from kdmini.data.loader import ValLoader
+from kdmini.data.voc import Entry
 from kdmini.detection.average_precision import DetectionMetric
 from kdmini.detection.voc import VOC
 from kdmini.device import pick_device, precision
-from kdmini.optim import Recipe
-from kdmini.runlog import RunFolder, write_whole
+from kdmini.files import write_whole
+from kdmini.runlog import RunFolder
 
-ROOT = Path(__file__).parents[1]
 LEAST_OBJECTS = 50  # of a class, for its AP to say anything
-WEIGHTS = {  # by which a term's gradient was about 0.3 of the task's, on YOLO11n trained alone for four epochs
-    "logits": 0.1,
-    "localisation": 0.2,
-    "channelwise": 0.5,
-    "masked": 8,
-    "pearson": 2,
-    "spatial": 2,
-    "frequency": 4.5,
-    "affinity": 1.2,
-}
 
 
 class Sample(VOC):
@@ -64,273 +51,184 @@ class Sample(VOC):
         self.count = count
         super().__init__(root, splits, names)
 
-    def _choose(self, root: Path, splits: list[str], exclude: list[str]) -> list[tuple[Path, str]]:
-        chosen = super()._choose(root, splits, exclude)
-        if not 0 < self.count <= len(chosen):
+    def _choose(self, root: Path, splits: list[str], exclude: list[str]) -> list[Entry]:
+        entries = super()._choose(root, splits, exclude)
+        total = len(entries)
+        if not 0 < self.count <= total:
             raise UserError(
-                f"data.train.count: {self.count} photographs are asked for; there are {len(chosen):,}"
+                f"data.train.count: {self.count} photographs are asked for; there are {total:,}"
             )
-        return [chosen[i * len(chosen) // self.count] for i in range(self.count)]
+        return [entries[i * total // self.count] for i in range(self.count)]
 
 
 class ByClass(DetectionMetric):
     """Beside the means, AP50-95 of each class that has LEAST_OBJECTS."""
 
     def compute(self) -> dict[str, float]:
-        classes = {
-            name: scores
-            for name, scores in self.per_class().items()
-            if scores["objects"] >= LEAST_OBJECTS
-        }
-        return {
-            **super().compute(),
-            **{f"AP {name}": scores["AP50-95"] for name, scores in classes.items()},
-        }
+        scores = super().compute()
+        for name, of_class in self.per_class().items():
+            if of_class["objects"] >= LEAST_OBJECTS:
+                scores[f"AP {name}"] = of_class["AP50-95"]
+        return scores
 
 
-class Protocol(NamedTuple):
-    teacher: list[str]  # the overrides of bench/evidence/PROTOCOL.yaml that make the teacher
-    rows: dict[str, list[str]]  # and each row; the others are compared with the first
-    seeds: tuple[int, ...]
+def make(run: Run, runs: Path, root: Path | None = None) -> None:
+    """Trains, or goes on, or sees that nothing is left; then keeps config and curve.
 
-
-def protocol_of(name: str) -> Protocol:
-    settings = config.load(ROOT / f"bench/evidence/{name}.yaml")
-    photographs = "data.train={build: kdmini.detection.voc:VOC, splits: [train]}"  # all of them
-    teacher = [
-        f"student.scale={settings['teacher']['scale']}",
-        "teacher=null",
-        "distill=null",
-        photographs,
-    ]
-    teacher.append("metric.build=kdmini.detection.average_precision:DetectionMetric")
-    rows = rows_of(settings["train"]["epochs"])
-    if name == "gpu":
-        return Protocol(teacher, rows, (0, 1, 2))
-    few = [
-        BASELINE,
-        "notes",
-        "notes_batch",
-        "sample",
-        "sample_strong",
-        "score_weighted",
-        PEER_BASELINE,
-        PEER,
-    ]
-    few += ["score_weighted_strong", "sample_strongest", "logits", "lambda_constant"]
-    return Protocol(
-        [*teacher, "train.epochs=40", "train.val_every=10"], {row: rows[row] for row in few}, (0, 1)
-    )
-
-
-def rows_of(epochs: int) -> dict[str, list[str]]:
-    """The overrides of each row, most informative first."""
-    strong = [
-        "distill.attention.reduction=sample",
-        "distill.kd_scale=batch",
-        "distill.attention.weight=0.25",
-    ]
-    rows = {
-        BASELINE: ["distill.attention.weight=0"],
-        "notes": [],
-        "notes_batch": ["distill.kd_scale=batch"],
-        "sample": ["distill.attention.reduction=sample"],
-        "sample_strong": strong,
-        "score_weighted": [*extra("score_weighted"), "distill.score_weighted.weight=0.5"],
-        PEER_BASELINE: ["teacher=null", "distill=null"],
-        PEER: ["distill=null"],  # it has its own
-        "score_weighted_strong": [
-            *extra("score_weighted"),
-            "distill.score_weighted.weight=6",
-        ],  # the weight of PEER
-        "sample_strongest": [
-            *strong,
-            "distill.attention.weight=3",
-        ],  # 12 times that of `strong`, as the row before
-    }
-    rows |= {
-        f"align_{mode}": [*strong, f"distill.align={mode}"]
-        for mode in ("none", "frozen", "unequal")
-    }
-    for name, segments in schedules(epochs).items():
-        rows[f"lambda_{name}"] = [*strong, f"distill.attention.schedule={segments}"]
-    rows["taps_neck"] = [*strong, "distill.taps=[model.13, model.16, model.19, model.22]"]
-    rows["taps_p3"] = [*strong, "distill.taps=[model.16]"]
-    rows |= {
-        term: [*extra(term), f"distill.{term}.weight={weight}"] for term, weight in WEIGHTS.items()
-    }
-    return rows | {"self_teacher": ["teacher=null", *extra("self_teacher")]}
-
-
-def extra(term: str) -> list[str]:
-    """The term in place of attention transfer, with taps and settings of configs/terms/TERM.yaml."""
-    return [f"distill={json.dumps(config.load(ROOT / f'configs/terms/{term}.yaml')['distill'])}"]
-
-
-def schedules(epochs: int) -> dict[str, list[list[float]]]:
-    """Lambdas with the mean of the notes': (40 * 1.0 + 60 * 0.15 + 50 * 0.05) / 150."""
-    mean, closing = 0.343, epochs - Augment.close_mosaic
-    falling = [(epochs * i / 10, mean * (1 + math.cos(math.pi * i / 10))) for i in range(11)]
-    until_closing = mean * epochs / closing
-    return {
-        "constant": [[0, mean, epochs, mean]],
-        "cosine": [[*start, *end] for start, end in pairwise(falling)],
-        "mosaic": [[0, until_closing, closing, until_closing]],  # and none while the mosaic is off
-    }
-
-
-def settings_of(
-    name: str, overrides: Sequence[str], row: str, seed: int, runs: Path
-) -> dict[str, Any]:
-    """The config of a run."""
-    path = ROOT / f"bench/evidence/{name}.yaml"
-    places = [f"run={runs / f'{row}-{seed}'}", f"seed={seed}"]
-    if config.load(path, overrides)["teacher"]:
-        places.append(f"teacher.weights={runs / f'{TEACHER}-0/best.pt'}")
-    return config.load(path, [*overrides, *places])
-
-
-def run(
-    name: str, overrides: Sequence[str], row: str, seed: int, runs: Path, root: Path | None = None
-) -> None:
-    """Trains, or goes on, or sees that nothing is left to do; then keeps config and curve.
-
+    runs: the folder of the run folders.
     root: of the photographs, where it is not the protocol's.
     """
-    folder, kept = runs / f"{row}-{seed}", texts(name) / f"{row}-{seed}"
-    print(f"\n{name}, {row}, seed {seed}: {folder}")
-    if row.startswith(PEER) and not find_spec(PEER):
+    folder = runs / run.name
+    kept = records_of(run.protocol) / run.name
+    is_peer = run.row.startswith(PEER)
+    print(f"\n{run.protocol}, {run.row}, seed {run.seed}: {folder}")
+    if is_peer and not find_spec(PEER):
         return print(f"{PEER} is not installed: PYTHONPATH=.oracle/newest, after `make parity`")
-    settings = settings_of(
-        name, [*overrides, f"data.root={root}"] if root else overrides, row, seed, runs
-    )
+
+    settings = run.settings(runs, root)
     begins = not (folder / "config.yaml").exists()
-    checked = begins and seed == 0 and settings["distill"] and row != BASELINE
-    for needed, is_needed in ((TEACHER, settings["teacher"]), (BASELINE, checked)):
-        if is_needed and not (runs / f"{needed}-0/best.pt").exists():
-            raise UserError(
-                f"{row} needs {runs / needed}-0: `python -m bench.evidence {name} {needed} --seeds 0` first"
-            )
+    distils = settings["distill"] and run.row != BASELINE
+    is_checked = begins and distils and run.seed == 0
+    if settings["teacher"]:
+        require(TEACHER, run, runs)
+    if is_checked:
+        require(BASELINE, run, runs)
+
     kept.mkdir(parents=True, exist_ok=True)
     if begins:
-        if checked:
-            write_whole(kept / "check.txt", check(settings, runs / f"{BASELINE}-0/best.pt"))
-        place = pick_device(settings.get("device", "auto")).type
-        write_whole(
-            kept / "made.txt", f"commit {commit()}, {machine(place, torch.get_num_threads())}\n"
-        )
-    if not row.startswith(PEER):
-        start(settings, resume=not begins)
+        if is_checked:
+            text = check(settings, weights=runs / f"{BASELINE}-0/best.pt")
+            write_whole(kept / "check.txt", text)
+        device = pick_device(settings.get("device", "auto"))
+        made_on = machine(device.type, torch.get_num_threads())
+        write_whole(kept / "made.txt", f"commit {commit()}, {made_on}\n")
+    if not is_peer:
+        train.train(settings, "evidence", resume=not begins)
     elif begins:
-        compete(settings)
-    usual = settings_of(
-        name, overrides, row, seed, Path(f"runs/evidence/{name}")
-    )  # wherever runs and photographs are
+        train_peer(settings)
+
+    # as it is everywhere, wherever runs and photographs are here
+    usual = run.settings(Path(f"runs/evidence/{run.protocol}"))
     write_whole(kept / "config.yaml", config.dump(usual))
     write_whole(kept / "results.csv", (folder / "results.csv").read_bytes())
 
 
-def compete(settings: dict[str, Any]) -> None:
-    """A run of ultralytics' own trainer, with one record, of its student after the last epoch. It
-    cannot be resumed.
+def require(row: str, run: Run, runs: Path) -> None:
+    """Raises UserError unless the row that the run needs has been made."""
+    if not (runs / f"{row}-0/best.pt").exists():
+        command = f"python -m bench.evidence {run.protocol} {row} --seeds 0"
+        raise UserError(f"{run.row} needs {runs / row}-0: `{command}` first")
+
+
+def train_peer(settings: dict[str, Any]) -> None:
+    """A run of ultralytics' own trainer; it cannot be resumed.
+
+    It has one record, of the student after the last epoch.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        state, speed = distil(settings, Path(scratch))
-    sets, recipe = (
-        config.call(train.make_sets, settings["data"], "data"),
-        Recipe(**settings["train"]),
-    )
-    place = pick_device(settings.get("device", "auto"))
-    autocast, _ = precision(recipe.amp, place)
-    student = config.build(settings["student"], "student", names=sets.val.names)
-    student.load_state_dict(state)
-    student.to(place, memory_format=torch.channels_last)
-    loader = ValLoader(Store(sets.val, sets.imgsz, place, name="val", **sets.store), recipe.batch)
-    score = config.build(settings["metric"], "metric", names=sets.val.names)
-    record = {
-        "epoch": recipe.epochs - 1,
-        "images/s": speed,
-        **engine.evaluate(student, loader, score, autocast),
-    }
-    folder = RunFolder(settings["run"])
+        trained = distil(settings, Path(scratch))
+    sections = config.call(Sections, settings, "evidence")
+    recipe = sections.recipe()
+    sets = sections.sets()
+    names = sets.val.names
+    device = pick_device(sections.device)
+    autocast, _ = precision(recipe.amp, device)
+    student = make_model(sections.student, "student", names, device)
+    student.load_state_dict(trained.state)
+    loader = ValLoader(sets.store("val", device), recipe.batch)
+    metric = sections.make_metric(names)
+    scores = engine.evaluate(student, loader, metric, autocast)
+
+    epoch = recipe.epochs - 1
+    record = {"epoch": epoch, "images/s": trained.speed}
+    for name, value in scores.items():
+        record[f"score/{name}"] = value
+    folder = RunFolder(sections.run)
     folder.begin(config.dump(settings))
-    train.save_best(
-        folder.best, student, sets.val.names, sets.imgsz, recipe.epochs - 1, record[score.fitness]
-    )
+    checkpoint.save_best(folder.best, student, sets.imgsz, epoch, scores[metric.fitness])
     folder.log(record)
 
 
 def check(settings: dict[str, Any], weights: Path) -> str:
-    """What `train.py --check` says, of a student that has been trained: before that, features are
-    so small that their attention maps say nothing, nor do the gradients.
+    """What `train.py --check` says, of a student that has been trained.
+
+    Before that, features are so small that their attention maps say nothing, nor do the
+    gradients.
     """
-    student = {**settings["student"], "weights": str(weights)}
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    student = with_weights(settings["student"], str(weights))
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         try:
-            start({**settings, "student": student}, check=True)
+            train.train({**settings, "student": student}, "evidence", check=True)
         except UserError as error:
-            raise UserError(f"{error}:\n{told.getvalue()}") from error
-    return told.getvalue()
-
-
-def start(settings: dict[str, Any], resume: bool = False, check: bool = False) -> None:
-    config.call(
-        train.train_detector, settings, "evidence", settings=settings, resume=resume, check=check
-    )
-
-
-def texts(name: str) -> Path:
-    return ROOT / "bench/evidence" / name
+            raise UserError(f"{error}:\n{output.getvalue()}") from error
+    return output.getvalue()
 
 
 def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    """The short hash of the code, with `-dirty` where it is not quite that."""
     try:
-        # what this writes is no change; the configs there are kept with each run
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/evidence"
-        )
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+        # what this program writes is no change; its configs are kept with each run
+        code = (".", ":(exclude)bench/evidence")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        head = git("rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{head}-dirty" if changes else head
 
 
-def main(argv: list[str] | None = None) -> None:
+def git(*words: str) -> str:
+    command = ["git", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("protocol", choices=["gpu", "cpu"])
     parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help="those to run (default: all, and the teacher)"
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help="those to run (default: all, and the teacher)",
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, help="those to run (default: all of the protocol)"
+        "--seeds",
+        nargs="+",
+        type=int,
+        help="those to run (default: all of the protocol)",
     )
     parser.add_argument(
-        "--runs", type=Path, help="folder of the run folders (default: runs/evidence/PROTOCOL)"
+        "--runs",
+        type=Path,
+        help="folder of the run folders (default: runs/evidence/PROTOCOL)",
     )
     parser.add_argument(
-        "--root", type=Path, help="folder of the photographs (default: data.root of PROTOCOL.yaml)"
+        "--root",
+        type=Path,
+        help="folder of the photographs (default: data.root of PROTOCOL.yaml)",
     )
     parser.add_argument("--table", action="store_true", help="run nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_intermixed_args(argv)
     signals.exit_on_signals()
-    name, protocol = args.protocol, protocol_of(args.protocol)
-    if unknown := [row for row in args.rows if row not in (TEACHER, *protocol.rows)]:
-        parser.error(f"no row `{unknown[0]}`: there are {', '.join([TEACHER, *protocol.rows])}")
-    runs = args.runs or Path(f"runs/evidence/{name}")
+    protocol = protocol_of(args.protocol)
+    known = [TEACHER, *protocol.rows]
+    unknown = [row for row in args.rows if row not in known]
+    if unknown:
+        parser.error(f"no row `{unknown[0]}`: there are {', '.join(known)}")
+
+    folder = args.runs or Path(f"runs/evidence/{protocol.name}")
+    runs = [] if args.table else protocol.runs(args.rows, args.seeds or ())
     try:
-        for row, overrides in (
-            {TEACHER: protocol.teacher, **protocol.rows}.items() if not args.table else ()
-        ):
-            for seed in (args.seeds or protocol.seeds) if row != TEACHER else (0,):
-                if row in (args.rows or (TEACHER, *protocol.rows)):
-                    run(name, overrides, row, seed, runs, args.root)
-        write(texts(name), list(protocol.rows), protocol.seeds)
+        for run in runs:
+            make(run, folder, args.root)
+        write(records_of(protocol.name), list(protocol.rows), protocol.seeds)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -1,14 +1,15 @@
-"""What an epoch costs beside its bare models: the loop, the loader, the optimiser, the evaluation.
+"""What an epoch costs beside its bare models: loop, loader, optimiser, evaluation.
 
 python -m bench.full [--imgsz 320] [--batch 4] [--steps 6] [--rounds 9] [--compile]
 python -m bench.full --device cuda --imgsz 640 --batch 64 --steps 40 --compile
 
-YOLO11m teaches YOLO11s at random weights on generated noise of the size of VOC's photographs, held
-in memory. In turn: an epoch as train.py runs it, from the rendered batch to the averaged weights;
-and as many steps of forward, loss, teacher, terms and backward on one batch that exists. What the
-first takes more is the loop's. On an H100 or an A100 the
-share of the roofline is told: the images/s at which every tensor that cannot be avoided is moved
-once."""
+YOLO11m teaches YOLO11s at random weights on generated noise of the size of VOC's
+photographs, held in memory. In turn: an epoch as train.py runs it, from the rendered batch
+to the averaged weights; and as many steps of forward, loss, teacher, terms and backward on
+one batch that exists. What the first takes more is the loop's. On an H100 or an A100 the
+share of the roofline is told: the images/s at which every tensor that cannot be avoided is
+moved once.
+"""
 
 import argparse
 import io
@@ -20,26 +21,34 @@ import torch
 from bench import measure
 from bench.step import TAPS, Ours, Student
 from kdmini import engine
-from kdmini.contracts import Target
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
 from kdmini.detection.average_precision import DetectionMetric
+from kdmini.detection.truth import Boxes, Target
 from kdmini.detection.voc import VOC_NAMES
 from kdmini.device import choose_algorithms, pick_device, precision
+from kdmini.engine import Training
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.progress import Progress
 from kdmini.signals import Stop
 
-# images/s at 640 with the teacher folded and without its head, all fused: bytes moved per image
-# over peak bandwidth
+# images/s at ROOFLINE_SIZE with the teacher folded and without its head, all fused:
+# bytes moved per image over peak bandwidth
 ROOFLINE = {"H100": 2005, "A100": 870}
+ROOFLINE_SIZE = 640
+
+WIDTH = 500  # pixels of a generated picture
+HEIGHT = 375
 
 
 class Noise:
-    """A dataset of `count` pictures of 500 x 375 pixels with two or three objects."""
+    """A dataset of `count` pictures with two or three objects."""
+
+    truth = Boxes
 
     def __init__(self, count: int):
-        self.count, self.names = count, list(VOC_NAMES)
+        self.count = count
+        self.names = list(VOC_NAMES)
 
     def __len__(self) -> int:
         return self.count
@@ -47,66 +56,61 @@ class Noise:
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
         rng = np.random.default_rng(index)
         objects = 2 + index % 2
-        corners = np.sort(rng.uniform(0, (500, 375), (objects, 2, 2)), 1)
+        corners = np.sort(rng.uniform(0, (WIDTH, HEIGHT), (objects, 2, 2)), 1)
         target: Target = {
             "boxes_xyxy": corners.reshape(-1, 4).astype(np.float32),
             "labels": rng.integers(0, len(self.names), objects),
             "difficult": np.zeros(objects, bool),
             "id": str(index),
         }
-        return rng.integers(0, 256, (375, 500, 3), np.uint8), target
+        return rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8), target
 
 
 class Epoch:
     """An epoch by engine.train_one_epoch, and its bare models."""
 
     def __init__(self, imgsz: int, batch: int, steps: int, compiled: bool, device: torch.device):
+        pictures = Noise(batch * steps)
         with redirect_stderr(io.StringIO()):  # a progress bar
-            store = Store(
-                Noise(batch * steps), imgsz, device, storage="resident", compiled=compiled
-            )
-        self.recipe = Recipe(epochs=1000, batch=batch, nbs=batch)
-        self.loader = TrainLoader(store, batch, self.recipe.epochs, Augment(close_mosaic=0))
-        self.val_loader = ValLoader(store, batch)
-        images, targets = next(self.loader.epoch(0))
+            store = Store(pictures, imgsz, device, storage="resident", compiled=compiled)
+        recipe = Recipe(epochs=1000, batch=batch, nbs=batch)
+        loader = TrainLoader(store, batch, recipe.epochs, Augment(close_mosaic=0))
+        images, targets = next(loader.epoch(0))
         # the average is of a student without taps, which a copy would take along
-        self.ema = EMA(Student(images, targets).student, self.recipe.ema_decay, self.recipe.ema_tau)
+        ema = EMA(Student(images, targets).student, recipe.ema_decay, recipe.ema_tau)
         self.bare = Ours(images, targets, compiled)
-        self.optimizer = make_sgd([self.bare.student, self.bare.distillation], self.recipe)
-        self.autocast, self.scaler = precision(True, device)
-        self.progress = Progress(epoch=self.recipe.warmup(steps))
+        autocast, scaler = precision(True, device)
+        self.training = Training(
+            loader=loader,
+            student=self.bare.student,
+            distillation=self.bare.distillation,
+            optimizer=make_sgd([self.bare.student, self.bare.distillation], recipe),
+            scaler=scaler,
+            ema=ema,
+            recipe=recipe,
+            autocast=autocast,
+            progress=Progress(epoch=recipe.warmup(steps)),
+        )
+        self.val_loader = ValLoader(store, batch)
 
     def run(self) -> None:
-        student, distillation = self.bare.student, self.bare.distillation
         with redirect_stderr(io.StringIO()):
-            engine.train_one_epoch(
-                student,
-                student,
-                distillation,
-                self.loader,
-                self.optimizer,
-                self.scaler,
-                self.ema,
-                self.recipe,
-                self.progress,
-                self.autocast,
-                Stop(),
-            )
-        self.progress.step = 0
+            engine.train_one_epoch(self.training, Stop())
+        self.training.progress.step = 0
 
     def run_bare(self) -> None:
-        for _ in range(len(self.loader)):
+        for _ in range(len(self.training.loader)):
             self.bare.step()
 
     def render(self) -> None:
-        for _ in self.loader.epoch(0):
+        for _ in self.training.loader.epoch(0):
             pass
 
     def evaluate(self) -> None:
+        metric = DetectionMetric(list(VOC_NAMES))
+        average = self.training.ema.average
         with redirect_stderr(io.StringIO()):
-            engine.evaluate(
-                self.ema.average, self.val_loader, DetectionMetric(list(VOC_NAMES)), self.autocast
-            )
+            engine.evaluate(average, self.val_loader, metric, self.training.autocast)
 
 
 def main() -> None:
@@ -125,30 +129,33 @@ def main() -> None:
     choose_algorithms(deterministic=False)
     kind = "compiled" if args.compile else "eager"
     print(
-        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.steps} steps an epoch, "
-        f"{args.rounds} rounds, {kind}, {len(TAPS)} taps\n"
+        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, "
+        f"{args.steps} steps an epoch, {args.rounds} rounds, {kind}, {len(TAPS)} taps\n"
     )
     epoch = Epoch(args.imgsz, args.batch, args.steps, args.compile, device)
-    seconds = measure.take_turns(
-        {"bare models": epoch.run_bare, "epoch": epoch.run}, args.rounds, args.device
-    )
-    rest = measure.take_turns(
-        {"batches alone": epoch.render, "evaluation": epoch.evaluate}, args.rounds, args.device
-    )
+    works = {"bare models": epoch.run_bare, "epoch": epoch.run}
+    rest = {"batches alone": epoch.render, "evaluation": epoch.evaluate}
+    seconds = measure.take_turns(works, args.rounds, args.device)
+    seconds_of_rest = measure.take_turns(rest, args.rounds, args.device)
+
     images = args.batch * args.steps
     print(measure.table(seconds, "bare models", images, "image"))
-    for name, values in rest.items():
+    for name, values in seconds_of_rest.items():
         print(f"{name}: {1000 * np.median(values) / images:.3g} ms an image")
-    low, middle, high = np.percentile(seconds["epoch"] / seconds["bare models"] - 1, (25, 50, 75))
+    added = seconds["epoch"] / seconds["bare models"] - 1
+    low, middle, high = np.percentile(added, measure.QUARTILES)
     print(f"the loop adds {middle:.1%} ({low:.1%}, {high:.1%})")
     if device.type == "cuda":
-        speed = images / np.median(seconds["epoch"])
-        print(f"{speed:.0f} images/s; peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-        for card, limit in ROOFLINE.items():
-            if card in torch.cuda.get_device_name():
-                print(
-                    f"{speed / (limit * (640 / args.imgsz) ** 2):.0%} of the roofline of a {card}"
-                )
+        print_speed(images / np.median(seconds["epoch"]), args.imgsz)
+
+
+def print_speed(speed: float, imgsz: int) -> None:
+    """speed: images/s."""
+    print(f"{speed:.0f} images/s; peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    for card, limit in ROOFLINE.items():
+        if card in torch.cuda.get_device_name():
+            scaled = limit * (ROOFLINE_SIZE / imgsz) ** 2
+            print(f"{speed / scaled:.0%} of the roofline of a {card}")
 
 
 if __name__ == "__main__":

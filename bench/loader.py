@@ -1,21 +1,23 @@
-"""What a training sample costs: kdmini's decoding and rendering against ultralytics' loader.
+"""What a training sample costs: decoding and rendering, beside ultralytics' loader.
 
-python -m bench.loader [--root ../shared/data/voc-original] [--imgsz 640] [--rounds 9] [--save
-FOLDER]
+python -m bench.loader [--root ../shared/data/voc-original] [--imgsz 640] [--rounds 9]
+    [--save FOLDER]
 
-Both take the same photographs, with the public recipe's augmentation, to float batches in 0..1 of
-the same shape;
-annotations are parsed beforehand. With decoding: kdmini builds a Store and renders one epoch of it,
-and ultralytics reads one file a sample and takes the rest of a mosaic from the samples before it,
-as it does with any dataset larger
-than its buffer. Without: kdmini renders an epoch of a Store that exists, and ultralytics has
-cache="ram". It takes part with `PYTHONPATH=.oracle/newest`, where `make parity` installs it."""
+Both take the same photographs, with the public recipe's augmentation, to float batches
+in 0..1 of the same shape; annotations are parsed beforehand. With decoding: kdmini
+builds a Store and renders one epoch of it, and ultralytics reads one file a sample and
+takes the rest of a mosaic from the samples before it, as it does with any dataset larger
+than its buffer. Without: kdmini renders an epoch of a Store that exists, and ultralytics
+has cache="ram". It takes part with `PYTHONPATH=.oracle/newest`, where `make parity`
+installs it.
+"""
 
 import argparse
 import io
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -30,36 +32,46 @@ from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
 
 Epoch = Callable[[], Iterator[Tensor]]  # images (N, 3, S, S), batch by batch
+
 AUGMENT = Augment(close_mosaic=0)  # otherwise the defaults: the public recipe
-DECODED, RESIDENT = "kdmini, compiled: decode, render", "kdmini, compiled: render"
+DECODED = "kdmini, compiled: decode, render"
+RESIDENT = "kdmini, compiled: render"
+EAGER = "kdmini: render"
 
 
 def kdmini_epochs(dataset: VOC, images: int, imgsz: int, batch: int) -> dict[str, Epoch]:
-    epochs = count()
+    numbers = count()  # every epoch is another
 
-    def store(compiled: bool = True) -> Store:
+    def store(compiled: bool) -> Store:
         with redirect_stderr(io.StringIO()):  # its progress bar
             return Store(
                 dataset, imgsz, workers=1, storage="resident", limit=images, compiled=compiled
             )
 
     def epoch(store: Store) -> Iterator[Tensor]:
-        number = next(epochs)
-        return (
-            rendered for rendered, _ in TrainLoader(store, batch, number + 1, AUGMENT).epoch(number)
-        )
+        number = next(numbers)
+        loader = TrainLoader(store, batch, number + 1, AUGMENT)
+        return (rendered for rendered, _ in loader.epoch(number))
 
-    existing, eager = store(), store(compiled=False)
+    compiled = store(compiled=True)
+    eager = store(compiled=False)
     return {
-        DECODED: lambda: epoch(store()),
-        RESIDENT: lambda: epoch(existing),
-        "kdmini: render": lambda: epoch(eager),
+        DECODED: lambda: epoch(store(compiled=True)),
+        RESIDENT: lambda: epoch(compiled),
+        EAGER: lambda: epoch(eager),
     }
 
 
 def exhaust(epoch: Epoch, shape: tuple[int, ...]) -> None:
     for images in epoch():
-        assert images.shape == shape and images.dtype == torch.float32
+        assert images.shape == shape
+        assert images.dtype == torch.float32
+
+
+def save_batches(epochs: dict[str, Epoch], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, epoch in epochs.items():
+        save_image(next(epoch()), folder / f"{name}.png", nrow=4)
 
 
 def main() -> None:
@@ -73,7 +85,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--save", metavar="FOLDER", help="a picture of one batch of each, to look at"
+        "--save", type=Path, metavar="FOLDER", help="a picture of one batch of each, to look at"
     )
     args = parser.parse_args()
 
@@ -82,27 +94,26 @@ def main() -> None:
     if not images:
         parser.error(f"{args.root}, {args.split}: fewer photographs than one batch")
     print(
-        f"{measure.machine()}, {images} photographs, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n"
+        f"{measure.machine()}, {images} photographs, imgsz {args.imgsz}, batch {args.batch}, "
+        f"{args.rounds} rounds\n"
     )
+    opponents = []
     with tempfile.TemporaryDirectory() as scratch:
         epochs = kdmini_epochs(dataset, images, args.imgsz, args.batch)
         try:
             peers = peer_loaders(dataset, images, args.imgsz, args.batch, AUGMENT, Path(scratch))
         except ImportError as error:
-            print(
-                f"ultralytics takes no part ({error}): PYTHONPATH=.oracle/newest, after `make parity`"
-            )
-            peers = {}
-        epochs |= peers
+            print(measure.no_peer(error))
+        else:
+            epochs |= peers
+            opponents = list(peers)
         if args.save:
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-            for name, epoch in epochs.items():
-                save_image(next(epoch()), Path(args.save, f"{name}.png"), nrow=4)
+            save_batches(epochs, args.save)
         shape = (args.batch, 3, args.imgsz, args.imgsz)
-        works = {name: lambda e=epoch: exhaust(e, shape) for name, epoch in epochs.items()}
+        works = {name: partial(exhaust, epoch, shape) for name, epoch in epochs.items()}
         seconds = measure.take_turns(works, args.rounds)
-    for peer in list(peers) or [DECODED]:
-        print(measure.table(seconds, peer, images, "sample") + "\n")
+    for opponent in opponents or [DECODED]:
+        print(measure.table(seconds, opponent, images, "sample") + "\n")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""ultralytics' own distillation (AGPL-3.0), as its trainer runs it: the competitor's row among
-kdmini's runs.
+"""ultralytics' own distillation (AGPL-3.0), run by its own trainer.
 
-Photographs, reduction to the image size, labels, teacher, first weights, optimiser, learning rates,
-momentum, weight decay, clipping, average, strengths of augmentation and the epoch in which the
-mosaic ends are those of a run of kdmini. What is not, in 8.4.190:
+It makes two rows of the evidence.
 
-- The distillation, which is what is compared: score-weighted L2 at layers 16, 19 and 22 behind a
-projector, weight 6
-  throughout, times the batch size.
-- The assigner of its detection loss lets a box with a side under 16 pixels choose among the cells
-of one of 16. Trained
-  by it without a teacher (`teacher: null`), the student shows what that alone is worth.
+Photographs, reduction to the image size, labels, teacher, first weights, optimiser,
+learning rates, momentum, weight decay, clipping, average, strengths of augmentation and
+the epoch in which the mosaic ends are those of a run of kdmini. What is not, in 8.4.190:
+
+- The distillation, which is what is compared: score-weighted L2 at layers 16, 19 and 22
+  behind a projector, weight 6 throughout, times the batch size.
+- The assigner of its detection loss lets a box with a side under 16 pixels choose among
+  the cells of one of 16. Trained by it without a teacher (`teacher: null`), the student
+  shows what that alone is worth.
 - Precision on a CPU: float32, for its trainer refuses bf16 there.
-- Augmentation: hue is shifted, not multiplied; pixels are rounded after each stage; other random
-numbers. - An epoch ends with the incomplete batch, which kdmini leaves out, and an update may reach
-into the next epoch.
-  Neither occurs where the batch divides the images and nbs is the batch.
+- Augmentation: hue is shifted, not multiplied; pixels are rounded after each stage; other
+  random numbers.
+- An epoch ends with the incomplete batch, which kdmini leaves out, and an update may reach
+  into the next epoch. Neither occurs where the batch divides the images and nbs is the
+  batch.
 - Its trainer compiles nothing while it distils.
 """
 
@@ -27,24 +28,24 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench.peer import version, write_yolo
 from kdmini import config
+from kdmini.assemble import Sections, Sets
 from kdmini.contracts import UserError
 from kdmini.device import pick_device
 from kdmini.optim import Recipe
-from train import make_sets
 
-FIXED = (
-    "clip",
-    "ema_decay",
-    "ema_tau",
-    "loss_scale",
-)  # its trainer has them as numbers in the code: Recipe's defaults
+SPPF = 9  # the layer whose activation some releases lack
+VAL_IMAGES = 1  # it validates after the last epoch, whatever it is told
+
+# of Recipe: its trainer has these as numbers in the code, the defaults of Recipe
+FIXED = ("clip", "ema_decay", "ema_tau", "loss_scale")
+# of Recipe: its settings have the same names and meanings
 SAME = (
     "epochs",
     "batch",
@@ -56,6 +57,7 @@ SAME = (
     "warmup_momentum",
     "warmup_bias_lr",
 )
+# augmentation of its own that kdmini does not have
 OFF = (
     "degrees",
     "shear",
@@ -69,108 +71,148 @@ OFF = (
 )
 
 
-def distil(settings: dict[str, Any], scratch: Path) -> tuple[dict[str, Tensor], float]:
-    """One run of its distillation, `distill_model` with its own `dis`, on the data, teacher,
-    schedule, seed and device of a config of kdmini, whose section `distill` is not read; without a
-    teacher, of its plain training.
+class Trained(NamedTuple):
+    """What a run of its trainer leaves."""
 
-    -> the averaged student after the last epoch (on the CPU, float32, public keys; it fits kdmini's
-    YOLO11 of that scale), and images/s, the median over the epochs of the training alone.
+    # the averaged student after the last epoch: on the CPU, float32, public keys; it
+    # fits kdmini's YOLO11 of that scale
+    state: dict[str, Tensor]
+    speed: float  # images/s, median over the epochs of the training alone
 
-    scratch: an empty folder for all that it writes. A run that is interrupted begins anew, in
-    another one. Raises UserError for a recipe that its trainer cannot follow.
+
+def distil(settings: dict[str, Any], scratch: Path) -> Trained:
+    """One run of its distillation; without a teacher, of its plain training.
+
+    `distill_model` with its own `dis`, on the data, teacher, schedule, seed and device of
+    a config of kdmini, whose section `distill` is not read.
+    scratch: an empty folder for all that it writes. A run that is interrupted begins anew,
+    in another one. Raises UserError for a recipe that its trainer cannot follow.
     """
-    recipe = config.call(Recipe, settings["train"], "train")
-    if unlike := [name for name in FIXED if getattr(recipe, name) != getattr(Recipe, name)]:
-        raise UserError(
-            f"train.{unlike[0]}: ultralytics has {getattr(Recipe, unlike[0])}, and no setting for it"
-        )
-    device, seed = pick_device(settings.get("device", "auto")), settings.get("seed", 0)
-    if device.type == "cuda" and recipe.amp == "fp16":
-        raise UserError(
-            "train.amp: before fp16, ultralytics downloads a model to try it with; use bf16 or false"
-        )
+    sections = config.call(Sections, settings, "settings")
+    recipe = sections.recipe()
+    device = pick_device(sections.device)
+    refuse_what_it_lacks(recipe, device)
     scratch = scratch.resolve()
-    version(scratch)
-    from ultralytics.models.yolo.detect import DetectionTrainer
-    from ultralytics.nn.tasks import DetectionModel
-    from ultralytics.utils import USER_CONFIG_DIR
+    version(scratch)  # before anything else of it
 
-    sets = config.call(make_sets, settings["data"], "data")
+    sets = sections.sets()
     names = sets.train.names
+    torch.manual_seed(sections.seed)
+    # first of all, as in train.py: so it draws the same weights
+    ours = config.build(sections.student, "student", names=names)
+    student = counterpart(ours)
+    teacher: Path | None = None
+    if sections.teacher:
+        teacher = scratch / "teacher.pt"
+        model = counterpart(config.build(sections.teacher, "teacher", names=names))
+        torch.save({"model": model}, teacher)
+    data = write_data(sets, scratch)
 
-    def counterpart(section: str) -> tuple[Any, Any]:
-        ours = config.build(settings[section], section, names=names)
-        theirs = DetectionModel(f"yolo11{ours.scale}.yaml", nc=len(names), verbose=False)
-        theirs.model[9].cv1.act = (
-            nn.SiLU() if ours.sppf_act else nn.Identity()
-        )  # some releases have none
-        theirs.load_state_dict(ours.state_dict())
-        return ours, theirs
-
-    torch.manual_seed(seed)
-    ours, student = counterpart(
-        "student"
-    )  # first of all, as in train.py: so it draws the same weights
-    teacher = scratch / "teacher.pt" if settings.get("teacher") else None
-    if teacher:
-        torch.save({"model": counterpart("teacher")[1]}, teacher)
-    write_yolo(sets.train, sets.store["limit"], scratch / "train", sets.imgsz)
-    write_yolo(
-        sets.val, 1, scratch / "val"
-    )  # it validates after the last epoch, whatever it is told: on one image
-    data = {
-        "path": str(scratch),
-        "train": "train/images",
-        "val": "val/images",
-        "names": dict(enumerate(names)),
-    }
-    (scratch / "data.yaml").write_text(config.dump(data))
-    USER_CONFIG_DIR.mkdir(parents=True, exist_ok=True)
-    (
-        USER_CONFIG_DIR / "Arial.ttf"
-    ).touch()  # for plots, which are off: else it asks the network for it
-
-    count = len(list((scratch / "train" / "images").iterdir()))
-    steps = math.ceil(count / recipe.batch)
-    if recipe.warmup(steps) > (recipe.epochs - 1) * steps:
-        raise UserError(
-            "train.warmup_epochs: ultralytics ends the warm-up before the last epoch; make it shorter"
-        )
-    arguments = (
-        {name: getattr(recipe, name) for name in SAME}
-        | asdict(sets.augment)
-        | dict.fromkeys(OFF, 0.0)
-    )
-    arguments |= {"warmup_epochs": recipe.warmup(steps) / steps}
-    arguments |= {
-        "optimizer": "SGD",
-        "cos_lr": True,
-        "patience": 0,
-        "augmentations": [],
+    images = len(list((scratch / "train" / "images").iterdir()))
+    arguments = {
+        **of_recipe(recipe, images, device),
+        **of_sets(sets),
         **ours.gains,
-    }
-    arguments |= {
-        "imgsz": sets.imgsz,
-        "cache": "ram",
-        "workers": sets.store["workers"],
-        "seed": seed,
-    }
-    arguments |= {
-        "amp": "bf16" if device.type == "cuda" and recipe.amp else False,
+        "model": f"yolo11{ours.scale}.yaml",
+        "distill_model": teacher and str(teacher),
+        "data": str(data),
+        "project": str(scratch),
+        "name": "run",
         "device": str(device),
-    }
-    arguments |= {
-        "deterministic": settings.get("deterministic", False),
+        "seed": sections.seed,
+        "deterministic": sections.deterministic,
         "val": False,
         "plots": False,
         "verbose": False,
     }
-    arguments |= {"data": str(scratch / "data.yaml"), "distill_model": teacher and str(teacher)}
-    arguments |= {"model": f"yolo11{ours.scale}.yaml", "project": str(scratch), "name": "run"}
+    return train(student, arguments, images, device)
 
-    began, rates, average = 0.0, [], {}
-    shown = sys.stdout
+
+def refuse_what_it_lacks(recipe: Recipe, device: torch.device) -> None:
+    """Raises UserError."""
+    for name in FIXED:
+        fixed = getattr(Recipe, name)
+        if getattr(recipe, name) != fixed:
+            raise UserError(f"train.{name}: ultralytics has {fixed}, and no setting for it")
+    if device.type == "cuda" and recipe.amp == "fp16":
+        raise UserError(
+            "train.amp: before fp16, ultralytics downloads a model to try it with; use bf16 or "
+            "false"
+        )
+
+
+def counterpart(ours: Any) -> nn.Module:
+    """Its model, with the weights of kdmini's."""
+    from ultralytics.nn.tasks import DetectionModel
+
+    theirs = DetectionModel(f"yolo11{ours.scale}.yaml", nc=len(ours.names), verbose=False)
+    theirs.model[SPPF].cv1.act = nn.SiLU() if ours.sppf_act else nn.Identity()
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def write_data(sets: Sets, scratch: Path) -> Path:
+    """The images and labels as it reads them -> the file that names them."""
+    from ultralytics.utils import USER_CONFIG_DIR
+
+    write_yolo(sets.train, sets.storing["limit"], scratch / "train", sets.imgsz)
+    write_yolo(sets.val, VAL_IMAGES, scratch / "val")
+    data = {
+        "path": str(scratch),
+        "train": "train/images",
+        "val": "val/images",
+        "names": dict(enumerate(sets.train.names)),
+    }
+    path = scratch / "data.yaml"
+    path.write_text(config.dump(data))
+    # for plots, which are off: else it asks the network for the font
+    USER_CONFIG_DIR.mkdir(parents=True, exist_ok=True)
+    (USER_CONFIG_DIR / "Arial.ttf").touch()
+    return path
+
+
+def of_recipe(recipe: Recipe, images: int, device: torch.device) -> dict[str, Any]:
+    """Its arguments for the recipe. Raises UserError where the warm-up is too long."""
+    steps = math.ceil(images / recipe.batch)
+    warmup = recipe.warmup(steps)
+    if warmup > (recipe.epochs - 1) * steps:
+        raise UserError(
+            "train.warmup_epochs: ultralytics ends the warm-up before the last epoch; make it "
+            "shorter"
+        )
+    half = device.type == "cuda" and recipe.amp
+    return {
+        **{name: getattr(recipe, name) for name in SAME},
+        "warmup_epochs": warmup / steps,
+        "optimizer": "SGD",
+        "cos_lr": True,
+        "patience": 0,
+        "amp": "bf16" if half else False,
+    }
+
+
+def of_sets(sets: Sets) -> dict[str, Any]:
+    """Its arguments for images and augmentation."""
+    return {
+        **asdict(sets.augment),
+        **dict.fromkeys(OFF, 0.0),
+        "augmentations": [],
+        "imgsz": sets.imgsz,
+        "cache": "ram",
+        "workers": sets.storing["workers"],
+    }
+
+
+def train(
+    student: nn.Module, arguments: dict[str, Any], images: int, device: torch.device
+) -> Trained:
+    """Runs its trainer, with a line an epoch. images: of an epoch."""
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    began = 0.0
+    speeds: list[float] = []
+    state: dict[str, Tensor] = {}
+    terminal = sys.stdout
 
     def begin(_: Any) -> None:
         nonlocal began
@@ -179,16 +221,18 @@ def distil(settings: dict[str, Any], scratch: Path) -> tuple[dict[str, Tensor], 
     def end(trainer: Any) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        rates.append(count / (time.perf_counter() - began))
-        averaged = getattr(trainer.ema.ema, "student_model", trainer.ema.ema)
-        average.update({key: value.cpu().clone() for key, value in averaged.state_dict().items()})
-        told = " ".join(f"{name} {float(value):.3f}" for name, value in trainer.tloss.items())
-        print(
-            f"epoch {trainer.epoch + 1}: {told}, {rates[-1]:.1f} images/s", file=shown, flush=True
-        )
+        speeds.append(images / (time.perf_counter() - began))
+        # with a teacher, the average is of a model that holds the student
+        average = getattr(trainer.ema.ema, "student_model", trainer.ema.ema)
+        for key, value in average.state_dict().items():
+            state[key] = value.cpu().clone()
+        losses = [f"{name} {float(value):.3f}" for name, value in trainer.tloss.items()]
+        line = f"epoch {trainer.epoch + 1}: {' '.join(losses)}, {speeds[-1]:.1f} images/s"
+        print(line, file=terminal, flush=True)
 
     threads = torch.get_num_threads()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress bars
+    hidden = io.StringIO()  # its progress bars
+    with redirect_stdout(hidden), redirect_stderr(hidden):
         trainer = DetectionTrainer(overrides=arguments)
         torch.set_num_threads(threads)  # it takes another number
         trainer.model = student
@@ -196,4 +240,4 @@ def distil(settings: dict[str, Any], scratch: Path) -> tuple[dict[str, Tensor], 
         trainer.add_callback("on_train_epoch_end", end)
         trainer.train()
     torch.set_num_threads(threads)
-    return average, median(rates)
+    return Trained(state, median(speeds))

@@ -1,60 +1,74 @@
-"""What a distillation step costs: forward and backward of the student, the teacher, the terms.
+"""What a distillation step costs: student, teacher and terms, forward and backward.
 
 python -m bench.step [--imgsz 320] [--batch 16] [--rounds 9] [--eager] [--device cuda]
 
-Random weights, the same in every variant, and random images. The notes' form is written out below:
-teacher with BatchNorm and head, alignment with bias, attention as published, everything NCHW. Its
-loss is kdmini's to 1e-5, and its taps are; that is checked before anything is timed. `--eager`
-leaves out what is compiled, which takes minutes on a CPU. A batch of fewer than 16 would leave 1x1
-convolutions to another, slower routine on a single thread. With `PYTHONPATH=.oracle/newest`, where
-`make parity` installs it, ultralytics' own distillation takes its turns."""
+Random weights, the same in every variant, and random images. The notes' form is written
+out below: teacher with BatchNorm and head, alignment with bias, attention as published,
+everything NCHW. Its loss is kdmini's to 1e-5, and its taps are; that is checked before
+anything is timed. `--eager` leaves out what is compiled, which takes minutes on a CPU. A
+batch of fewer than 16 would leave 1x1 convolutions to another, slower routine on a
+single thread. With `PYTHONPATH=.oracle/newest`, where `make parity` installs it,
+ultralytics' own distillation takes its turns.
+Legend: N images, S image size, C channels, H W cells.
+"""
 
 import argparse
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench import measure
 from bench.peer import PeerStep
-from kdmini.contracts import Targets
+from kdmini.detection.truth import Targets
 from kdmini.detection.voc import VOC_NAMES
 from kdmini.detection.yolo11.model import YOLO11
+from kdmini.distill.align import Shapes
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.distill.taps import Taps
 
 TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]
+PAIRS = {tap: tap for tap in TAPS}
+NOTES = "the notes' form"
+OBJECTS = 8  # of an image
+TOLERANCE = 1e-5  # relative, of losses and taps in float32
 
 
 class Student:
-    """The student with its detection loss, and nothing else; `step` is one forward and backward
-    pass.
+    """The student with its detection loss, and nothing else.
+
+    images: (N, 3, S, S).
     """
 
     def __init__(self, images: Tensor, targets: Targets, nchw: bool = False):
         torch.manual_seed(0)
         memory = torch.contiguous_format if nchw else torch.channels_last
-        self.images, self.targets = images, targets
-        self.student = YOLO11(VOC_NAMES, "s").to(images.device, memory_format=memory).train()
-        self.teacher = (
-            YOLO11(VOC_NAMES, "m")
-            .to(images.device, memory_format=memory)
-            .eval()
-            .requires_grad_(False)
-        )
+        self.images = images
+        self.targets = targets
+        self.student = YOLO11(VOC_NAMES, "s").train()
+        self.teacher = YOLO11(VOC_NAMES, "m").eval().requires_grad_(False)
+        for model in (self.student, self.teacher):
+            model.to(images.device, memory_format=memory)
 
-    def loss(self) -> Tensor:
-        return sum(self.student.loss(self.student(self.images), self.targets).values())  # type: ignore[return-value]
+    def loss(self) -> Any:
+        """Scalar."""
+        preds = self.student(self.images)
+        return sum(self.student.loss(preds, self.targets).values())
 
     def step(self) -> None:
+        """One forward and backward pass."""
         with precision(self.images):
             loss = self.loss()
         loss.backward()
         self.student.zero_grad()
+
+    def shapes(self) -> Shapes:
+        return tap_shapes(self.student, self.teacher, PAIRS, self.images.shape[-1])
 
 
 class Notes(Student):
@@ -62,35 +76,38 @@ class Notes(Student):
 
     def __init__(self, images: Tensor, targets: Targets):
         super().__init__(images, targets, nchw=True)
-        shapes = tap_shapes(
-            self.student, self.teacher, dict(zip(TAPS, TAPS, strict=True)), images.shape[-1]
-        )
+        shapes = self.shapes()
         torch.manual_seed(1)
-        self.align = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(cs, ct, 1, bias=False), nn.BatchNorm2d(ct, affine=False))
-            for cs, ct, _, _ in shapes.values()
-        ).to(images.device)
-        for layer in self.align:
-            layer[0].bias = nn.Parameter(torch.zeros(layer[0].out_channels, device=images.device))
-        self.student_taps, self.teacher_taps = Taps(self.student, TAPS), Taps(self.teacher, TAPS)
+        layers = []
+        for student_channels, channels, _, _ in shapes.values():
+            conv = nn.Conv2d(student_channels, channels, 1, bias=False)
+            layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels, affine=False)))
+        self.align = nn.ModuleList(layers).to(images.device)
+        for layer in layers:
+            conv = layer[0]
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels, device=images.device))
+        self.student_taps = Taps(self.student, TAPS)
+        self.teacher_taps = Taps(self.teacher, TAPS)
 
     @staticmethod
     def attention(feat: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, H, W)"""
         energy = torch.pow(torch.abs(feat), 2).sum(dim=1)
         return energy / (torch.norm(energy, p=2, dim=(1, 2), keepdim=True) + 1e-8)
 
     @torch.no_grad()
-    def look(self) -> None:
+    def run_teacher(self) -> None:
         with precision(self.images):
             self.teacher(self.images)
-        self.seen = self.teacher_taps.take()
+        self.teacher_feats = self.teacher_taps.take()
 
-    def loss(self) -> Tensor:
+    def loss(self) -> Any:
         loss = super().loss()
-        self.look()
-        pairs = zip(self.align, self.student_taps.take().values(), self.seen.values(), strict=True)
-        for layer, ours, theirs in pairs:
-            difference = self.attention(layer(ours)) - self.attention(theirs)
+        self.run_teacher()
+        ours = self.student_taps.take().values()
+        theirs = self.teacher_feats.values()
+        for layer, our_feat, their_feat in zip(self.align, ours, theirs, strict=True):
+            difference = self.attention(layer(our_feat)) - self.attention(their_feat)
             loss = loss + torch.norm(difference, p=2) / len(self.images)
         return loss
 
@@ -100,33 +117,37 @@ class Ours(Student):
 
     def __init__(self, images: Tensor, targets: Targets, compiled: bool = False):
         super().__init__(images, targets)
-        pairs = dict(zip(TAPS, TAPS, strict=True))
-        shapes = tap_shapes(self.student, self.teacher, pairs, images.shape[-1])
+        shapes = self.shapes()
         torch.manual_seed(1)
         terms = {"attention": Weighted(AttentionTransfer(), 1.0)}
-        self.distillation = Distillation(self.student, self.teacher, terms, pairs, shapes).to(
-            images.device
-        )
+        self.distillation = Distillation(self.student, self.teacher, terms, PAIRS, shapes)
+        self.distillation.to(images.device)
         if compiled:
             self.student.compile(dynamic=False)
             self.distillation.compile(dynamic=False)
 
-    def look(self) -> None:
+    def run_teacher(self) -> None:
         with precision(self.images):
-            self.seen = self.distillation.look(self.images).feats  # type: ignore[union-attr]
+            view: Any = self.distillation.teacher_view(self.images)
+        self.teacher_feats = view.feats
 
-    def loss(self) -> Tensor:
+    def loss(self) -> Any:
         preds = self.student(self.images)
         kd = self.distillation(self.images, preds, self.targets, 0)
-        return sum({**self.student.loss(preds, self.targets), **kd}.values())  # type: ignore[return-value]
+        task = self.student.loss(preds, self.targets)
+        return sum(task.values()) + sum(kd.values())
 
 
 def noise(batch: int, imgsz: int, device: str) -> tuple[Tensor, Targets]:
-    """Random images and eight random boxes in each."""
+    """Random images and OBJECTS random boxes in each."""
     images = torch.rand(batch, 3, imgsz, imgsz, device=device)
-    corners = torch.rand(batch, 8, 2, 2, device=device).sort(2).values.flatten(2) * imgsz
-    labels = torch.randint(0, 20, (batch, 8), device=device)
-    return images, {"boxes_xyxy": corners, "labels": labels, "ids": [""] * batch}
+    corners = torch.rand(batch, OBJECTS, 2, 2, device=device).sort(2).values
+    targets: Targets = {
+        "boxes_xyxy": corners.flatten(2) * imgsz,
+        "labels": torch.randint(0, len(VOC_NAMES), (batch, OBJECTS), device=device),
+        "ids": [""] * batch,
+    }
+    return images, targets
 
 
 def precision(images: Tensor) -> AbstractContextManager:
@@ -135,13 +156,15 @@ def precision(images: Tensor) -> AbstractContextManager:
 
 
 def check_equal(notes: Notes, ours: Ours) -> None:
-    """Raises AssertionError unless loss and taps agree to 1e-5, in float32."""
-    theirs, mine = notes.loss().item(), ours.loss().item()
-    assert abs(theirs - mine) < 1e-5 * theirs, f"the notes' loss is {theirs}, kdmini's {mine}"
-    ours.look()
-    for tap, feat in notes.seen.items():
-        apart = (feat - ours.seen[tap]).abs().max() / feat.abs().max()
-        assert apart < 1e-5, f"{tap} differs by {apart}"
+    """Raises AssertionError unless loss and taps agree to TOLERANCE."""
+    theirs = notes.loss().item()
+    mine = ours.loss().item()
+    apart = abs(theirs - mine)
+    assert apart < TOLERANCE * theirs, f"the notes' loss is {theirs}, kdmini's {mine}"
+    ours.run_teacher()
+    for tap, feat in notes.teacher_feats.items():
+        difference = (feat - ours.teacher_feats[tap]).abs().max() / feat.abs().max()
+        assert difference < TOLERANCE, f"{tap} differs by {difference}"
 
 
 def main() -> None:
@@ -158,41 +181,43 @@ def main() -> None:
     torch.manual_seed(2)
     images, targets = noise(args.batch, args.imgsz, args.device)
     print(
-        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n"
+        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, "
+        f"{args.rounds} rounds\n"
     )
-
-    notes, ours = Notes(images, targets), Ours(images, targets)
-    variants = {"kdmini": ours}
+    notes = Notes(images, targets)
+    variants = {"kdmini": Ours(images, targets)}
     if not args.eager:
         variants["kdmini, compiled"] = Ours(images, targets, compiled=True)
 
-    # the teacher first: training leaves the process a heap so large that nothing has to ask for
-    # memory again
-    looks: dict[str, Callable] = {"the notes' form": notes.look}
-    looks |= {name: variant.look for name, variant in variants.items()}
+    # the teacher first: training leaves the process a heap so large that nothing has to
+    # ask for memory again
+    teachers: dict[str, Callable[[], object]] = {NOTES: notes.run_teacher}
+    for name, variant in variants.items():
+        teachers[name] = variant.run_teacher
+    seconds = measure.take_turns(teachers, args.rounds, args.device)
     print("The teacher alone; the notes' form has BatchNorm and head:\n")
-    seen = measure.take_turns(looks, args.rounds, args.device)
-    print(measure.table(seen, "the notes' form", args.batch, "image"))
+    print(measure.table(seconds, NOTES, args.batch, "image"))
 
-    steps: dict[str, Callable] = {
-        "the notes' form": notes.step,
+    steps: dict[str, Callable[[], object]] = {
+        NOTES: notes.step,
         "the student alone": Student(images, targets).step,
     }
     for name, variant in variants.items():
         steps[name] = variant.step
         if args.device == "cpu":
             check_equal(notes, variant)
+    opponents = [NOTES]
     with tempfile.TemporaryDirectory() as scratch:
         try:
             peer = PeerStep(images, targets, Path(scratch))
-            steps[peer.name] = peer.step
         except ImportError as error:
-            print(
-                f"\nultralytics takes no part ({error}): PYTHONPATH=.oracle/newest, after `make parity`"
-            )
+            print("\n" + measure.no_peer(error))
+        else:
+            steps[peer.name] = peer.step
+            opponents.append(peer.name)
         seconds = measure.take_turns(steps, args.rounds, args.device)
-    for against in ("the notes' form", *(name for name in steps if name.startswith("ultralytics"))):
-        print("\nThe step:\n\n" + measure.table(seconds, against, args.batch, "image"))
+    for opponent in opponents:
+        print("\nThe step:\n\n" + measure.table(seconds, opponent, args.batch, "image"))
 
 
 if __name__ == "__main__":

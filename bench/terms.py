@@ -1,37 +1,45 @@
-"""What each distillation term costs: alignment, term and backward to the student's maps, both
-networks' maps given.
+"""What each distillation term costs, where the maps of both networks are there.
 
 python -m bench.terms [--imgsz 320] [--batch 4] [--rounds 9] [--device cuda]
 
 Every config of configs/terms that distils a YOLO11, and attention transfer as in
-configs/demo.yaml, with YOLO11m as
-the teacher of YOLO11s at random weights. Not in the time: the student, and the teacher, whose head
-runs only for terms that read preds (see docs/terms.md).
+configs/demo.yaml, with YOLO11m as the teacher of YOLO11s at random weights. In the time:
+alignment, term, and backward to the student's maps. Not in it: the student, and the
+teacher, whose head runs only for terms that read preds (see docs/terms.md).
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import measure
 from bench.step import noise, precision
 from kdmini import config
-from kdmini.contracts import Targets
+from kdmini.assemble import make_distillation
+from kdmini.detection.truth import Targets
 from kdmini.detection.voc import VOC_NAMES
 from kdmini.detection.yolo11.model import YOLO11
-from train import make_distillation
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def configs() -> dict[str, Path]:
+    """Name of a row -> its config."""
+    paths = {"attention": CONFIGS / "demo.yaml"}
+    for path in sorted((CONFIGS / "terms").glob("*.yaml")):
+        if "YOLO11" in path.read_text():
+            paths[path.stem] = path
+    return paths
 
 
 def term(path: Path, images: torch.Tensor, targets: Targets) -> Callable[[], None]:
     """-> forward and backward of the terms of a config."""
     settings = config.load(path)
-    student, teacher = (
-        YOLO11(VOC_NAMES, s).to(images.device, memory_format=torch.channels_last) for s in "sm"
-    )
+    student = yolo11("s", images.device)
+    teacher = yolo11("m", images.device)
     distillation = config.call(
         make_distillation,
         settings["distill"],
@@ -42,20 +50,27 @@ def term(path: Path, images: torch.Tensor, targets: Targets) -> Callable[[], Non
     ).to(images.device)
     with torch.no_grad(), precision(images):
         preds = student(images)
-        feats, view = distillation.student_taps.take(), distillation.look(images)
-    for tensor in (*feats.values(), *preds):
+        feats = distillation.student_taps.take()
+        view = distillation.teacher_view(images)
+    inputs = [*feats.values(), *preds]
+    for tensor in inputs:
         tensor.requires_grad_()
     names = tuple(distillation.terms)
 
     def run() -> None:
         with precision(images):
-            values = distillation.values(names, feats, view, preds, images, targets)
-        sum(values.values()).backward()  # type: ignore[union-attr]
-        for tensor in (*feats.values(), *preds):
+            losses = distillation.losses(names, feats, view, preds, images, targets)
+        loss: Any = sum(losses.values())
+        loss.backward()
+        for tensor in inputs:
             tensor.grad = None
         distillation.zero_grad()
 
     return run
+
+
+def yolo11(scale: str, device: torch.device) -> YOLO11:
+    return YOLO11(VOC_NAMES, scale).to(device, memory_format=torch.channels_last)
 
 
 def main() -> None:
@@ -69,19 +84,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     images, targets = noise(args.batch, args.imgsz, args.device)
-    paths = {"attention": CONFIGS / "demo.yaml"}
-    paths |= {
-        path.stem: path
-        for path in sorted((CONFIGS / "terms").glob("*.yaml"))
-        if "YOLO11" in path.read_text()
-    }
-    seconds = measure.take_turns(
-        {name: term(path, images, targets) for name, path in paths.items()},
-        args.rounds,
-        args.device,
-    )
+    works = {name: term(path, images, targets) for name, path in configs().items()}
+    seconds = measure.take_turns(works, args.rounds, args.device)
     print(
-        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, {args.rounds} rounds\n"
+        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, "
+        f"{args.rounds} rounds\n"
     )
     print(measure.table(seconds, "attention", args.batch, "image"))
 

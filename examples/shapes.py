@@ -1,8 +1,10 @@
 """A VOC-layout set of generated scenes: `python -m examples.shapes --root data/shapes`.
 
-One to four filled shapes lie on a textured ground, the later ones over the earlier. As in VOC, a
-box is tight around what can be seen, and an object of which little can be seen is `difficult`.
-Legend: H, W image size; h, w size of one object's stamp.
+One to four filled shapes lie on a textured ground, the later ones over the earlier. As
+in VOC, a box is tight around what can be seen, and an object of which little can be seen
+is `difficult`.
+
+Legend: H, W image size; h, w size of one object's stamp; P corners of an outline.
 """
 
 import argparse
@@ -22,9 +24,13 @@ from kdmini.contracts import UserError
 
 SHAPE_NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
 FILLS = ["flat", "stripes", "dots", "checks"]
-SIDE = 0.15, 0.45  # of an object, in long sides of the image
-HIDDEN = 0.6  # more of an object under others makes it difficult
+CORNERS = {"circle": 64, "ring": 64, "square": 4, "triangle": 3, "star": 10}
+STAR_INNER = 0.45  # radius of every second corner of a star, whose others are at 1
+RING_HOLE = 0.55  # radius of the hole of a ring, whose outside is at 1
+SIDE = (0.15, 0.45)  # lowest and highest of an object, in long sides of the image
+HIDDEN = 0.6  # share of an object under others, above which it is difficult
 FINE = 4  # subpixels along a side, averaged away
+QUALITY = 92  # of the JPEGs
 
 
 class Thing(NamedTuple):
@@ -35,66 +41,84 @@ class Thing(NamedTuple):
     difficult: bool
 
 
+class Scene(NamedTuple):
+    """A picture, and what is in it."""
+
+    image: Image.Image
+    things: list[Thing]  # without those of which nothing can be seen
+    owner: np.ndarray  # (H, W) number of the object seen there, -1 the ground
+
+
 def outline(name: str) -> np.ndarray:
     """Corners of a shape, (P, 2) x y, in the unit circle."""
-    corners, inner = {
-        "circle": (64, 1.0),
-        "ring": (64, 1.0),
-        "square": (4, 1.0),
-        "triangle": (3, 1.0),
-        "star": (10, 0.45),
-        "cross": (12, 0.0),
-    }[name]
     if name == "cross":
         arm = np.array([[1, 3], [-1, 3], [-1, 1]]) / math.sqrt(10)
         quarter = np.array([[0, -1], [1, 0]])
-        return np.concatenate([arm @ np.linalg.matrix_power(quarter, turn).T for turn in range(4)])
-    angles = np.arange(corners) * 2 * math.pi / corners
-    radii = np.where(np.arange(corners) % 2, inner, 1.0) if name == "star" else np.ones(corners)
+        turns = [np.linalg.matrix_power(quarter, turn) for turn in range(4)]
+        return np.concatenate([arm @ turn.T for turn in turns])
+    numbers = np.arange(CORNERS[name])
+    angles = numbers * 2 * math.pi / CORNERS[name]
+    radii = np.ones(len(numbers))
+    if name == "star":
+        radii[1::2] = STAR_INNER
     return np.stack([np.sin(angles), -np.cos(angles)], 1) * radii[:, None]
 
 
 def stamp(rng: np.random.Generator, name: str, side: float) -> tuple[np.ndarray, np.ndarray]:
-    """One object whose longer side is `side` pixels -> colour (h, w, 3) float 0..255, cover (h, w)
-    float 0..1.
-    """
-    angle = rng.uniform(-math.pi / 6, math.pi / 6) + (math.pi / 4 if name == "square" else 0)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    points = outline(name) @ turn.T * [1, rng.uniform(0.8, 1.25)]
-    scale = side / np.ptp(points, axis=0).max()
-    low = points.min(0)
-    width, height = np.ceil(np.ptp(points, axis=0) * scale - 1e-6).astype(int)
+    """An object `side` pixels long -> colours (h, w, 3) 0..255, cover (h, w) 0..1."""
+    points = turned_outline(rng, name)
+    extent = np.ptp(points, axis=0)  # x, y
+    scale = side / extent.max()
+    width, height = np.ceil(extent * scale - 1e-6).astype(int)
 
+    low = points.min(0)
     cover = Image.new("L", (width * FINE, height * FINE))
     draw = ImageDraw.Draw(cover)
-    draw.polygon([tuple(point) for point in (points - low) * scale * FINE], fill=255)
+    draw.polygon(list(map(tuple, (points - low) * scale * FINE)), fill=255)
     if name == "ring":
-        draw.polygon([tuple(point) for point in (points * 0.55 - low) * scale * FINE], fill=0)
+        hole = (points * RING_HOLE - low) * scale * FINE
+        draw.polygon(list(map(tuple, hole)), fill=0)
 
-    y, x = (
-        np.mgrid[: height * FINE, : width * FINE]
-        / (side * FINE)
-        * 2
-        * math.pi
-        * rng.uniform(2.5, 4)
-    )
-    tilt = rng.uniform(0, math.pi)
-    u, v = x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt)
-    pattern = {
-        "flat": np.zeros_like(u, bool),
-        "stripes": np.sin(u) > 0,
-        "dots": np.cos(u) + np.cos(v) > 0.7,
-        "checks": np.sin(u) * np.sin(v) > 0,
-    }[FILLS[rng.integers(len(FILLS))]]
+    lit = pattern(rng, width * FINE, height * FINE, side * FINE)
     hue = rng.uniform()
-    first, second = (
-        colour(hue, rng.uniform(0.7, 1), 0.9),
-        colour(hue + rng.uniform(0.1, 0.9), 0.5, rng.uniform(0.3, 1)),
-    )
-    fine = np.where(pattern[:, :, None], second, first)  # (h * FINE, w * FINE, 3)
-    return fine.reshape(height, FINE, width, FINE, 3).mean((1, 3)), np.asarray(
-        cover.reduce(FINE)
-    ) / 255
+    first = colour(hue, rng.uniform(0.7, 1), 0.9)
+    second = colour(hue + rng.uniform(0.1, 0.9), 0.5, rng.uniform(0.3, 1))
+    fine = np.where(lit[:, :, None], second, first)  # (h * FINE, w * FINE, 3)
+    colours = fine.reshape(height, FINE, width, FINE, 3).mean((1, 3))
+    return colours, np.asarray(cover.reduce(FINE)) / 255
+
+
+def turned_outline(rng: np.random.Generator, name: str) -> np.ndarray:
+    """Corners (P, 2) x y of a shape that is turned a little, then stretched along y."""
+    angle = rng.uniform(-math.pi / 6, math.pi / 6)
+    if name == "square":  # whose outline stands on a corner
+        angle += math.pi / 4
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    turn = np.array([[cos, -sin], [sin, cos]])
+    return outline(name) @ turn.T * [1, rng.uniform(0.8, 1.25)]
+
+
+def pattern(rng: np.random.Generator, width: int, height: int, side: float) -> np.ndarray:
+    """Where a random fill has its second colour, (height, width) bool.
+
+    side: of the object, in the same pixels.
+    """
+    grid = np.mgrid[:height, :width] / side
+    y, x = grid * 2 * math.pi * rng.uniform(2.5, 4)  # waves along a side
+    tilt = rng.uniform(0, math.pi)
+    cos = math.cos(tilt)
+    sin = math.sin(tilt)
+    u = x * cos + y * sin
+    v = y * cos - x * sin
+    fill = FILLS[rng.integers(len(FILLS))]
+    if fill == "stripes":
+        return np.sin(u) > 0
+    if fill == "dots":
+        return np.cos(u) + np.cos(v) > 0.7
+    if fill == "checks":
+        return np.sin(u) * np.sin(v) > 0
+    return np.zeros_like(u, bool)
 
 
 def colour(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -103,84 +127,104 @@ def colour(hue: float, saturation: float, value: float) -> np.ndarray:
     return 255 * value * (1 - saturation + saturation * ramp)
 
 
+def muted(rng: np.random.Generator) -> np.ndarray:
+    """A random colour of little saturation, (3,) RGB 0..255."""
+    return colour(rng.uniform(), rng.uniform(0, 0.4), rng.uniform(0.25, 0.85))
+
+
 def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """-> (H, W, 3) float 0..255: two muted colours run into each other, under clouds and grain."""
-    one, other = (
-        colour(rng.uniform(), rng.uniform(0, 0.4), rng.uniform(0.25, 0.85)) for _ in range(2)
-    )
+    """-> (H, W, 3) float 0..255: two muted colours, blended, under clouds and grain."""
+    one = muted(rng)
+    other = muted(rng)
     y, x = np.mgrid[:height, :width] / max(height, width)
     tilt = rng.uniform(0, 2 * math.pi)
-    mix = np.clip(0.5 + (x - 0.5) * math.cos(tilt) + (y - 0.5) * math.sin(tilt), 0, 1)[:, :, None]
+    slope = 0.5 + (x - 0.5) * math.cos(tilt) + (y - 0.5) * math.sin(tilt)
+    mix = np.clip(slope, 0, 1)[:, :, None]
+
     cells = rng.integers(4, 12, 2)
-    coarse = Image.fromarray(rng.normal(0, rng.uniform(8, 22), cells).astype(np.float32))
-    clouds = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))[:, :, None]
-    return (
-        one * (1 - mix)
-        + other * mix
-        + clouds
-        + rng.normal(0, rng.uniform(2, 9), (height, width, 3))
-    )
+    coarse = rng.normal(0, rng.uniform(8, 22), cells).astype(np.float32)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    clouds = np.asarray(smooth)[:, :, None]
+    grain = rng.normal(0, rng.uniform(2, 9), (height, width, 3))
+    return one * (1 - mix) + other * mix + clouds + grain
 
 
-def draw_scene(seed: int, index: int, size: int) -> tuple[Image.Image, list[Thing], np.ndarray]:
-    """The scene of that number -> image, its objects, owner (H, W): number of the object seen
-    there, -1 the ground.
-    """
+def draw_scene(seed: int, index: int, size: int) -> Scene:
+    """Scene `index` of the set of `seed`; size: about the long side, in pixels."""
     rng = np.random.default_rng([seed, index])
     long = round(size * rng.uniform(0.8, 1.25))
     short = round(long * rng.uniform(0.7, 1))
     height, width = (long, short) if rng.uniform() < 0.5 else (short, long)
-    pixels, owner = ground(rng, height, width), np.full((height, width), -1)
-    names, areas = [], []
+
+    pixels = ground(rng, height, width)
+    owner = np.full((height, width), -1)
+    names = []
+    areas = []  # pixels, also of what later objects hide
     for number in range(rng.integers(1, 5)):
-        names.append(SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))])
-        stamped, cover = stamp(rng, names[-1], long * rng.uniform(*SIDE))
-        top, left = (
-            int(rng.integers(room - used + 1))
-            for room, used in zip((height, width), cover.shape, strict=True)
-        )
-        place = slice(top, top + cover.shape[0]), slice(left, left + cover.shape[1])
-        pixels[place] += (stamped - pixels[place]) * cover[:, :, None]
-        owner[place][cover >= 0.5] = number
-        areas.append((cover >= 0.5).sum())
+        name = SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))]
+        colours, cover = stamp(rng, name, long * rng.uniform(*SIDE))
+        top = int(rng.integers(height - cover.shape[0] + 1))
+        left = int(rng.integers(width - cover.shape[1] + 1))
+        window = (slice(top, top + cover.shape[0]), slice(left, left + cover.shape[1]))
+        pixels[window] += (colours - pixels[window]) * cover[:, :, None]
+        solid = cover >= 0.5
+        owner[window][solid] = number
+        names.append(name)
+        areas.append(int(solid.sum()))
 
     things = []
     for number, (name, area) in enumerate(zip(names, areas, strict=True)):
-        rows, columns = np.nonzero(owner == number)
-        if len(rows):
-            box_xyxy = (
-                int(columns.min()),
-                int(rows.min()),
-                int(columns.max()) + 1,
-                int(rows.max()) + 1,
-            )
-            things.append(Thing(name, box_xyxy, bool(len(rows) < (1 - HIDDEN) * area)))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), things, owner
+        seen = owner == number
+        if seen.any():
+            difficult = bool(seen.sum() < (1 - HIDDEN) * area)
+            things.append(Thing(name, box_around(seen), difficult))
+    return Scene(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), things, owner)
+
+
+def box_around(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(H, W) bool, somewhere true -> x0, y0, x1, y1, tight around what is true."""
+    rows, columns = np.nonzero(mask)
+    x0 = int(columns.min())
+    y0 = int(rows.min())
+    x1 = int(columns.max()) + 1
+    y1 = int(rows.max()) + 1
+    return x0, y0, x1, y1
 
 
 def to_xml(name: str, image: Image.Image, things: list[Thing]) -> str:
-    """The annotation as VOC writes it: corners counted from 1, the last pixel included."""
-    objects = "".join(
-        f"  <object>\n    <name>{thing.name}</name>\n    <difficult>{int(thing.difficult)}</difficult>\n    <bndbox>"
-        f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>\n  </object>\n"
-        for thing in things
-        for x0, y0, x1, y1 in [thing.box_xyxy]
-    )
-    size = f"<width>{image.width}</width><height>{image.height}</height><depth>3</depth>"
-    return f"<annotation>\n  <filename>{name}.jpg</filename>\n  <size>{size}</size>\n{objects}</annotation>\n"
+    """An annotation as VOC writes it: corners count from 1, the last pixel included."""
+    lines = [
+        "<annotation>",
+        f"  <filename>{name}.jpg</filename>",
+        f"  <size><width>{image.width}</width><height>{image.height}</height>"
+        "<depth>3</depth></size>",
+    ]
+    for thing in things:
+        x0, y0, x1, y1 = thing.box_xyxy
+        lines += [
+            "  <object>",
+            f"    <name>{thing.name}</name>",
+            f"    <difficult>{int(thing.difficult)}</difficult>",
+            f"    <bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
+            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>",
+            "  </object>",
+        ]
+    return "\n".join([*lines, "</annotation>", ""])
 
 
 def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed: int = 0) -> None:
-    """Write the whole set, or keep the one that is there. Raises UserError if that was made
-    otherwise.
+    """Write the whole set, or keep the one that is there.
+
+    Raises UserError where another one is there, made with other settings or otherwise.
     """
+    if min(train, val) < 1 or size < 32 or seed < 0:
+        raise UserError(
+            "shapes: train and val are at least 1, size 32, seed 0; "
+            f"got {train}, {val}, {size}, {seed}"
+        )
     settings = json.dumps(
         {"train": train, "val": val, "size": size, "seed": seed, "names": SHAPE_NAMES}
     )
-    if min(train, val) < 1 or size < 32 or seed < 0:
-        raise UserError(
-            f"shapes: train and val are at least 1, size 32, seed 0; got {train}, {val}, {size}, {seed}"
-        )
     root = root.expanduser().absolute()
     note = root / "settings.json"
     if note.is_file() and note.read_text() == settings:
@@ -191,20 +235,9 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
         raise UserError(f"{root}: {what}; name another --root or delete it")
 
     temporary = root.with_name(f".{root.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # an earlier run was killed
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # an earlier run was killed
-        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-            (temporary / folder).mkdir(parents=True)
-        for index in tqdm(range(train + val), "shapes", unit="img"):
-            image, things, _ = draw_scene(seed, index, size)
-            image.save(temporary / "JPEGImages" / f"{index:06}.jpg", quality=92)
-            (temporary / "Annotations" / f"{index:06}.xml").write_text(
-                to_xml(f"{index:06}", image, things)
-            )
-        for split, indices in {"train": range(train), "val": range(train, train + val)}.items():
-            (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text(
-                "".join(f"{i:06}\n" for i in indices)
-            )
+        write_scenes(temporary, train, val, size, seed)
         (temporary / note.name).write_text(settings)
         os.replace(temporary, root)
     except OSError as error:
@@ -213,6 +246,23 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_scenes(root: Path, train: int, val: int, size: int, seed: int) -> None:
+    """Images, annotations and split lists; those to validate on come after the others."""
+    images = root / "JPEGImages"
+    annotations = root / "Annotations"
+    splits = root / "ImageSets" / "Main"
+    for folder in (images, annotations, splits):
+        folder.mkdir(parents=True)
+
+    ids = [f"{index:06}" for index in range(train + val)]
+    for index, id in enumerate(tqdm(ids, "shapes", unit="img")):
+        scene = draw_scene(seed, index, size)
+        scene.image.save(images / f"{id}.jpg", quality=QUALITY)
+        (annotations / f"{id}.xml").write_text(to_xml(id, scene.image, scene.things))
+    for split, members in {"train": ids[:train], "val": ids[train:]}.items():
+        (splits / f"{split}.txt").write_text("".join(f"{id}\n" for id in members))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,21 +1,24 @@
-"""Search settings with Optuna; a trial that falls behind the median of the others is ended early.
+"""Search settings with Optuna, which ends a trial that falls behind the median of others.
 
 python -m examples.sweep configs/demo.yaml --trials 20 --out runs/sweep \\
     train.lr0=1e-3..1e-1 train.weight_decay=1e-5..1e-2 distill.attention.weight=0.05..5
 
-Ranges are searched by the logarithm. Each trial is a run of train.py in OUT/trial_NNN; the study is
-kept in OUT/study.db, and the same command goes on from there. It needs `pip install
-'kdmini[sweep]'`. """
+Ranges are searched by the logarithm. Each trial is a run of train.py in OUT/trial_NNN;
+the study is kept in OUT/study.db, and the same command goes on from there. It needs
+`pip install 'kdmini[sweep]'`.
+"""
 
 import argparse
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import train
 from kdmini import config, signals
-from kdmini.contracts import Detections, Target, UserError
+from kdmini.contracts import UserError
+from train import train
 
 try:
     import optuna
@@ -25,46 +28,61 @@ except ImportError:
 RANGE = re.compile(r"([\w.]+)=([\d.eE+-]+?)\.\.([\d.eE+-]+)")
 
 
-class Watched:
-    """The config's metric. It tells the study of every score, and ends a trial that the study gives
-    up.
+class Range(NamedTuple):
+    """The settings that are tried for a key of the config; both ends are above 0."""
+
+    key: str
+    low: float
+    high: float
+
+
+def read_range(text: str) -> Range:
+    """key.path=low..high; raises UserError where it is not that."""
+    match = RANGE.fullmatch(text)
+    if not match or not 0 < float(match[2]) < float(match[3]):
+        raise UserError(f"{text}: write a range as key.path=low..high, both above 0")
+    return Range(match[1], float(match[2]), float(match[3]))
+
+
+@contextmanager
+def reported(metric: Any, trial: optuna.Trial) -> Iterator[list[float]]:
+    """Within it, `metric` tells the study the fitness of every evaluation of the trial.
+
+    metric: the class that the config names. It is changed in place, so that the config,
+    and with it the run folder, is that of any run. Yields the fitnesses so far; raises
+    optuna.TrialPruned where the study gives the trial up.
     """
+    compute = metric.compute
+    fitnesses: list[float] = []
 
-    trial: optuna.Trial  # the one that runs
-    scores: list[float]  # of its evaluations so far
-
-    def __init__(self, names: list[str], of: dict[str, Any]):
-        self.metric = config.build(of, "metric", names=names)
-        self.fitness = self.metric.fitness
-
-    def update(self, detections: list[Detections], targets: list[Target]) -> None:
-        self.metric.update(detections, targets)
-
-    def compute(self) -> dict[str, float]:
-        found = self.metric.compute()
-        self.scores.append(found[self.fitness])
-        self.trial.report(found[self.fitness], len(self.scores))
-        if self.trial.should_prune():
+    def compute_and_report(self: Any) -> dict[str, float]:
+        scores = compute(self)
+        fitness = scores[self.fitness]
+        fitnesses.append(fitness)
+        trial.report(fitness, len(fitnesses))
+        if trial.should_prune():
             raise optuna.TrialPruned
-        return found
+        return scores
+
+    metric.compute = compute_and_report
+    try:
+        yield fitnesses
+    finally:
+        metric.compute = compute
 
 
-def sweep(
-    path: str, ranges: dict[str, tuple[float, float]], trials: int, out: Path
-) -> optuna.Study:
-    """Runs that many more trials. Raises UserError for a config or a key that is wrong."""
+def sweep(path: str, ranges: list[Range], trials: int, out: Path) -> optuna.Study:
+    """Runs that many more trials. Raises UserError for a wrong config or key."""
 
     def objective(trial: optuna.Trial) -> float:
-        chosen = [
-            f"{key}={trial.suggest_float(key, *ends, log=True)!r}" for key, ends in ranges.items()
-        ]
-        settings = config.load(path, [*chosen, f"run={out / f'trial_{trial.number:03d}'}"])
-        settings["metric"] = {"build": f"{__name__}:Watched", "of": settings["metric"]}
-        Watched.trial, Watched.scores = trial, []
-        config.call(
-            train.train_detector, settings, path, settings=settings, resume=False, check=False
-        )
-        return max(Watched.scores)
+        overrides = [f"run={out / f'trial_{trial.number:03d}'}"]
+        for key, low, high in ranges:
+            overrides.append(f"{key}={trial.suggest_float(key, low, high, log=True)!r}")
+        settings = config.load(path, overrides)
+        metric = config.locate(settings["metric"]["build"], f"{path}: metric.build")
+        with reported(metric, trial) as fitnesses:
+            train(settings, path)
+        return max(fitnesses)
 
     out.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{out / 'study.db'}"
@@ -86,24 +104,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     signals.exit_on_signals()
     try:
-        found = {text: RANGE.fullmatch(text) for text in args.ranges}
-        if wrong := [
-            text
-            for text, match in found.items()
-            if not match or not 0 < float(match[2]) < float(match[3])
-        ]:
-            raise UserError(f"{wrong[0]}: write a range as key.path=low..high, both above 0")
-        study = sweep(
-            args.config,
-            {m[1]: (float(m[2]), float(m[3])) for m in found.values() if m},
-            args.trials,
-            args.out,
-        )
+        ranges = [read_range(text) for text in args.ranges]
+        study = sweep(args.config, ranges, args.trials, args.out)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(
-        f"best: {args.out}/trial_{study.best_trial.number:03d}, {study.best_value:.4f} with {study.best_params}"
-    )
+    best = study.best_trial
+    folder = f"{args.out}/trial_{best.number:03d}"
+    print(f"best: {folder}, {study.best_value:.4f} with {study.best_params}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`train.py --check`: proof that distillation is on, before a day of GPU time is spent.
 
-Every row of its table is something that has been off in other trainers without anybody noticing. It
-is measured from outside, on real batches: gradients one by one, then some steps as the loop makes
-them."""
+Every row of its table is something that has been off in other trainers without anybody
+noticing. It is measured from outside, on real batches: gradients one by one, then some
+steps as the loop makes them.
+"""
 
 import hashlib
 import math
@@ -10,152 +11,218 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.amp import GradScaler
-from torch.optim import SGD
+from torch import Tensor, nn
 
 from kdmini import engine
-from kdmini.contracts import Losses, Metric, UserError
-from kdmini.device import Autocast
-from kdmini.engine import TrainBatches, ValBatches
-from kdmini.optim import EMA, Recipe
-from kdmini.progress import Progress
+from kdmini.assemble import Run
+from kdmini.contracts import Losses, Metric, Targets, UserError
 from kdmini.signals import Stop
 
-STEPS, LEAST_RATIO = 2, 0.01
-
-Loop = tuple[
-    TrainBatches, SGD, GradScaler, EMA, Recipe, Progress, Autocast, Stop
-]  # as train_one_epoch takes them
+STEPS = 2  # batches that are read, and steps that are made
+LEAST_RATIO = 0.01  # of the KD gradient to the task's; below it the table says weak
 
 
 class Row(NamedTuple):
     what: str
-    found: str
+    value: str
     good: bool = True
-    fault: str = ""  # what it means if it is not, and what to do
+    fault: str = ""  # what it means if it is not good, and what to do
 
 
-def examine(
-    student: Any,
-    teacher: Any,
-    distillation: Any,
-    loop: Loop,
-    val_loader: ValBatches,
-    metric: Metric,
-) -> Iterator[Row]:
-    """The rows, one by one. distillation: a distill.step.Distillation. All that learns is an epoch
-    of the loader further afterwards, so give it a loader of STEPS batches.
+def examine(run: Run, metric: Metric) -> Iterator[Row]:
+    """The rows, one by one. All that learns is an epoch of the loader further afterwards, so
+    give it a loader of STEPS batches.
     """
-    loader, optimizer, _, _, recipe, progress, autocast, _ = loop
-
-    def in_force(epoch: int) -> dict[str, float]:
-        return {
-            name: distillation.weights[name] * value
-            for name, value in distillation.lambdas(epoch).items()
-        }
-
-    on = next((epoch for epoch in range(recipe.epochs) if any(in_force(epoch).values())), None)
-    shown = ", ".join(f"{name} {value:.3g}" for name, value in in_force(on or 0).items())
-    fault = "0 in every epoch, so distillation is off: see weight and schedule under `distill`"
-    yield Row(
-        "weight * lambda", f"{shown or 'no term'} in epoch {(on or 0) + 1}", on is not None, fault
-    )
-    if on is None:
+    training = run.training
+    epoch = first_epoch_with_weight(training)
+    yield row_of_weights(training, epoch)
+    if epoch is None:
         return
-    progress.epoch = on
 
-    student.train()
-    distillation.train()
-    images, targets = next(loader.epoch(on))
-    with torch.no_grad(), autocast():
-        student(images)
-        feats, view = distillation.student_taps.take(), distillation.look(images)
+    training.progress.epoch = epoch
+    training.student.train()
+    training.distillation.train()
+    images, targets = next(training.loader.epoch(epoch))
+    yield from rows_of_taps(training, images)
+    yield from rows_of_gradients(training, images, targets)
+    yield row_of_optimizer(training)
+    yield from rows_of_steps(run)
+    if run.teacher and run.teacher.names == training.student.names:
+        yield row_of_teacher(run, metric)
+
+
+def first_epoch_with_weight(training: engine.Training) -> int | None:
+    for epoch in range(training.recipe.epochs):
+        if any(training.distillation.factors(epoch).values()):
+            return epoch
+    return None
+
+
+def row_of_weights(training: engine.Training, epoch: int | None) -> Row:
+    factors = training.distillation.factors(epoch or 0)
+    text = ", ".join(f"{name} {value:.3g}" for name, value in factors.items())
+    return Row(
+        "weight * lambda",
+        f"{text or 'no term'} in epoch {(epoch or 0) + 1}",
+        epoch is not None,
+        "0 in every epoch, so distillation is off: see weight and schedule under `distill`",
+    )
+
+
+@torch.no_grad()
+def rows_of_taps(training: engine.Training, images: Tensor) -> Iterator[Row]:
+    """The shapes of the maps of student and teacher, and whether they say anything."""
+    distillation = training.distillation
+    with training.autocast():
+        training.student(images)
+        feats = distillation.student_taps.take()
+        teacher = distillation.teacher_view(images)
     for tap, feat in feats.items():
-        maps = [feat] if view is None else [feat, view.feats[tap]]
-        found = " <- ".join(
-            f"{'x'.join(map(str, m.shape[1:]))}, std {m.float().std():.2g}" for m in maps
-        )
+        maps = [feat] if teacher is None else [feat, teacher.feats[tap]]
+        spreads = [float(m.float().std()) for m in maps]
+        texts = [
+            f"{'x'.join(map(str, m.shape[1:]))}, std {spread:.2g}"
+            for m, spread in zip(maps, spreads, strict=True)
+        ]
         yield Row(
             tap,
-            found,
-            all(m.float().std() > 0 for m in maps),
+            " <- ".join(texts),
+            all(spread > 0 for spread in spreads),
             "a map that is constant or not finite",
         )
 
-    ours, own = (
-        [p for p in module.parameters() if p.requires_grad] for module in (student, distillation)
-    )
 
-    def gradients(losses: Callable[[], Losses], scale: float) -> list[Tensor]:
-        """Of the losses of a forward pass of its own, by parameter of `ours` and `own`."""
-        with autocast():
-            total: Any = scale * sum(losses().values())
-        if total.requires_grad:
-            total.backward()
-        found = [torch.zeros(()) if p.grad is None else p.grad for p in [*ours, *own]]
-        optimizer.zero_grad()
-        return found
-
+def rows_of_gradients(training: engine.Training, images: Tensor, targets: Targets) -> Iterator[Row]:
+    """What the terms alone do to the student and to the align modules, beside the task."""
+    student = training.student
+    distillation = training.distillation
     n = len(images)
+    task_scale = n if training.recipe.loss_scale == "batch" else 1
     kd_scale = n if distillation.kd_scale == "batch" else distillation.kd_scale
-    task = gradients(
-        lambda: student.loss(student(images), targets), n if recipe.loss_scale == "batch" else 1
+    epoch = training.progress.epoch
+
+    def task() -> Losses:
+        return student.loss(student(images), targets)
+
+    def kd() -> Losses:
+        return distillation(images, student(images), targets, epoch)
+
+    students = learning(student)
+    of_task = gradients(training, task, task_scale)
+    of_kd = gradients(training, kd, kd_scale)
+    to_task = norm(of_task)
+    to_student = norm(of_kd[: len(students)])
+    yield Row(
+        "KD gradient, student",
+        f"{to_student:.3g}",
+        0 < to_student < math.inf,
+        "the terms do not reach the student, or not as numbers",
     )
-    kd = gradients(lambda: distillation(images, student(images), targets, on), kd_scale)
-    of_task, to_student, to_own = norm(task), norm(kd[: len(ours)]), norm(kd[len(ours) :])
-    fault = "the terms do not reach the student, or not as numbers"
-    yield Row("KD gradient, student", f"{to_student:.3g}", 0 < to_student < math.inf, fault)
-    if own:
-        fault = "align modules and terms learn nothing: repair the term, or set distill.align to frozen or none"
-        yield Row("KD gradient, align and terms", f"{to_own:.3g}", 0 < to_own < math.inf, fault)
-    ratio = to_student / of_task if of_task else math.inf
-    weak = f" (weak, under {LEAST_RATIO:.0%}: see distill.kd_scale)" if ratio < LEAST_RATIO else ""
+    if learning(distillation):
+        to_align = norm(of_kd[len(students) :])
+        yield Row(
+            "KD gradient, align and terms",
+            f"{to_align:.3g}",
+            0 < to_align < math.inf,
+            "align modules and terms learn nothing: repair the term, or set distill.align to "
+            "frozen or none",
+        )
+    ratio = to_student / to_task if to_task else math.inf
+    weak = ""
+    if ratio < LEAST_RATIO:
+        weak = f" (weak, under {LEAST_RATIO:.0%}: see distill.kd_scale)"
     yield Row("KD / task gradient", f"{ratio:.2%}{weak}")
 
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    lost = sum(id(p) not in held for p in [*ours, *own])
-    yield Row(
-        "optimiser", f"{len(held)} tensors", not lost, f"{lost} that should learn are not in it"
+
+def gradients(
+    training: engine.Training, losses: Callable[[], Losses], scale: float
+) -> list[Tensor]:
+    """Of the losses of a forward pass of its own: those of the student, then those of the
+    align modules and terms.
+    """
+    with training.autocast():
+        total: Any = scale * sum(losses().values())
+    if total.requires_grad:
+        total.backward()
+    parameters = learning(training.student) + learning(training.distillation)
+    grads = [torch.zeros(()) if p.grad is None else p.grad for p in parameters]
+    training.optimizer.zero_grad()
+    return grads
+
+
+def row_of_optimizer(training: engine.Training) -> Row:
+    held = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    parameters = learning(training.student) + learning(training.distillation)
+    lost = sum(id(p) not in held for p in parameters)
+    return Row(
+        "optimiser",
+        f"{len(held)} tensors",
+        not lost,
+        f"{lost} that should learn are not in it",
     )
 
-    kinds = [ours, own, [*teacher.state_dict().values()] if teacher else []]
-    before = [digest(tensors) for tensors in kinds]
-    engine.train_one_epoch(student, student, distillation, *loop)
-    moved = [digest(tensors) != old for tensors, old in zip(kinds, before, strict=True)]
+
+def rows_of_steps(run: Run) -> Iterator[Row]:
+    """Who moves in some steps of the loop, and who does not."""
+    training = run.training
+    students = learning(training.student)
+    align = learning(training.distillation)
+    teachers = [*run.teacher.state_dict().values()] if run.teacher else []
+    student_before = digest(students)
+    align_before = digest(align)
+    teacher_before = digest(teachers)
+    engine.train_one_epoch(training, Stop())
+
+    moved = digest(students) != student_before
     yield Row(
         "student, some steps later",
-        "moved" if moved[0] else "as before",
-        moved[0],
+        "moved" if moved else "as before",
+        moved,
         "it does not learn",
     )
-    if own:
+    if align:
+        moved = digest(align) != align_before
         yield Row(
             "align and terms, some steps later",
-            "moved" if moved[1] else "as before",
-            moved[1],
+            "moved" if moved else "as before",
+            moved,
             "no learning",
         )
-    if teacher:
-        frozen = not moved[2] and not any(p.requires_grad for p in teacher.parameters())
-        fault = "weights or BatchNorm statistics that change, or would: it has to be frozen"
+    if run.teacher:
+        as_before = digest(teachers) == teacher_before
+        frozen = as_before and not learning(run.teacher)
         yield Row(
-            "teacher, some steps later", "as before" if frozen else "not frozen", frozen, fault
+            "teacher, some steps later",
+            "as before" if frozen else "not frozen",
+            frozen,
+            "weights or BatchNorm statistics that change, or would: it has to be frozen",
         )
-        if teacher.names == student.names:
-            score = engine.evaluate(teacher, val_loader, metric, autocast)[metric.fitness]
-            fault = "it detects nothing: train it first, and give teacher.weights"
-            yield Row("teacher, held-out images", f"{metric.fitness} {score:.3f}", score > 0, fault)
 
 
-def norm(gradients: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(g.float().norm()) for g in gradients))
+def row_of_teacher(run: Run, metric: Metric) -> Row:
+    scores = engine.evaluate(run.teacher, run.val_loader, metric, run.training.autocast)
+    score = scores[metric.fitness]
+    return Row(
+        "teacher, held-out images",
+        f"{metric.fitness} {score:.3f}",
+        score > 0,
+        "it detects nothing: train it first, and give teacher.weights",
+    )
+
+
+def learning(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def norm(grads: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(grad.float().norm()) for grad in grads))
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
     sha256 = hashlib.sha256()
     for tensor in tensors:
-        sha256.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = tensor.detach().cpu().reshape(-1)
+        sha256.update(flat.view(torch.uint8).numpy().tobytes())
     return sha256.hexdigest()
 
 
@@ -163,11 +230,12 @@ def report(rows: Iterator[Row]) -> None:
     """Prints the table as it grows. Raises UserError where a row is not good."""
     faults = []
     for row in rows:
-        print(
-            f"{'ok' if row.good else 'FAIL':5}{row.what:35}{row.found}"
-            + ("" if row.good else f": {row.fault}")
-        )
-        faults += [] if row.good else [row.what]
+        verdict = "ok" if row.good else "FAIL"
+        line = f"{verdict:5}{row.what:35}{row.value}"
+        if not row.good:
+            line += f": {row.fault}"
+            faults.append(row.what)
+        print(line)
     if faults:
         raise UserError(f"--check: {', '.join(faults)} failed, see above")
     print("--check: distillation is on")

@@ -1,7 +1,8 @@
 """Checkpoints: saved whole or not at all, verified when read, exact when resumed.
 
 A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, read with
-`weights_only=True`."""
+`weights_only=True`. `best.pt` is written in the same way: the student alone.
+"""
 
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from kdmini.contracts import UserError
 
 KEEP = 2  # newest checkpoints kept: one may turn out to be damaged
+IS_FOLDER = 0x10  # bit of a zip entry's attributes
 
 
 class Stateful(Protocol):
@@ -25,7 +27,9 @@ class Stateful(Protocol):
 
 
 def save_atomic(content: Any, path: Path) -> None:
-    """torch.save into a temporary file beside `path`, flushed to the disk, verified, and renamed."""
+    """torch.save into a temporary file beside `path`, flushed to the disk, verified, and
+    renamed.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -39,9 +43,10 @@ def save_atomic(content: Any, path: Path) -> None:
         os.close(folder)
     except (OSError, RuntimeError) as error:
         disk = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(disk).free
         raise UserError(
             f"cannot save {path} ({error}): it needs {size_of(content) / 1e6:.1f} MB, "
-            f"{shutil.disk_usage(disk).free / 1e6:.1f} MB are free; make room and resume"
+            f"{free / 1e6:.1f} MB are free; make room and resume"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,28 +56,26 @@ def size_of(content: Any) -> int:
     """Bytes of all tensors."""
     if isinstance(content, torch.Tensor):
         return content.nbytes
-    items = (
-        content.values()
-        if isinstance(content, Mapping)
-        else content
-        if isinstance(content, list | tuple)
-        else ()
-    )
-    return sum(map(size_of, items))
+    if isinstance(content, Mapping):
+        return sum(map(size_of, content.values()))
+    if isinstance(content, list | tuple):
+        return sum(map(size_of, content))
+    return 0
 
 
 def verify(path: Path) -> None:
-    """Raises UserError unless every byte of the file matches its checksum, which torch.load does
-    not look at.
+    """Raises UserError unless every byte of the file matches its checksum, which torch.load
+    does not look at.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            folders = [file.filename for file in archive.infolist() if file.external_attr & 0x10]
-            damaged = archive.testzip() or "".join(
-                folders[:1]
-            )  # of a folder torch would leave memory as it finds it
-    except Exception as error:  # one flipped byte makes zipfile raise OSError, NotImplementedError, zlib.error, ...
+            damaged = archive.testzip()
+            # of an entry that is a folder torch would leave memory as it finds it
+            folders = [e.filename for e in archive.infolist() if e.external_attr & IS_FOLDER]
+    except Exception as error:  # one flipped byte makes zipfile raise OSError, zlib.error, ...
         raise UserError(f"{path} is not a readable checkpoint ({error})") from error
+    if folders and not damaged:
+        damaged = folders[0]
     if damaged:
         raise UserError(f"{path} is damaged, {damaged} in it is not as it was written")
 
@@ -82,9 +85,7 @@ def load(path: Path) -> dict[str, Any]:
     verify(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # whatever a strange pickle leads torch to, UnpicklingError being the least of it
+    except Exception as error:  # a strange pickle leads torch to more than UnpicklingError
         raise UserError(
             f"{path} is not a kdmini checkpoint ({type(error).__name__}); nothing in it was run"
         ) from error
@@ -94,23 +95,44 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Stateful], config: Mapping[str, Any]) -> None:
-    """Writes folder/step_NNNNNNNN.pt with the state of every part, the random numbers and the
+    """Writes folder/step_NNNNNNNN.pt: the state of every part, the random numbers, the
     config.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {name: part.state_dict() for name, part in parts.items()}
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    save_atomic(
-        {**content, "rng": torch.get_rng_state(), "cuda_rng": cuda, "config": dict(config)},
-        numbered(folder, step),
-    )
+    content: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    content["rng"] = torch.get_rng_state()
+    content["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    content["config"] = dict(config)
+    save_atomic(content, numbered(folder, step))
     for old in existing(folder)[:-KEEP]:
         old.unlink()
 
 
+def save_best(path: Path, model: Any, imgsz: int, epoch: int, fitness: float) -> None:
+    """The student alone: averaged weights in float32 under public keys, and what is needed
+    to load them.
+    """
+    tensors = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
+    content = {
+        "format": "kdmini",
+        "model": tensors,
+        "card": dict(getattr(model, "card", {})),
+        "names": list(model.names),
+        "nc": len(model.names),
+        "imgsz": imgsz,
+        "epoch": epoch + 1,
+        "fitness": fitness,
+    }
+    save_atomic(content, path)
+
+
 def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that verifies, and its path; those passed over are named. Raises
-    UserError without one.
+    """The newest checkpoint that verifies, and its path; those passed over are named.
+
+    Raises UserError where there is none.
     """
     for path in reversed(existing(folder)):
         try:
@@ -123,14 +145,16 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def restore(content: Mapping[str, Any], parts: Mapping[str, Stateful], path: Path) -> None:
-    """Puts every part in the state of the checkpoint. Raises UserError where the two do not have
-    the same form.
+    """Puts every part in the state of the checkpoint. Raises UserError where the two do not
+    have the same form.
     """
-    states = {name: part.state_dict() for name, part in parts.items()}
-    fresh = {**states, "rng": torch.get_rng_state(), "cuda_rng": [], "config": {}}
-    if fault := misfit(fresh, content):
+    fresh: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    fresh |= {"rng": torch.get_rng_state(), "cuda_rng": [], "config": {}}
+    fault = misfit(fresh, content)
+    if fault:
         raise UserError(
-            f"{path} is not of this run: {fault}; resume with the code and the files it was begun with"
+            f"{path} is not of this run: {fault}; "
+            "resume with the code and the files it was begun with"
         )
     for name, part in parts.items():
         part.load_state_dict(content[name])
@@ -140,31 +164,34 @@ def restore(content: Mapping[str, Any], parts: Mapping[str, Stateful], path: Pat
 
 
 def misfit(fresh: Any, saved: Any, where: str = "") -> str:
-    """The first thing that only one of the two has, or has in another form, in words; empty if
-    nothing.
+    """The first thing that only one of the two has, or has in another form, in words; empty
+    if there is nothing.
 
-    For load_state_dict is not always strict: an optimiser would go on without the momentum that is
-    missing."""
+    For load_state_dict is not always strict: an optimiser would go on without the momentum
+    that is missing.
+    """
     if isinstance(fresh, list | tuple) and type(saved) is type(fresh):
-        fresh, saved = dict(enumerate(fresh)), dict(enumerate(saved))
+        fresh = dict(enumerate(fresh))
+        saved = dict(enumerate(saved))
     if type(fresh) is not type(saved):
         return f"{where} is a {type(saved).__name__} and not a {type(fresh).__name__}"
-    if isinstance(fresh, torch.Tensor) and (saved.shape, saved.dtype) != (fresh.shape, fresh.dtype):
-        return f"{where} is not a {fresh.dtype} of shape {list(fresh.shape)}"
-    if isinstance(fresh, dict):
-        if lost := [key for key in fresh if key not in saved]:
-            return f"{where} lacks {lost[0]!r}".lstrip()
-        if fresh and (
-            more := [key for key in saved if key not in fresh]
-        ):  # an empty dict may have become fuller
-            return f"{where} has {more[0]!r} too".lstrip()
-        return next(
-            filter(
-                None,
-                (misfit(fresh[key], saved[key], f"{where}.{key}".lstrip(".")) for key in fresh),
-            ),
-            "",
-        )
+    if isinstance(fresh, torch.Tensor):
+        if (saved.shape, saved.dtype) != (fresh.shape, fresh.dtype):
+            return f"{where} is not a {fresh.dtype} of shape {list(fresh.shape)}"
+        return ""
+    if not isinstance(fresh, dict):
+        return ""
+
+    missing = [key for key in fresh if key not in saved]
+    if missing:
+        return f"{where} lacks {missing[0]!r}".lstrip()
+    more = [key for key in saved if key not in fresh]
+    if fresh and more:  # an empty dict may have become fuller
+        return f"{where} has {more[0]!r} too".lstrip()
+    for key in fresh:
+        fault = misfit(fresh[key], saved[key], f"{where}.{key}".lstrip("."))
+        if fault:
+            return fault
     return ""
 
 
@@ -174,6 +201,5 @@ def numbered(folder: Path, step: int) -> Path:
 
 def existing(folder: Path) -> list[Path]:
     """Checkpoints of the folder, oldest first; temporary files are none."""
-    return sorted(
-        path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", path.name)
-    )
+    paths = folder.glob("step_*.pt")
+    return sorted(path for path in paths if re.fullmatch(r"step_\d{8}\.pt", path.name))

@@ -1,73 +1,67 @@
-"""What a detector, a dataset, a distillation term and a metric must offer, and the tensors that
-pass between them.
+"""What a data set, its truth, a model, a term and a metric must offer, and what passes
+between them.
 
-Nothing here runs. To add one of the four, write a class with these members in a file of your own
-and name it in the config (`build: your_package.your_module:YourClass`); nothing else is touched.
+Nothing here runs. To add one of the five, write a class with these members in a file of
+your own and name it in the config (`build: your_package.your_module:YourClass`); nothing
+else is touched. What a target, a prediction or `preds` holds is the affair of the task,
+such as kdmini/detection; the core hands them on.
 
-Legend: N images, S image size, G objects (padded), D detections, K classes, C channels.
+Legend: N images, S image size, K classes, C channels, H W cells.
 """
 
-from __future__ import (
-    annotations,
-)  # keeps torch out: a mistake in a config is told before torch is imported
+from __future__ import annotations  # keeps torch out: a config's mistake is told before its import
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict
+from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-Losses: TypeAlias = (
-    "Mapping[str, Tensor]"  # name -> scalar, already multiplied by its own gain or weight
-)
-Feats: TypeAlias = "Mapping[str, Tensor]"  # tap -> (N, C, H, W)
+    from kdmini.data.layout import Frame, Layout
+    from kdmini.data.store import Store
+
+# name -> scalar, already multiplied by its own gain or weight
+Losses: TypeAlias = "Mapping[str, Tensor]"
+# tap -> (N, C, H, W)
+Feats: TypeAlias = "Mapping[str, Tensor]"
+# the ground truth of one image, as the data set gives it; `id` names the image
+Target: TypeAlias = "Mapping[str, Any]"
+# the ground truth of a rendered batch, on the device; `ids` names its N images
+Targets: TypeAlias = "Mapping[str, Any]"
+# what a model says of one image: name -> tensor
+Prediction: TypeAlias = "Mapping[str, Any]"
 
 
 class UserError(Exception):
     """A mistake outside the code. The message is one line that names the thing and the remedy."""
 
 
-class Target(TypedDict):
-    """The objects of one image, as a dataset gives them."""
+class Truth(Protocol):
+    """How the ground truth of a task travels with its images. One is made of every store
+    that is trained from.
+    """
 
-    boxes_xyxy: np.ndarray  # (G, 4) float32, pixels of the image, corners from 0 to width or height
-    labels: np.ndarray  # (G,) int64, index into the dataset's names
-    difficult: np.ndarray  # (G,) bool; not trained on, neither hit nor miss in evaluation
-    id: str  # names the image, unique in the dataset
+    def __init__(self, store: Store): ...
 
+    def rendered(self, layout: Layout) -> dict[str, Any]:
+        """-> the targets of a rendered batch, on the store's device; the loader adds `ids`."""
+        ...
 
-class Targets(TypedDict):
-    """The objects of a training batch, padded to one G."""
-
-    boxes_xyxy: Tensor  # (N, G, 4) float32, pixels of the rendered image
-    labels: Tensor  # (N, G) int64, -1 where padded
-    ids: list[str]  # N; of a mosaic, the image that it was drawn for
-
-
-class Detections(TypedDict):
-    """What a detector found in one image, best score first."""
-
-    boxes_xyxy: Tensor  # (D, 4) float32, pixels
-    scores: Tensor  # (D,) 0..1
-    labels: Tensor  # (D,) int64
-
-
-class View(NamedTuple):
-    """What a term sees of one network."""
-
-    feats: Feats  # tap -> (N, C, H, W); the student's are aligned to the teacher's
-    preds: Any  # whatever the detector's forward returns; None where no term reads it
-    images: Tensor  # (N, 3, S, S) RGB, 0..1
+    @staticmethod
+    def to_file(predictions: list[Prediction], frames: list[Frame]) -> list[Prediction]:
+        """From pixels of the letterboxed images to pixels of the files."""
+        ...
 
 
 class Dataset(Protocol):
-    """Optional: `report()`, one line about what was set right while reading, printed when all
-    images are read; `photographs`, a set of what identifies the images: train and val may then
-    share none.
+    """Optional: `report()`, one line about what was set right while reading, printed when
+    all images are read; `photographs`, a set of what identifies the images: train and val
+    may then share none.
     """
 
     names: list[str]  # K class names; a label is an index into it
+    truth: type[Truth]  # of its task
 
     def __len__(self) -> int: ...
 
@@ -76,13 +70,15 @@ class Dataset(Protocol):
         ...
 
 
-class Detector(Protocol):
-    """An nn.Module. Its constructor may name `names` (given by the dataset) and `weights` (a file,
-    which `eval.py --weights` fills in).
+class Model(Protocol):
+    """An nn.Module. Its constructor may name `names` (given by the data set) and `weights`
+    (a file, which `eval.py --weights` fills in).
 
-    Optional: `features(images)` runs as much of the network as has taps in it and returns nothing;
-    `fold()` merges BatchNorm into the convolutions of a frozen copy; `card` is a dict of plain
-    values that `best.pt` carries, so that the weights can be loaded without the config.
+    Optional: `features(images)` runs as much of the network as has taps in it and returns
+    nothing; `fold()` merges BatchNorm into the convolutions of a frozen copy; `card` is a
+    dict of plain values that `best.pt` carries, so that the weights can be loaded without
+    the config; `make_head(channels)` makes a fresh head for maps of these channels, whose output
+    `loss` understands.
     """
 
     names: list[str]
@@ -95,8 +91,10 @@ class Detector(Protocol):
         """-> named means over the batch, each multiplied by its gain, not by the batch size."""
         ...
 
-    def decode(self, preds: Any, score: float, iou: float, max_det: int) -> list[Detections]:
-        """-> one Detections per image, in pixels of the input, after non-maximum suppression."""
+    def decode(self, preds: Any) -> list[Prediction]:
+        """-> one of each image, in pixels of the input. Further parameters have defaults,
+        those of evaluation.
+        """
         ...
 
     def train(self, mode: bool = True) -> Any: ...  # these three are nn.Module's own
@@ -106,26 +104,44 @@ class Detector(Protocol):
     def state_dict(self) -> Mapping[str, Tensor]: ...
 
 
-class Term(Protocol):
-    """An nn.Module; its parameters are optimised and saved. Its constructor may name `names`, the
-    student's, and `shapes`, {tap: (student C, teacher C, H, W)} before alignment; without a
-    teacher, the student's C stands twice.
-    Optional: `needs_teacher = False`."""
+class View(NamedTuple):
+    """What a term sees of one network."""
 
-    uses: set[str]  # {"feats"}, {"preds"} or both: decides what the teacher has to run
+    feats: Feats  # tap -> (N, C, H, W); the student's are aligned to the teacher's
+    preds: Any  # whatever the model's forward returns; None where no term reads it
+    images: Tensor  # (N, 3, S, S) RGB, 0..1
+
+
+class Term(Protocol):
+    """An nn.Module; its parameters are optimised and saved.
+
+    Its constructor may name `names`, the student's; `shapes`, {tap: (student C, teacher C,
+    H, W)} before alignment, where without a teacher the student's C stands twice; and
+    `student`, the network itself, which must not become a submodule of the term.
+    Optional: `needs_teacher = False`.
+    """
+
+    uses: Set[str]  # {"feats"}, {"preds"} or both: decides what the teacher has to run
 
     def __call__(self, student: View, teacher: View | None, targets: Targets) -> Tensor:
-        """-> scalar, not yet multiplied by weight and lambda. Both networks see the same images."""
+        """-> scalar, not yet multiplied by weight and lambda. Both saw the same images."""
         ...
 
 
 class Metric(Protocol):
-    """Its constructor may name `names`. `fitness` is the key of compute() that picks best.pt."""
+    """Its constructor may name `names`.
 
-    fitness: str
+    Optional: `summary`, the names of the scores that short tables show; `per_class()`,
+    {row: {column: number}}, with the scores of compute() and counts; `official()`, {name:
+    score} of the field's own tool, whose name is `official_by`; `save(path)`, which writes
+    the predictions and returns where; `figures`, "package.module:function", which draws its
+    pictures from it.
+    """
 
-    def update(self, detections: list[Detections], targets: list[Target]) -> None:
-        """One batch, in pixels of the original images."""
+    fitness: str  # the key of compute() that picks best.pt
+
+    def update(self, predictions: list[Any], targets: list[Any]) -> None:
+        """One batch of Predictions and Targets, in pixels of the files."""
         ...
 
     def compute(self) -> dict[str, float]: ...

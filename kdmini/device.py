@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision: device, algorithms, autocast."""
+"""Where a run computes, how exactly it repeats, and in which precision."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import torch
 from kdmini.contracts import UserError
 
 Autocast = Callable[[], AbstractContextManager]
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -28,8 +29,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """On CUDA: the fastest convolutions, tried out at the first step, or those that repeat bit for
-    bit.
+    """On CUDA: the fastest convolutions, tried out at the first step, or those that repeat
+    bit for bit.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -38,15 +39,20 @@ def choose_algorithms(deterministic: bool) -> None:
 
 
 def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.amp.GradScaler]:
-    """`amp` of the recipe -> the autocast context and the scaler, which does nothing except in
-    fp16.
+    """`amp` of the recipe -> the autocast context, and the scaler, which does nothing except
+    in fp16.
     """
     if amp is True:
-        amp = (
-            ("bf16" if torch.cuda.is_bf16_supported() else "fp16")
-            if device.type == "cuda"
-            else False
-        )
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, False: torch.bfloat16}[amp]
+        amp = best_half() if device.type == "cuda" else False
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    return lambda: torch.autocast(device.type, dtype, enabled=bool(amp)), scaler
+
+    def autocast() -> AbstractContextManager:
+        if not amp:
+            return torch.autocast(device.type, enabled=False)
+        return torch.autocast(device.type, HALF[str(amp)])
+
+    return autocast, scaler
+
+
+def best_half() -> str:
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"

@@ -1,8 +1,9 @@
 """Several processes, one for each device, on one machine or several, started by torchrun.
 
-Every process ("rank") takes its share of each batch. BatchNorm and the normaliser of the loss are
-local to a rank; gradients are averaged. Without torchrun there is one rank, and nothing here does
-anything."""
+Every process ("rank") takes its share of each batch. BatchNorm and the normaliser of the
+loss are local to a rank; gradients are averaged. Without torchrun there is one rank, and
+nothing here does anything.
+"""
 
 import os
 import warnings
@@ -28,30 +29,40 @@ def launched() -> bool:
 
 
 def start(device: torch.device, timeout: float) -> torch.device:
-    """Meets the other ranks -> the device of this one. timeout: minutes to wait for a rank before
-    giving up.
+    """Meets the other ranks -> the device of this one.
+
+    timeout: minutes to wait for a rank before giving up.
     """
     if not launched():
         return device
     if device.type == "cuda":
-        device, count = (
-            torch.device("cuda", int(os.environ["LOCAL_RANK"])),
-            torch.cuda.device_count(),
-        )
-        if int(os.environ["LOCAL_RANK"]) >= count:
-            raise UserError(
-                f"torchrun starts more processes than the {count} GPUs here; lower --nproc-per-node"
-            )
+        device = device_of_rank(int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
-    if rank():  # rank 0 speaks for all; errors go to stderr from every rank
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        setattr(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))  # noqa: B010 - as tqdm's pages have it
+    if rank():
+        be_silent()
     return device
 
 
+def device_of_rank(local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"torchrun starts more processes than the {count} GPUs here; lower --nproc-per-node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def be_silent() -> None:
+    """Rank 0 speaks for all; errors go to stderr from every rank."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    quiet = partialmethod(tqdm.__init__, disable=True)  # as tqdm's own pages have it
+    setattr(tqdm, "__init__", quiet)  # noqa: B010 - mypy would not have it assigned
+
+
 def rank() -> int:
+    """Number of this process among all, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -61,18 +72,21 @@ def world() -> int:
 
 
 def lost_a_rank(error: BaseException) -> str:
-    """What to tell where the error came from waiting for another rank; empty where it did not."""
-    if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+    """A line about an error that came from waiting for another rank; empty for any other."""
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or "gloo/transport" in text):
         return ""
-    reason = (
-        str(error).split("] ", 1)[-1].split(". ")[0]
-    )  # without the place in gloo's code, and its advice
-    return f"lost another rank, which failed, left, was killed or was silent for `timeout` minutes ({reason})"
+    # without the place in gloo's code before it, and its advice behind
+    reason = text.split("] ", 1)[-1].split(". ")[0]
+    return (
+        "lost another rank, which failed, left, was killed or was silent for `timeout` minutes "
+        f"({reason})"
+    )
 
 
 def finish() -> None:
-    """Waits until every rank is done, so that none takes the others for lost while rank 0 still
-    writes.
+    """Waits until every rank is done, so that none takes the others for lost while rank 0
+    still writes.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -80,31 +94,37 @@ def finish() -> None:
 
 
 def replicate(model: Any) -> Any:
-    """-> what to call in the model's place: a backward pass through it averages the gradients as
-    they become ready.
+    """-> what to call in the model's place: a backward pass through it averages the gradients
+    as they become ready.
     """
-    with warnings.catch_warnings(
-        action="ignore", category=FutureWarning
-    ):  # the setting has another name from 2.15 on
-        return DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
+    if world() == 1:
+        return model
+    # broadcast_buffers has another name from torch 2.15 on
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def averaging(replica: nn.Module, now: bool) -> AbstractContextManager:
-    """Around forward and backward pass: gradients are averaged over the ranks now, or only added up
-    until they are.
+def averaging(replica: Any, now: bool) -> AbstractContextManager:
+    """Around forward and backward pass: gradients are averaged over the ranks now, or only
+    added up until they are.
     """
-    return nullcontext() if now or world() == 1 else replica.no_sync()  # type: ignore[operator]
+    if now or world() == 1:
+        return nullcontext()
+    return replica.no_sync()
 
 
 def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean over the ranks, in one message. No gradient counts as 0, for another rank may have
-    one.
+    """The mean over the ranks, in one message. No gradient counts as 0, for another rank may
+    have one.
     """
-    if world() > 1 and (many := [p for p in parameters if p.requires_grad]):
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in many]
-        flat = total(torch.cat([grad.reshape(-1) for grad in grads])) / world()
-        for p, part in zip(many, flat.split([p.numel() for p in many]), strict=True):
-            p.grad = part.view_as(p)
+    learning = [p for p in parameters if p.requires_grad]
+    if world() == 1 or not learning:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+    flat = total(torch.cat([grad.reshape(-1) for grad in grads])) / world()
+    parts = flat.split([p.numel() for p in learning])
+    for p, part in zip(learning, parts, strict=True):
+        p.grad = part.view_as(p)
 
 
 def total(values: Tensor) -> Tensor:
@@ -115,27 +135,33 @@ def total(values: Tensor) -> Tensor:
         return values
     summed = values.detach().clone()
     dist.all_reduce(summed)
-    own = values * world()
-    return summed + (own - own.detach()) if values.requires_grad else summed
+    if not values.requires_grad:
+        return summed
+    own = values * world()  # averaging will divide its gradient by the number of ranks
+    return summed + (own - own.detach())
 
 
 def largest(number: int, device: torch.device) -> int:
     """The largest of the ranks' numbers."""
     if world() == 1:
         return number
-    found = torch.tensor(number, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    maximum = torch.tensor(number, device=device)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:
     """In place: what rank 0 has."""
-    for tensor in tensors if world() > 1 else ():
+    if world() == 1:
+        return
+    for tensor in tensors:
         dist.broadcast(tensor, 0)
 
 
 def deal(mine: list[Any]) -> list[Any]:
-    """The items of all ranks, in turn: rank 0's first, rank 1's first, ..., rank 0's second, ..."""
+    """The items of all ranks, in turn: rank 0's first, rank 1's first, ..., rank 0's second,
+    ...
+    """
     if world() == 1:
         return mine
     lists: list[Any] = [None] * world()

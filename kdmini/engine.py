@@ -1,77 +1,104 @@
-"""One epoch of training and one pass of evaluation, spelt out. Everything arrives as an argument.
+"""One epoch of training and one pass of evaluation, spelt out. Everything arrives as an
+argument: nothing here names a model, a data set or a term.
 
 Legend: N images, S image size.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from tqdm import tqdm
 
 from kdmini import distributed
-from kdmini.contracts import Detections, Detector, Losses, Metric, Target
+from kdmini.contracts import Metric, Model, Prediction, Target, Targets
 from kdmini.device import Autocast
 from kdmini.optim import EMA, Recipe, apply_setting
 from kdmini.progress import READ_EVERY, Progress, Tally
 from kdmini.signals import Stop
 
+ToFile = Callable[[list[Prediction]], list[Prediction]]
+
 
 class TrainBatches(Protocol):
+    """kdmini.data.loader.TrainLoader, as the loop sees it."""
+
     def __len__(self) -> int: ...
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]: ...
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Targets]]: ...
 
 
 class ValBatches(Protocol):
+    """kdmini.data.loader.ValLoader, as the loop sees it."""
+
     def __len__(self) -> int: ...
 
-    def __iter__(
-        self,
-    ) -> Iterator[tuple[Tensor, list[Target], Callable[[list[Detections]], list[Detections]]]]: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Target], ToFile]]: ...
 
 
-def train_one_epoch(
-    student: Detector,
-    replica: Any,  # the student, or DistributedDataParallel around it
-    distillation: Any,  # a distill.step.Distillation
-    loader: TrainBatches,
-    optimizer: torch.optim.SGD,
-    scaler: torch.amp.GradScaler,
-    ema: EMA,
-    recipe: Recipe,
-    progress: Progress,
-    autocast: Autocast,
-    stop: Stop,
-) -> None:
-    """From where `progress` stands to the end of the epoch; left sooner, after an update, when a
-    save is due or a signal came.
+@dataclass
+class Training:
+    """What a step of training touches. The teacher is inside `distillation`, frozen: in no
+    optimiser, no average and no checkpoint.
+    """
 
-    Raises UserError when MAX_SKIPPED updates in a row had a gradient that was not finite, or when
-    fp16 cannot go on."""
+    loader: TrainBatches
+    student: Any  # a Model that is an nn.Module
+    distillation: Any  # a kdmini.distill.step.Distillation
+    optimizer: torch.optim.SGD
+    scaler: GradScaler
+    ema: EMA
+    recipe: Recipe
+    autocast: Autocast
+    progress: Progress
+    # the student, or DistributedDataParallel around it
+    replica: Any = None
+
+    def __post_init__(self) -> None:
+        if self.replica is None:
+            self.replica = self.student
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint saves, by name."""
+        names = ("student", "ema", "distillation", "optimizer", "scaler", "progress")
+        return {name: getattr(self, name) for name in names}
+
+
+def train_one_epoch(training: Training, stop: Stop) -> None:
+    """From where `progress` stands to the end of the epoch; left sooner, after an update,
+    when a save is due or a signal came. Raises UserError as Tally.read does.
+    """
+    recipe = training.recipe
+    progress = training.progress
+    student = training.student
+    distillation = training.distillation
+    optimizer = training.optimizer
+    scaler = training.scaler
     student.train()
     distillation.train()
-    epoch, steps = progress.epoch, len(loader)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    lambdas = " ".join(f"{name} {value:.3g}" for name, value in distillation.lambdas(epoch).items())
-    tally, leaving, since_update = Tally(progress), False, 0
-    batches, title = loader.epoch(epoch, progress.step), f"epoch {epoch + 1}/{recipe.epochs}"
-    bar = tqdm(
-        batches, title, steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=None
-    )
+    epoch = progress.epoch
+    steps = len(training.loader)
+    tally = Tally(progress)
+    leaving = False
+    micro_batches = 0  # since the last update
+    bar = progress_bar(training)
     for step, (images, targets) in enumerate(bar, progress.step):
         setting = recipe.at(epoch * steps + step, steps)
         apply_setting(optimizer, setting)
-        since_update += 1
-        update = since_update >= setting.accumulate or step + 1 == steps
+        micro_batches += 1
+        # an epoch ends with an update, so that its end is a point from which a run resumes
+        update = micro_batches >= setting.accumulate or step + 1 == steps
 
-        with distributed.averaging(replica, update):
-            with autocast():
-                preds = replica(images)
-                task: Losses = student.loss(preds, targets)
-                kd: Losses = distillation(images, preds, targets, epoch)
-            n = len(images) * distributed.world()  # of all ranks, whose gradients will be averaged
+        with distributed.averaging(training.replica, update):
+            with training.autocast():
+                preds = training.replica(images)
+                task = student.loss(preds, targets)
+                kd = distillation(images, preds, targets, epoch)
+            n = len(images) * distributed.world()  # of all ranks: their gradients are averaged
             task_scale = n if recipe.loss_scale == "batch" else 1 / setting.accumulate
             kd_scale = n if distillation.kd_scale == "batch" else distillation.kd_scale
             loss: Any = task_scale * sum(task.values()) + kd_scale * sum(kd.values())
@@ -79,74 +106,118 @@ def train_one_epoch(
 
         skipped = None
         if update:
+            # DistributedDataParallel averages the student's; align modules and terms are ours
             distributed.average_gradients_(distillation.parameters() if kd else ())
+            # true gradients before the clip, for their norm is what is bounded
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, recipe.clip, foreach=True)
-            skipped = 1 - norm.isfinite().float()
-            setattr(optimizer, "found_inf", skipped)  # noqa: B010 - the fused step obeys it on the device
+            skipped = clip_gradients(optimizer, recipe.clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            ema.update(student, skipped)
-            since_update = 0
+            training.ema.update(student, skipped)
+            micro_batches = 0
 
         tally.add({**task, **kd}, skipped, targets["ids"])
         progress.step = step + 1
-        leaving |= recipe.save_every > 0 and progress.step % recipe.save_every == 0
-        leaving |= distributed.world() == 1 and stop.signum > 0
+        leaving = leaving or leave_is_due(training, stop)
         if progress.step % READ_EVERY == 0 or progress.step == steps or (leaving and update):
-            shown = tally.read(scaler, stop)
-            speed = progress.step * recipe.batch / progress.seconds
-            memory = f" {torch.cuda.max_memory_reserved() / 1e9:.1f} GB" if images.is_cuda else ""
-            bar.set_postfix_str(
-                f"{shown} | lambda {lambdas or '-'} | lr {setting.lr:.2g} | {speed:.0f} img/s{memory}"
-            )
-            leaving |= stop.agreed > 0  # a signal to any rank: all leave at the same step
+            losses = tally.read(scaler, stop)
+            bar.set_postfix_str(status(losses, training, setting.lr))
+            leaving = leaving or stop.agreed > 0
         if leaving and update:
             break
     bar.close()
 
 
+def leave_is_due(training: Training, stop: Stop) -> bool:
+    """Whether a checkpoint is due, or a signal came. Of several ranks none leaves alone: all
+    do at the same step, once the signal is agreed on.
+    """
+    every = training.recipe.save_every
+    if every > 0 and training.progress.step % every == 0:
+        return True
+    return distributed.world() == 1 and stop.signum > 0
+
+
+def clip_gradients(optimizer: torch.optim.SGD, largest: float) -> Tensor:
+    """Bounds the norm of all gradients -> 1.0 where it is not finite, else 0.0, on the device.
+
+    The fused step of the optimiser obeys `found_inf` there, so that the host does not wait.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, largest, foreach=True)
+    skipped = 1 - norm.isfinite().float()
+    setattr(optimizer, "found_inf", skipped)  # noqa: B010 - no attribute that mypy knows
+    return skipped
+
+
+def progress_bar(training: Training) -> tqdm:
+    """The batches that are left of the epoch, with a bar where there is a terminal."""
+    progress = training.progress
+    return tqdm(
+        training.loader.epoch(progress.epoch, progress.step),
+        f"epoch {progress.epoch + 1}/{training.recipe.epochs}",
+        len(training.loader),
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None,
+    )
+
+
+def status(losses: str, training: Training, lr: float) -> str:
+    """What stands behind the bar."""
+    progress = training.progress
+    lambdas = training.distillation.lambdas(progress.epoch)
+    schedule = " ".join(f"{name} {value:.3g}" for name, value in lambdas.items())
+    speed = progress.step * training.recipe.batch / progress.seconds
+    text = f"{losses} | lambda {schedule or '-'} | lr {lr:.2g} | {speed:.0f} img/s"
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        text += f" {torch.cuda.max_memory_reserved() / 1e9:.1f} GB"
+    return text
+
+
 @torch.no_grad()
 def evaluate(
-    model: Detector, loader: ValBatches, metric: Metric, autocast: Autocast
+    model: Model, loader: ValBatches, metric: Metric, autocast: Autocast
 ) -> dict[str, float]:
-    """Every image once, letterboxed; score above 0.001, NMS at IoU 0.7, 300 detections ->
-    metric.compute().
+    """Every image once, letterboxed, decoded with the model's own settings of evaluation
+    -> metric.compute().
 
     Each rank sees its share of the images, and scores those of all.
     """
     model.eval()
-    found = []
-    for images, targets, to_native in tqdm(
-        loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True, disable=None
-    ):
+    batches: list[tuple[list[Prediction], list[Target]]] = []
+    bar = tqdm(loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True, disable=None)
+    for images, targets, to_file in bar:
         with autocast():
             preds = model(images)
-        detections = model.decode(preds, score=0.001, iou=0.7, max_det=300)
-        on_cpu = [
-            {key: value.cpu() for key, value in image.items()} for image in to_native(detections)
-        ]  # type: ignore
-        found.append((on_cpu, targets))
-    for batch in distributed.deal(found):
-        metric.update(*batch)
+        predictions = to_file(model.decode(preds))
+        batches.append(([on_cpu(prediction) for prediction in predictions], targets))
+    for predictions, targets in distributed.deal(batches):
+        metric.update(predictions, targets)
     return metric.compute()
+
+
+def on_cpu(prediction: Prediction) -> Prediction:
+    return {name: value.cpu() for name, value in prediction.items()}
 
 
 @torch.no_grad()
 def attention_distances(
-    student: Detector, distillation: Any, loader: ValBatches, autocast: Autocast, batches: int = 8
+    student: Model, distillation: Any, loader: ValBatches, autocast: Autocast, batches: int = 8
 ) -> dict[str, float]:
-    """Unweighted distances of the attention maps on the first held-out batches, a mean over images,
-    for each tap and summed over the taps ("aligned", "raw"); {} without a teacher.
+    """Unweighted distances of the attention maps on the first held-out batches, a mean over
+    images, for each tap and summed over the taps ("aligned", "raw"); {} without a teacher.
     """
     student.eval()
     distillation.eval()
     sums: dict[str, Tensor] = {}
     count = 0
-    for (images, _, _), _ in zip(loader, range(batches), strict=False):
+    for images, _, _ in islice(loader, batches):
         with autocast():
-            found = distillation.distances(student, images)
-        sums = {name: value + sums.get(name, 0) for name, value in found.items()}
+            distances = distillation.distances(student, images)
+        for name, value in distances.items():
+            sums[name] = value + sums.get(name, 0)
         count += len(images)
     return {f"distance/{name}": value.item() / count for name, value in sums.items()}

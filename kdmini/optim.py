@@ -1,7 +1,8 @@
-"""The optimiser's side of a run: the recipe, parameter groups, schedules as pure functions of the
-step, EMA.
+"""The optimiser's side of a run: the recipe, parameter groups, schedules as pure functions
+of the step, EMA.
 
-Legend: a step is one batch; an update is one step of the optimiser, after one or more batches.
+Legend: a step is one batch; an update is one step of the optimiser, after one or more
+batches.
 """
 
 import copy
@@ -16,17 +17,30 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run is trained. Names and defaults are those of the public YOLO11 recipe with SGD and a
-    cosine.
+    """How a run is trained. Names and defaults are those of the public YOLO11 recipe with SGD
+    and a cosine.
 
-    nbs: nominal batch size, reached by accumulation where batch is smaller; weight decay is stated
-    for it.
-    lrf: last learning rate as a share of lr0. warmup_steps: the least length of the warm-up.
+    epochs: passes over the training set.
+    batch: images of a step, of all ranks together.
+    nbs: nominal batch size, reached by accumulation where `batch` is smaller; weight decay is
+        stated for it.
+    lr0: learning rate after the warm-up.
+    lrf: last learning rate as a share of lr0.
+    momentum: of Nesterov SGD, after the warm-up.
+    weight_decay: of convolution and linear weights; norms and biases have none.
+    warmup_epochs: length of the warm-up.
+    warmup_steps: the least length of the warm-up.
+    warmup_bias_lr: learning rate of the biases in the first step.
+    warmup_momentum: momentum in the first step.
+    clip: largest norm of the gradient.
+    ema_decay: of the averaged weights, which are the ones evaluated and kept.
+    ema_tau: updates until the average is about as slow as ema_decay says.
+    loss_scale: `batch` multiplies the task's loss by the batch size, `none` leaves the mean.
     amp: false, bf16, fp16, or true for the better of the two on CUDA and float32 on the CPU.
-    loss_scale: `batch` multiplies the detection loss by the batch size, `none` leaves the mean.
-    clip: largest norm of the gradient. patience: epochs without a better model before stopping.
-    val_every: epochs between validations. save_every: steps between checkpoints, beside the one
-    after every epoch."""
+    patience: epochs without a better model before stopping.
+    val_every: epochs between validations.
+    save_every: steps between checkpoints, beside the one after every epoch; 0 for no others.
+    """
 
     epochs: int
     batch: int
@@ -55,64 +69,74 @@ class Recipe:
 
     def warmup(self, steps_per_epoch: int) -> int:
         """Length of the warm-up in steps."""
-        return (
-            max(round(self.warmup_epochs * steps_per_epoch), self.warmup_steps)
-            if self.warmup_epochs > 0
-            else 0
-        )
+        if self.warmup_epochs <= 0:
+            return 0
+        return max(round(self.warmup_epochs * steps_per_epoch), self.warmup_steps)
 
     def at(self, step: int, steps_per_epoch: int) -> "Setting":
-        """What holds at a step, counted from the start of the run: warm-up, then a cosine that
-        falls epoch by epoch.
+        """What holds at a step, counted from the start of the run: warm-up, then a cosine
+        that falls epoch by epoch.
         """
-        turn = math.cos(math.pi * (step // steps_per_epoch) / self.epochs)
-        lr = self.lr0 * (self.lrf + (1 - self.lrf) * (1 + turn) / 2)
+        epoch = step // steps_per_epoch
+        cosine = math.cos(math.pi * epoch / self.epochs)
+        lr = self.lr0 * (self.lrf + (1 - self.lrf) * (1 + cosine) / 2)
         length = self.warmup(steps_per_epoch)
         if step > length or not length:
             return Setting(lr, lr, self.momentum, self.accumulate)
+
         share = step / length
-        bias_lr = self.warmup_bias_lr + share * (lr - self.warmup_bias_lr)
-        momentum = self.warmup_momentum + share * (self.momentum - self.warmup_momentum)
         return Setting(
-            share * lr, bias_lr, momentum, max(round(1 + share * (self.nbs / self.batch - 1)), 1)
+            lr=share * lr,
+            # biases start high: the first thing to learn is how rare objects are
+            bias_lr=self.warmup_bias_lr + share * (lr - self.warmup_bias_lr),
+            momentum=self.warmup_momentum + share * (self.momentum - self.warmup_momentum),
+            accumulate=max(round(1 + share * (self.nbs / self.batch - 1)), 1),
         )
 
 
 @dataclass(frozen=True)
 class Setting:
+    """What holds at one step."""
+
     lr: float
     bias_lr: float
     momentum: float
-    accumulate: int
+    accumulate: int  # batches of an update
 
 
 def make_sgd(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.SGD:
-    """Nesterov SGD over three groups, "weights", "norms" and "biases"; weight decay on the first
-    alone.
+    """Nesterov SGD over three groups, "weights", "norms" and "biases"; weight decay on the
+    first alone.
 
-    Fused, so that a step whose gradient is not finite is skipped on the device. Momentum starts as
-    zeros, for torch would leave it uninitialised if that happened to the very first step."""
+    Fused, so that a step whose gradient is not finite is skipped on the device. Momentum
+    starts as zeros, for torch would leave it uninitialised if that happened to the very
+    first step.
+    """
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": []}
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                kind = (
-                    "biases"
-                    if name.endswith("bias")
-                    else "norms"
-                    if parameter.ndim <= 1
-                    else "weights"
-                )
-                groups[kind].append(parameter)
+                groups[kind_of(name, parameter)].append(parameter)
+
+    # stated for nbs images; an update that sees more of them decays more
     decay = recipe.weight_decay * recipe.batch * recipe.accumulate / recipe.nbs
-    settings: list[Any] = [
-        {"params": parameters, "name": kind, "weight_decay": decay if kind == "weights" else 0.0}
-        for kind, parameters in groups.items()
-    ]
+    settings: list[dict[str, Any]] = []
+    for kind, parameters in groups.items():
+        weight_decay = decay if kind == "weights" else 0.0
+        settings.append({"params": parameters, "name": kind, "weight_decay": weight_decay})
+
     optimizer = torch.optim.SGD(settings, recipe.lr0, recipe.momentum, nesterov=True, fused=True)
-    for parameter in (p for group in groups.values() for p in group):
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    for parameters in groups.values():
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def kind_of(name: str, parameter: nn.Parameter) -> str:
+    """The group of a parameter."""
+    if name.endswith("bias"):
+        return "biases"
+    return "norms" if parameter.ndim <= 1 else "weights"
 
 
 def apply_setting(optimizer: torch.optim.SGD, setting: Setting) -> None:
@@ -122,15 +146,18 @@ def apply_setting(optimizer: torch.optim.SGD, setting: Setting) -> None:
 
 
 class EMA:
-    """Exponential moving average of a model's weights and BatchNorm statistics, kept as a model,
-    `average`.
+    """Exponential moving average of a model's weights and BatchNorm statistics, kept as a
+    model, `average`.
 
     decay * (1 - exp(-updates / tau)): young averages forget faster. Build it before taps are
-    attached."""
+    attached: a copy would take the hooks along.
+    """
 
     def __init__(self, model: nn.Module, decay: float, tau: float):
         self.average: Any = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.tau, self.updates = decay, tau, 0
+        self.decay = decay
+        self.tau = tau
+        self.updates = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average.state_dict(), "updates": self.updates}
@@ -148,33 +175,34 @@ class EMA:
         BatchNorm statistics that are not finite, the model gets those of the average back.
         """
         self.updates += 1
-        weight: float | Tensor = 1 - self.decay * (1 - math.exp(-self.updates / self.tau))
+        decay = self.decay * (1 - math.exp(-self.updates / self.tau))
+        step: float | Tensor = 1 - decay  # towards the model
         if skipped is not None:
-            weight = weight * (1 - skipped)
-            self._mend(list(model.buffers()), list(self.average.buffers()))
-        ours, theirs = self.average.state_dict(), model.state_dict()
-        floating = [name for name, value in theirs.items() if value.is_floating_point()]
-        mine = [ours[name] for name in floating]
-        difference = torch._foreach_sub([theirs[name] for name in floating], mine)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(mine, difference)
-        for name, value in theirs.items():
-            if not value.is_floating_point():
-                ours[name].copy_(value)
+            step = step * (1 - skipped)
+            mend(list(model.buffers()), list(self.average.buffers()))
 
-    @staticmethod
-    def _mend(buffers: list[Tensor], spare: list[Tensor]) -> None:
-        """Puts `spare` in the place of numbers that are not finite; for all buffers at once, and
-        without waiting.
-        """
-        pairs = [(b, s) for b, s in zip(buffers, spare, strict=True) if b.is_floating_point()]
-        if pairs:
-            flat, other = (
-                torch.cat([tensor.reshape(-1) for tensor in side])
-                for side in zip(*pairs, strict=True)
-            )
-            parts = torch.where(flat.isfinite(), flat, other).split([b.numel() for b, _ in pairs])
-            torch._foreach_copy_(
-                [b for b, _ in pairs],
-                [p.view_as(b) for p, (b, _) in zip(parts, pairs, strict=True)],
-            )
+        average = self.average.state_dict()
+        state = model.state_dict()
+        floating = [name for name, value in state.items() if value.is_floating_point()]
+        ours = [average[name] for name in floating]
+        difference = torch._foreach_sub([state[name] for name in floating], ours)
+        torch._foreach_mul_(difference, step)
+        torch._foreach_add_(ours, difference)
+        for name in state.keys() - set(floating):
+            average[name].copy_(state[name])
+
+
+def mend(buffers: list[Tensor], spare: list[Tensor]) -> None:
+    """Puts `spare` in the place of numbers that are not finite; for all buffers at once, and
+    without waiting for the device.
+    """
+    pairs = [(b, s) for b, s in zip(buffers, spare, strict=True) if b.is_floating_point()]
+    if not pairs:
+        return
+    ours = [buffer for buffer, _ in pairs]
+    flat = torch.cat([buffer.reshape(-1) for buffer in ours])
+    other = torch.cat([value.reshape(-1) for _, value in pairs])
+    mended = torch.where(flat.isfinite(), flat, other)
+    parts = mended.split([buffer.numel() for buffer in ours])
+    shaped = [part.view_as(buffer) for part, buffer in zip(parts, ours, strict=True)]
+    torch._foreach_copy_(ours, shaped)

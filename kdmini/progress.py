@@ -3,19 +3,22 @@
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from kdmini import distributed
 from kdmini.contracts import Losses, UserError
 from kdmini.signals import Stop
 
-READ_EVERY = 10  # steps between two looks at the device's numbers; in between, nothing waits for it
+# steps between two looks at the device's numbers; in between, nothing waits for it
+READ_EVERY = 10
+# updates in a row without a finite gradient before the run stops
+MAX_SKIPPED = 20
 
-
-MAX_SKIPPED = 20  # updates in a row without a finite gradient before the run stops
+SKIPPED = "skipped"  # beside the names of the losses: 1.0 where an update was left out
 
 
 @dataclass
@@ -37,14 +40,12 @@ class Progress:
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
     def next_epoch(self) -> None:
-        self.epoch, self.step, self.sums, self.counts, self.left_out, self.seconds = (
-            self.epoch + 1,
-            0,
-            {},
-            {},
-            0,
-            0.0,
-        )
+        self.epoch += 1
+        self.step = 0
+        self.sums = {}
+        self.counts = {}
+        self.left_out = 0
+        self.seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,63 +54,88 @@ class Progress:
         vars(self).update(state)
 
 
+class Waiting(NamedTuple):
+    """A number that is still on the device."""
+
+    name: str
+    value: Tensor  # scalar
+    ids: list[str]  # of the images of its batch
+
+
 class Tally:
-    """Adds the losses to `progress`. Numbers wait on the device until `read` copies them all at
-    once.
+    """Adds the losses to `progress`. Numbers wait on the device until `read` copies them all
+    at once.
     """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.waiting: list[tuple[str, Tensor, list[str]]] = []  # name, scalar, ids of the batch
-        self.broken: dict[
-            str, list[str]
-        ] = {}  # what was not finite since the last good update, ids of the last batch
-        self.since = time.perf_counter()
+        self.waiting: list[Waiting] = []
+        # what was not finite since the last good update -> ids of the last such batch
+        self.broken: dict[str, list[str]] = {}
+        self.last_read = time.perf_counter()
 
     def add(self, losses: Losses, skipped: Tensor | None, ids: list[str]) -> None:
-        """losses: name -> scalar; skipped: 1.0 where the update was left out, None where there was
-        none.
+        """losses: name -> scalar; skipped: 1.0 where the update was left out, 0.0 where it
+        was made, None where there was none.
         """
-        numbers = {**losses, SKIPPED: skipped} if skipped is not None else losses
-        self.waiting += [(name, value.detach().float(), ids) for name, value in numbers.items()]
+        numbers = dict(losses)
+        if skipped is not None:
+            numbers[SKIPPED] = skipped
+        for name, value in numbers.items():
+            self.waiting.append(Waiting(name, value.detach().float(), ids))
 
-    def read(self, scaler: torch.amp.GradScaler, stop: Stop) -> str:
-        """-> means so far, of the finite values and over the ranks, in words. Tells all ranks of a
-        stop signal.
+    def read(self, scaler: GradScaler, stop: Stop) -> str:
+        """-> means so far, of the finite values and over the ranks, in words. Tells all ranks
+        of a stop signal.
+
+        Raises UserError when MAX_SKIPPED updates in a row were left out, or when fp16 cannot
+        go on.
         """
-        progress = self.progress
-        numbers = torch.stack([value for _, value, _ in self.waiting])
+        numbers = torch.stack([waiting.value for waiting in self.waiting])
         values = (distributed.total(numbers) / distributed.world()).tolist()
         stop.agreed = distributed.largest(stop.signum, numbers.device)
-        for (name, _, ids), value in zip(self.waiting, values, strict=True):
-            if name == SKIPPED and value:
-                progress.left_out, progress.skipped = progress.left_out + 1, progress.skipped + 1
-            elif name == SKIPPED:
-                progress.skipped, self.broken = 0, {}
-            elif math.isfinite(value):
+        for waiting, value in zip(self.waiting, values, strict=True):
+            self._count(waiting, value)
+        self.waiting = []
+
+        now = time.perf_counter()
+        self.progress.seconds += now - self.last_read
+        self.last_read = now
+
+        self._refuse_to_go_on(scaler)
+        text = " ".join(f"{name} {value:.3f}" for name, value in self.progress.means().items())
+        if self.progress.left_out:
+            text += f" | skipped {self.progress.left_out}"
+        return text
+
+    def _count(self, waiting: Waiting, value: float) -> None:
+        progress = self.progress
+        name = waiting.name
+        if name != SKIPPED:
+            if math.isfinite(value):
                 progress.sums[name] = progress.sums.get(name, 0.0) + value
                 progress.counts[name] = progress.counts.get(name, 0) + 1
             else:
-                self.broken[name] = ids
-        self.waiting = []
-        now = time.perf_counter()
-        progress.seconds, self.since = progress.seconds + now - self.since, now
+                self.broken[name] = waiting.ids
+        elif value:
+            progress.left_out += 1
+            progress.skipped += 1
+        else:
+            progress.skipped = 0
+            self.broken = {}
 
-        faults = (
+    def _refuse_to_go_on(self, scaler: GradScaler) -> None:
+        faults = [
             f"{name} not finite, last on {', '.join(ids)}" for name, ids in self.broken.items()
-        )
-        what = "; ".join(faults) or "all losses finite"
-        if progress.skipped >= MAX_SKIPPED:
-            remedy = "lower train.lr0, or train.amp=false"
+        ]
+        cause = "; ".join(faults) or "all losses finite"
+        if self.progress.skipped >= MAX_SKIPPED:
             raise UserError(
-                f"{progress.skipped} updates in a row had no finite gradient ({what}): {remedy}"
+                f"{self.progress.skipped} updates in a row had no finite gradient ({cause}): "
+                "lower train.lr0, or train.amp=false"
             )
         if scaler.is_enabled() and scaler.get_scale() < 1:
             raise UserError(
-                f"the scale of the fp16 gradients fell below 1 ({what}): use train.amp=bf16 or false"
+                f"the scale of the fp16 gradients fell below 1 ({cause}): "
+                "use train.amp=bf16 or false"
             )
-        shown = " ".join(f"{name} {value:.3f}" for name, value in progress.means().items())
-        return f"{shown} | skipped {progress.left_out}" if progress.left_out else shown
-
-
-SKIPPED = "skipped"

@@ -1,5 +1,5 @@
-"""Stop signals. A signal ends the program with 128 + its number, at once, or where `delayed` says
-so, after a save.
+"""Stop signals. A signal ends the program with 128 + its number, at once, or where `delayed`
+says so, after a save.
 """
 
 import os
@@ -13,11 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """signum: the signal that asked for a stop; 0 as long as none did. agreed: once all ranks know
-    of it.
-    """
+    """Whether a signal has asked for a stop."""
 
-    signum = agreed = 0
+    def __init__(self) -> None:
+        self.signum = 0  # of this process; 0 as long as there was none
+        self.agreed = 0  # once all ranks know of it
 
 
 def leave(signum: int, frame: FrameType | None = None) -> None:
@@ -25,8 +25,8 @@ def leave(signum: int, frame: FrameType | None = None) -> None:
 
 
 def exit_on_signals() -> None:
-    """From now on a signal unwinds the stack, so that nothing half-written is left; nohup's stay
-    ignored.
+    """From now on a signal unwinds the stack, so that nothing half-written is left; nohup's
+    stay ignored.
     """
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -35,21 +35,17 @@ def exit_on_signals() -> None:
 
 @contextmanager
 def delayed(repeats: bool = False) -> Iterator[Stop]:
-    """Within it the first signal only sets `stop.signum`, and takes effect at the end; the second
-    does so at once.
+    """Within it the first signal only sets `stop.signum`, and takes effect at the end; the
+    second does so at once.
 
     repeats: the second says no more than the first, as under torchrun, which passes on what a
-    terminal sent already."""
+    terminal sent already.
+    """
     stop = Stop()
 
     def note(signum: int, frame: FrameType | None) -> None:
         if stop.signum == 0:
-            again = "" if repeats else "; once more to leave at once"
-            # not print, which could be interrupted in the middle of printing
-            os.write(
-                2,
-                f"\n{signal.Signals(signum).name}: finishing the step and saving{again}\n".encode(),
-            )
+            announce(signum, "" if repeats else "; once more to leave at once")
         elif not repeats:
             leave(signum)
         stop.signum = signum
@@ -63,5 +59,12 @@ def delayed(repeats: bool = False) -> Iterator[Stop]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    if stop.agreed or stop.signum:
-        leave(stop.agreed or stop.signum)
+    last = stop.agreed or stop.signum
+    if last:
+        leave(last)
+
+
+def announce(signum: int, more: str) -> None:
+    """Not by print, which the signal may have interrupted in the middle of printing."""
+    line = f"\n{signal.Signals(signum).name}: finishing the step and saving{more}\n"
+    os.write(2, line.encode())

@@ -1,7 +1,6 @@
-"""Weight files of networks of every task: where they are, and whether they fit."""
+"""Weight files of any network: where they are, what they hold, whether they fit."""
 
 import os
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,40 @@ from torch import Tensor, nn
 from kdmini import checkpoint
 from kdmini.contracts import UserError
 
+# what kdmini.tools.download has to offer
+PUBLIC = ("yolo11n.pt", "yolo11s.pt", "yolo11m.pt")
+
+
+def find(path: str | Path) -> Path:
+    """Where a weight file is.
+
+    A name without a folder is also looked for in ./weights and in the cache
+    (KDMINI_CACHE, else ~/.cache/kdmini). Raises UserError.
+    """
+    wanted = Path(path).expanduser()
+    if wanted.is_dir():
+        raise UserError(f"weights {str(path)!r} is a folder: name a file in it")
+
+    candidates = [wanted]
+    if wanted.name == str(wanted):
+        cache = Path(os.environ.get("KDMINI_CACHE") or "~/.cache/kdmini").expanduser()
+        candidates += [Path("weights") / wanted, cache / wanted]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+
+    looked_in = ", ".join(map(str, candidates))
+    option = f" --weights {wanted}" if str(wanted) in PUBLIC else ""
+    raise UserError(
+        f"weights {str(path)!r} are not there ({looked_in}): name a file that exists, "
+        f"or fetch the public ones with `python -m kdmini.tools.download{option}`"
+    )
+
 
 def read(path: str) -> dict[str, Any]:
-    """The content of a file, nothing of which is run: best.pt, or torchvision's, some from before
-    zip. Or UserError.
+    """The content of a best.pt or of a file of torchvision's. Nothing in it is run.
+
+    Some of torchvision's are from before torch.save wrote zips. Raises UserError.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; nothing is downloaded, name one that is here")
@@ -31,11 +60,15 @@ def read(path: str) -> dict[str, Any]:
 
 
 def trained_tensors(path: str, names: list[str], card: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a best.pt. Raises UserError unless it is this detector, with these classes."""
+    """The tensors of a best.pt.
+
+    Raises UserError unless it is of the network of this card, with these classes.
+    """
     content = read(path)
     if not {"card", "names", "model"} <= content.keys():
         raise UserError(
-            f"{path} is no best.pt of kdmini: name one, or give a file of torchvision as backbone_weights"
+            f"{path} is no best.pt of kdmini: "
+            "name one, or give a file of torchvision as backbone_weights"
         )
     if content["card"] != card:
         raise UserError(
@@ -43,45 +76,23 @@ def trained_tensors(path: str, names: list[str], card: dict[str, Any]) -> dict[s
         )
     if content["names"] != names:
         raise UserError(
-            f"{path} has the classes {content['names']}, the data {names}: name one trained on these"
+            f"{path} has the classes {content['names']}, "
+            f"the data {names}: name one trained on these"
         )
     return content["model"]
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """load_state_dict, with a UserError of one line where anything is missing, left over or of
-    another shape.
+    """load_state_dict of tensors that were read from `path`; a counter may be missing.
+
+    Raises UserError where another tensor is missing, left over or of another shape.
     """
     fresh = dict(module.state_dict())
-    counters = {
-        key: value for key, value in fresh.items() if key.endswith("num_batches_tracked")
-    }  # not in old files
-    given = counters | {
-        key: value.detach() for key, value in tensors.items() if isinstance(value, Tensor)
-    }
-    if fault := checkpoint.misfit(fresh, given):
+    counters = [key for key in fresh if key.endswith("num_batches_tracked")]
+    state = {key: fresh[key] for key in counters}
+    for key, value in tensors.items():
+        if isinstance(value, Tensor):
+            state[key] = value.detach()
+    if fault := checkpoint.misfit(fresh, state):
         raise UserError(f"{path} does not fit ({fault}); name a file of the same network")
-    module.load_state_dict(given)
-
-
-def find(path: str | Path) -> Path:
-    """Where a weight file is; a name without a folder is also looked for in ./weights and in the
-    cache (KDMINI_CACHE, else ~/.cache/kdmini). Raises UserError.
-    """
-    wanted = Path(path).expanduser()
-    if wanted.is_dir():
-        raise UserError(f"weights {str(path)!r} is a folder: name a file in it")
-    cache = Path(os.environ.get("KDMINI_CACHE") or "~/.cache/kdmini").expanduser()
-    places = (
-        [wanted, Path("weights") / wanted, cache / wanted]
-        if wanted.name == str(wanted)
-        else [wanted]
-    )
-    for place in places:
-        if place.is_file():
-            return place
-    name = f" --weights {wanted}" if re.fullmatch(r"yolo11[nsm]\.pt", str(wanted)) else ""
-    raise UserError(
-        f"weights {str(path)!r} are not there ({', '.join(map(str, places))}): name a file that exists, "
-        f"or fetch the public ones with `python -m kdmini.tools.download{name}`"
-    )
+    module.load_state_dict(state)

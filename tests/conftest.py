@@ -1,14 +1,19 @@
-"""A small generated data set and a small detector, so that a whole run takes seconds."""
+"""A small generated data set and a small detector: a whole run takes seconds."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+import train as train_script
+from examples.shapes import write_set
+from tests.commands import run
+
 ROOT = Path(__file__).resolve().parents[1]
 
 TINY = "[0.5, 0.0625, 1024]"  # a YOLO11 of 0.2 M parameters
 
+# lambda is 0 in the third epoch
 CONFIG = """
 run: {run}
 seed: 3
@@ -35,6 +40,13 @@ train: {{epochs: 4, batch: 8, nbs: 16, warmup_steps: 4, warmup_epochs: 1, ema_ta
 """
 
 
+def write_config(folder: Path, shapes: Path) -> Path:
+    """The config of a run in folder/run."""
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(run=folder / "run", shapes=shapes, tiny=TINY))
+    return path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)  # the detectors are too small for two
@@ -43,8 +55,6 @@ def _threads() -> None:
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VOC-layout folder of 24 training and 8 validation scenes of 64 pixels."""
-    from examples.shapes import write_set
-
     root = tmp_path_factory.mktemp("data") / "shapes"
     write_set(root, train=24, val=8, size=64, seed=0)
     return root
@@ -52,7 +62,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config_file(tmp_path: Path, shapes: Path) -> Path:
-    """The config of a run of four epochs in tmp_path/run; lambda is 0 in the third."""
-    path = tmp_path / "config.yaml"
-    path.write_text(CONFIG.format(run=tmp_path / "run", shapes=shapes, tiny=TINY))
-    return path
+    """The config of a run of four epochs in tmp_path/run."""
+    return write_config(tmp_path, shapes)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """A folder with a config, and in `run` all that its four epochs left."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(train_script, "--config", write_config(folder, shapes))
+    return folder

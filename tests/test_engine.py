@@ -1,26 +1,29 @@
 """The loop itself: scales, accumulation, skipping, precision, evaluation."""
 
 import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdmini.contracts import UserError
 from kdmini.device import precision
-from kdmini.engine import attention_distances, evaluate, train_one_epoch
+from kdmini.engine import Training, attention_distances, evaluate, train_one_epoch
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.progress import Progress
 from kdmini.signals import Stop
 
 CPU = torch.device("cpu")
-
-
 SCORES = torch.tensor([0.5])
 
 
 class Line(nn.Module):
-    """A detector with one weight: loss = weight * mean(images), so that every gradient is known."""
+    """A detector with one weight, and a loss whose gradient is known.
+
+    loss = weight * mean(images) * the factor of the batch.
+    """
 
     names = ("thing",)
 
@@ -28,13 +31,13 @@ class Line(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1, 1))
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.weight * images.mean()
 
-    def loss(self, preds, targets):
+    def loss(self, preds: Tensor, targets: Any) -> dict[str, Tensor]:
         return {"line": preds.sum() * targets["factor"]}
 
-    def decode(self, preds, score, iou, max_det):
+    def decode(self, preds: Tensor, score: float = 0.25) -> list[dict[str, Tensor]]:
         return [{"scores": SCORES}] * 4
 
 
@@ -46,15 +49,15 @@ class Extra(nn.Module):
         self.model = (model,)
         self.kd_scale = kd_scale
 
-    def lambdas(self, epoch):
+    def lambdas(self, epoch: int) -> dict[str, float]:
         return {"extra": 1.0}
 
-    def forward(self, images, preds, targets, epoch):
+    def forward(self, images: Tensor, preds: Any, targets: Any, epoch: int) -> dict[str, Tensor]:
         return {"extra": 10 * self.model[0].weight.sum()}
 
 
 class Nothing(Extra):
-    def forward(self, images, preds, targets, epoch):
+    def forward(self, images: Tensor, preds: Any, targets: Any, epoch: int) -> dict[str, Tensor]:
         return {}
 
 
@@ -64,140 +67,197 @@ class Batches:
     def __init__(self, *factors: float):
         self.factors = factors
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.factors)
 
-    def epoch(self, epoch, start=0):
-        numbers = range(start, len(self.factors))
-        return (
-            (torch.ones(4, 3, 2, 2), {"factor": self.factors[i], "ids": [f"batch {i}"]})
-            for i in numbers
-        )
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for number in range(start, len(self.factors)):
+            targets = {"factor": self.factors[number], "ids": [f"batch {number}"]}
+            yield torch.ones(4, 3, 2, 2), targets
+
+
+class Trained(NamedTuple):
+    """What an epoch leaves."""
+
+    weight: float
+    progress: Progress
+    ema: EMA
+
+
+# with these the weight moves by the gradient
+PLAIN: dict[str, Any] = {
+    "lr0": 1.0,
+    "momentum": 1e-12,
+    "weight_decay": 0.0,
+    "warmup_epochs": 0,
+    "clip": 1e9,
+    "nbs": 4,
+}
 
 
 def train(
     batches: Batches,
-    extra=Nothing,
+    extra: type[Extra] = Nothing,
     kd_scale: float | str = 1.0,
     amp: bool | str = False,
-    **settings,
-):
-    """One epoch with learning rate 1 and no momentum, so that the weight moves by the gradient ->
-    weight, progress.
-    """
+    **settings: Any,
+) -> Trained:
+    """One epoch from a weight of 1. settings: of the recipe, where it is not PLAIN."""
     model = Line()
-    plain = {
-        "lr0": 1.0,
-        "momentum": 1e-12,
-        "weight_decay": 0.0,
-        "warmup_epochs": 0,
-        "clip": 1e9,
-        "nbs": 4,
-    }
-    recipe = Recipe(epochs=1, batch=4, amp=amp, **{**plain, **settings})
+    recipe = Recipe(epochs=1, batch=4, amp=amp, **{**PLAIN, **settings})
     autocast, scaler = precision(amp, CPU)
-    ema, progress = EMA(model, 0.5, 1.0), Progress()
-    optimizer = make_sgd([model], recipe)
-    distillation = extra(model, kd_scale)
-    train_one_epoch(
-        model,
-        model,
-        distillation,
-        batches,
-        optimizer,
-        scaler,
-        ema,
-        recipe,
-        progress,
-        autocast,
-        Stop(),
+    training = Training(
+        loader=batches,
+        student=model,
+        distillation=extra(model, kd_scale),
+        optimizer=make_sgd([model], recipe),
+        scaler=scaler,
+        ema=EMA(model, 0.5, 1.0),
+        recipe=recipe,
+        autocast=autocast,
+        progress=Progress(),
     )
-    return model.weight.item(), progress, ema
+    train_one_epoch(training, Stop())
+    return Trained(model.weight.item(), training.progress, training.ema)
 
 
-def test_the_loss_is_multiplied_by_the_batch_size_and_the_distillation_by_kd_scale() -> None:
-    assert train(Batches(0.5))[0] == pytest.approx(1 - 4 * 0.5)
-    assert train(Batches(0.5), loss_scale="none")[0] == pytest.approx(1 - 0.5)
-    assert train(Batches(0.5), Extra)[0] == pytest.approx(1 - 4 * 0.5 - 10)
-    assert train(Batches(0.5), Extra, kd_scale=3.0)[0] == pytest.approx(1 - 4 * 0.5 - 30)
-    assert train(Batches(0.5), Extra, kd_scale="batch")[0] == pytest.approx(1 - 4 * 0.5 - 40)
+# --- scales
+
+
+@pytest.mark.parametrize(
+    ("loss_scale", "gradient"),
+    [
+        ("batch", 4 * 0.5),
+        ("none", 0.5),
+    ],
+)
+def test_the_loss_is_multiplied_by_the_batch_size(loss_scale: str, gradient: float) -> None:
+    trained = train(Batches(0.5), loss_scale=loss_scale)
+    assert trained.weight == pytest.approx(1 - gradient)
+
+
+@pytest.mark.parametrize(("kd_scale", "gradient"), [(1.0, 10), (3.0, 30), ("batch", 40)])
+def test_the_distillation_is_multiplied_by_kd_scale(kd_scale: Any, gradient: float) -> None:
+    trained = train(Batches(0.5), Extra, kd_scale)
+    assert trained.weight == pytest.approx(1 - 4 * 0.5 - gradient)
+
+
+# --- accumulation
 
 
 def test_gradients_accumulate_to_the_nominal_batch_and_an_epoch_ends_with_an_update() -> None:
-    weight, progress, ema = train(Batches(1.0, 2.0, 4.0), nbs=8)
-    assert weight == pytest.approx(1 - 4 * (1 + 2) - 4 * 4)
-    assert ema.updates == 2
-    assert train(Batches(1.0, 2.0), nbs=8, loss_scale="none")[0] == pytest.approx(1 - (1 + 2) / 2)
-    assert progress.means()["line"] == pytest.approx(
-        (1 * 1 + 2 * 1 + 4 * (1 - 12)) / 3
-    )  # the weight is 1 - 12 in the third
+    trained = train(Batches(1.0, 2.0, 4.0), nbs=8)
+    assert trained.weight == pytest.approx(1 - 4 * (1 + 2) - 4 * 4)
+    assert trained.ema.updates == 2
+
+
+def test_an_unscaled_loss_is_the_mean_over_what_is_accumulated() -> None:
+    trained = train(Batches(1.0, 2.0), nbs=8, loss_scale="none")
+    assert trained.weight == pytest.approx(1 - (1 + 2) / 2)
+
+
+def test_what_is_logged_is_the_mean_of_the_losses() -> None:
+    trained = train(Batches(1.0, 2.0, 4.0), nbs=8)
+    weight = 1 - 4 * (1 + 2)  # in the third batch
+    assert trained.progress.means()["line"] == pytest.approx((1 + 2 + 4 * weight) / 3)
+
+
+# --- gradients that are large, or not finite
 
 
 def test_the_gradient_is_clipped_by_its_norm() -> None:
-    assert train(Batches(5.0), clip=0.25)[0] == pytest.approx(1 - 0.25, abs=1e-5)
+    assert train(Batches(5.0), clip=0.25).weight == pytest.approx(1 - 0.25, abs=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_update_that_is_not_finite_is_left_out_and_counted(bad: float) -> None:
-    weight, progress, ema = train(Batches(1.0, bad, 1.0))
-    assert weight == pytest.approx(1 - 4 - 4)
-    assert progress.left_out == 1 and math.isfinite(progress.means()["line"])
-    assert torch.isfinite(ema.average.weight).all()
+    trained = train(Batches(1.0, bad, 1.0))
+    assert trained.weight == pytest.approx(1 - 4 - 4)
+    assert trained.progress.left_out == 1
+    assert math.isfinite(trained.progress.means()["line"])
+    assert torch.isfinite(trained.ema.average.weight).all()
 
 
 def test_many_such_updates_in_a_row_stop_the_run_and_name_the_loss() -> None:
+    train(Batches(*[math.nan] * 19))
     with pytest.raises(UserError, match=r"20 updates in a row.*line not finite, last on batch 19"):
         train(Batches(*[math.nan] * 20))
-    train(Batches(*[math.nan] * 19))
+
+
+# --- precision
+
+
+def product() -> Tensor:
+    return torch.ones(2, 2) @ torch.ones(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("amp", "dtype", "scaled"),
+    [
+        ("bf16", torch.bfloat16, False),
+        ("fp16", torch.float16, True),
+        (True, torch.float32, False),  # the better of the two is for CUDA
+    ],
+)
+def test_autocast_runs_in_half_precision_with_a_scaler_for_fp16_alone(
+    amp: bool | str, dtype: torch.dtype, scaled: bool
+) -> None:
+    autocast, scaler = precision(amp, CPU)
+    with autocast():
+        assert product().dtype == dtype
+    assert scaler.is_enabled() == scaled
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_autocast_runs_in_half_precision_with_a_scaler_for_fp16_alone(amp: str) -> None:
-    autocast, scaler = precision(amp, CPU)
-    with autocast():
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    assert scaler.is_enabled() == (amp == "fp16")
-    assert train(Batches(0.5, 0.25), amp=amp)[0] == pytest.approx(1 - 4 * 0.75, rel=1e-2)
+def test_an_epoch_in_half_precision_comes_near(amp: str) -> None:
+    trained = train(Batches(0.5, 0.25), amp=amp)
+    assert trained.weight == pytest.approx(1 - 4 * 0.75, rel=1e-2)
 
 
-def test_true_means_float32_on_the_cpu() -> None:
-    autocast, scaler = precision(True, CPU)
-    with autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    assert not scaler.is_enabled()
+# --- evaluation
 
 
 def test_evaluate_hands_every_batch_to_the_metric_in_native_pixels_without_gradients() -> None:
-    seen = []
+    updates = []
 
     class Metric:
-        def update(self, detections, targets):
-            seen.append((detections, targets, torch.is_grad_enabled()))
+        def update(self, predictions: Any, targets: Any) -> None:
+            updates.append((predictions, targets, torch.is_grad_enabled()))
 
-        def compute(self):
-            return {"batches": len(seen)}
+        def compute(self) -> dict[str, float]:
+            return {"batches": len(updates)}
 
-    def to_native(detections):
-        return [{"scores": 2 * found["scores"]} for found in detections]
+    def to_file(predictions: Any) -> Any:
+        return [{"scores": 2 * prediction["scores"]} for prediction in predictions]
 
     model = Line().train()
-    batches = [(torch.ones(4, 3, 2, 2), [number] * 4, to_native) for number in range(3)]
-    assert evaluate(model, batches, Metric(), precision(False, CPU)[0]) == {"batches": 3}
-    assert seen == [([{"scores": 2 * SCORES}] * 4, [number] * 4, False) for number in range(3)]
+    batches: Any = [(torch.ones(4, 3, 2, 2), [number] * 4, to_file) for number in range(3)]
+    autocast, _ = precision(False, CPU)
+    assert evaluate(model, batches, Metric(), autocast) == {"batches": 3}
+    assert updates == [([{"scores": 2 * SCORES}] * 4, [number] * 4, False) for number in range(3)]
     assert not model.training
 
 
-def test_attention_distances_are_means_over_images_of_the_first_batches() -> None:
-    class Apart(Nothing):
-        def distances(self, student, images):
-            assert not self.training and not student.training
-            return {"aligned/a": images.sum(), "raw/a": 2 * images.sum(), "raw/b": images.sum() * 0}
+class Apart(Nothing):
+    """Whose distances are sums over the images."""
 
+    def distances(self, student: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        assert not self.training
+        assert not student.training
+        total = images.sum()
+        return {"aligned/a": total, "raw/a": 2 * total, "raw/b": 0 * total}
+
+
+def test_attention_distances_are_means_over_images_of_the_first_batches() -> None:
     model = Line()
-    batches = [(torch.full((n, 1), value), [], None) for n, value in ((2, 1.0), (4, 4.0), (1, 1e9))]
-    found = attention_distances(model, Apart(model), batches, precision(False, CPU)[0], batches=2)
+    batches: Any = [  # two images of 1, four of 4, and one that does not count
+        (torch.full((2, 1), 1.0), [], None),
+        (torch.full((4, 1), 4.0), [], None),
+        (torch.full((1, 1), 1e9), [], None),
+    ]
+    autocast, _ = precision(False, CPU)
+    distances = attention_distances(model, Apart(model), batches, autocast, batches=2)
     mean = (2 * 1 + 4 * 4) / 6
-    assert found == pytest.approx(
+    assert distances == pytest.approx(
         {"distance/aligned/a": mean, "distance/raw/a": 2 * mean, "distance/raw/b": 0}
     )

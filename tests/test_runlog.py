@@ -9,19 +9,34 @@ import sys
 import pytest
 
 from kdmini.contracts import UserError
-from kdmini.runlog import RunFolder, write_whole
+from kdmini.files import write_whole
+from kdmini.runlog import RunFolder
 
 
 def refused(function, *words):
     with pytest.raises(UserError) as caught:
         function()
     message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    assert "\n" not in message
+    for word in words:
+        assert word in message
 
 
 def table(folder):
     with (folder.path / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def column(folder, name):
+    return [row[name] for row in table(folder)]
+
+
+def epochs(folder):
+    return [record["epoch"] for record in folder.records()]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.path.iterdir()}
 
 
 @pytest.fixture
@@ -31,49 +46,64 @@ def folder(tmp_path):
     return folder
 
 
+def resumed(folder):
+    """The same folder in another process, once this one has ended."""
+    folder._lockfile.close()
+    return RunFolder(folder.path, resume=True)
+
+
+# --- one run each
+
+
 def test_nothing_is_written_before_the_run_begins(tmp_path):
     folder = RunFolder(tmp_path / "runs" / "a")
-    assert folder.records() == [] and os.listdir(tmp_path) == []
+    assert folder.records() == []
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_new_run_has_its_config_and_nothing_else(folder):
     assert sorted(os.listdir(folder.path)) == ["config.yaml", "lock"]
     assert (folder.path / "config.yaml").read_text() == "run: runs/a\n"
-    assert folder.checkpoints.parent == folder.best.parent == folder.path
+    assert folder.checkpoints.parent == folder.path
+    assert folder.best.parent == folder.path
     assert folder.records() == []
 
 
 def test_a_run_is_never_overwritten(folder):
-    folder.log({"epoch": 0, "loss": 1.0})
-    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    folder.log({"epoch": 0, "loss/box": 1.0})
+    before = contents(folder)
     refused(lambda: RunFolder(folder.path), str(folder.path), "--resume", "run:")
-    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+    assert contents(folder) == before
 
 
 def test_a_resumed_run_keeps_config_and_log(folder):
-    folder.log({"epoch": 0, "loss": 1.0})
-    path = folder.path
-    folder._held.close()  # as the end of a process does
-    again = RunFolder(path, resume=True)
-    assert again.records() == [{"epoch": 0, "loss": 1.0}]
-    assert (path / "config.yaml").read_text() == "run: runs/a\n"
+    folder.log({"epoch": 0, "loss/box": 1.0})
+    assert resumed(folder).records() == [{"epoch": 0, "loss/box": 1.0}]
+    assert (folder.path / "config.yaml").read_text() == "run: runs/a\n"
 
 
 def test_a_folder_without_a_run_may_be_used(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "notes.txt").write_text("mine")
-    RunFolder(tmp_path / "a").begin("x: 1\n")
-    assert sorted(os.listdir(tmp_path / "a")) == ["config.yaml", "lock", "notes.txt"]
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+    RunFolder(path).begin("x: 1\n")
+    assert sorted(os.listdir(path)) == ["config.yaml", "lock", "notes.txt"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     refused(lambda: RunFolder(tmp_path / "file" / "run").begin("x: 1\n"), "file", "run:")
     refused(lambda: RunFolder(tmp_path / "file").begin("x: 1\n"), "file", "run:")
 
 
+# --- the log
+
+
 def test_what_is_logged_is_read_back(folder):
-    records = [{"epoch": -1, "distance/raw": 0.5}, {"epoch": 0, "loss": 0.1 + 0.2, "skipped": 2}]
+    records = [
+        {"epoch": -1, "distance/raw": 0.5},
+        {"epoch": 0, "loss/box": 0.1 + 0.2, "skipped": 2},
+    ]
     for record in records:
         folder.log(record)
     assert folder.records() == records
@@ -83,34 +113,32 @@ def test_what_is_logged_is_read_back(folder):
 
 def test_the_table_has_every_column_that_ever_occurred(folder):
     folder.log({"epoch": -1, "distance/raw": 0.5})
-    folder.log({"epoch": 0, "loss": 2.5})
-    folder.log({"epoch": 1, "loss": 1.5, "AP": 0.25, "a, comma": 1})
-    assert table(folder) == [
-        {"epoch": "-1", "distance/raw": "0.5", "loss": "", "AP": "", "a, comma": ""},
-        {"epoch": "0", "distance/raw": "", "loss": "2.5", "AP": "", "a, comma": ""},
-        {"epoch": "1", "distance/raw": "", "loss": "1.5", "AP": "0.25", "a, comma": "1"},
+    folder.log({"epoch": 0, "loss/box": 2.5})
+    folder.log({"epoch": 1, "loss/box": 1.5, "score/AP": 0.25, "a, comma": 1})
+    columns = ("epoch", "distance/raw", "loss/box", "score/AP", "a, comma")
+    rows = [
+        ("-1", "0.5", "", "", ""),
+        ("0", "", "2.5", "", ""),
+        ("1", "", "1.5", "0.25", "1"),
     ]
-    assert sorted(os.listdir(folder.path)) == [
-        "config.yaml",
-        "lock",
-        "metrics.jsonl",
-        "results.csv",
-    ]
+    assert table(folder) == [dict(zip(columns, row, strict=True)) for row in rows]
+    names = ["config.yaml", "lock", "metrics.jsonl", "results.csv"]
+    assert sorted(os.listdir(folder.path)) == names
 
 
 @pytest.mark.parametrize("cut", [1, 5, 15])
 def test_a_line_that_was_cut_off_is_passed_over(folder, cut):
     for epoch in range(3):
-        folder.log({"epoch": epoch, "loss": 0.5})
+        folder.log({"epoch": epoch, "loss/box": 0.5})
     lines = folder.path / "metrics.jsonl"
     lines.write_bytes(lines.read_bytes()[: -1 - cut])  # the end of the line and more
-    assert [record["epoch"] for record in folder.records()] == [0, 1]
-    folder._held.close()
-    again = RunFolder(folder.path, resume=True)
+    assert epochs(folder) == [0, 1]
+
+    again = resumed(folder)
     again.rewind(2)
-    again.log({"epoch": 2, "loss": 0.25})
-    assert [record["loss"] for record in again.records()] == [0.5, 0.5, 0.25]
-    assert [row["epoch"] for row in table(again)] == ["0", "1", "2"]
+    again.log({"epoch": 2, "loss/box": 0.25})
+    assert [record["loss/box"] for record in again.records()] == [0.5, 0.5, 0.25]
+    assert column(again, "epoch") == ["0", "1", "2"]
 
 
 def test_a_line_without_its_end_does_not_swallow_the_next(folder):
@@ -118,24 +146,27 @@ def test_a_line_without_its_end_does_not_swallow_the_next(folder):
     lines = folder.path / "metrics.jsonl"
     lines.write_bytes(lines.read_bytes() + b'{"epoch": 1, "lo')
     folder.log({"epoch": 2})
-    assert [record["epoch"] for record in folder.records()] == [0, 2]
+    assert epochs(folder) == [0, 2]
 
 
 def test_rewinding_forgets_the_epochs_that_come_again(folder):
     for epoch in (-1, 0, 1, 2, 3):
-        folder.log({"epoch": epoch, "loss": float(epoch)})
+        folder.log({"epoch": epoch, "loss/box": float(epoch)})
     folder.rewind(2)
-    assert [record["epoch"] for record in folder.records()] == [-1, 0, 1]
-    folder.log({"epoch": 2, "loss": 9.0})
-    assert [row["loss"] for row in table(folder)] == ["-1.0", "0.0", "1.0", "9.0"]
+    assert epochs(folder) == [-1, 0, 1]
+    folder.log({"epoch": 2, "loss/box": 9.0})
+    assert column(folder, "loss/box") == ["-1.0", "0.0", "1.0", "9.0"]
     folder.rewind(0)
-    assert [record["epoch"] for record in folder.records()] == [-1]
-    assert [row["epoch"] for row in table(folder)] == ["-1"]
+    assert epochs(folder) == [-1]
+    assert column(folder, "epoch") == ["-1"]
 
 
 def test_rewinding_without_a_log_is_fine(folder):
     folder.rewind(3)
     assert folder.records() == []
+
+
+# --- files
 
 
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -148,13 +179,22 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", blow)
         refused(lambda: write_whole(path, "new"), str(path), "No space left")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
     write_whole(path, "new")
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+BEGIN = """
+import sys
+from kdmini.runlog import RunFolder
+RunFolder(sys.argv[1]).begin("names: [caf\\u00e9]\\n")
+"""
 
 
 def test_a_config_is_written_as_utf_8_whatever_the_locale(tmp_path):
-    code = "import sys; from kdmini.runlog import RunFolder; RunFolder(sys.argv[1]).begin('names: [caf\\u00e9]\\n')"
     plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True, env=plain)
+    subprocess.run([sys.executable, "-c", BEGIN, str(tmp_path / "a")], check=True, env=plain)
     assert (tmp_path / "a" / "config.yaml").read_bytes() == "names: [café]\n".encode()

@@ -1,29 +1,37 @@
-"""Batches: which images, and how each is laid out. Every draw is a pure function of (seed, epoch,
-index).
+"""Batches: which images, and how each is laid out. Every draw is a pure function of (seed,
+epoch, index).
 
 So a batch depends neither on workers nor on where a run was interrupted.
-Legend: N images, S image size, G objects (padded).
+Legend: N images, S image size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from kdmini.contracts import Target, Targets, UserError
-from kdmini.data.render import Layout, choose, letterbox, mirror, mosaic, render, zoom
+from kdmini.contracts import Prediction, Target, UserError
+from kdmini.data.layout import Frame, Layout, letterbox, mirror, mosaic, where, zoom
+from kdmini.data.render import render
 from kdmini.data.store import Store
-from kdmini.detection.truth import Inverse, pad, render_boxes
 
 
 @dataclass(frozen=True)
 class Augment:
     """Strengths of the public recipe's augmentation; all zero renders the plain letterbox.
 
-    mosaic, fliplr: probabilities. translate: share of the image size. scale: zoom is 1 - scale to 1
-    + scale. hsv_h, hsv_s, hsv_v: factors are 1 - gain to 1 + gain. close_mosaic: last epochs
-    without mosaic."""
+    mosaic: probability of four images in one.
+    translate: largest shift, as a share of the image size.
+    scale: zoom is 1 - scale to 1 + scale.
+    fliplr: probability of a mirrored image.
+    hsv_h: the factor of the hue is 1 - gain to 1 + gain.
+    hsv_s: the same for the saturation.
+    hsv_v: the same for the value.
+    close_mosaic: last epochs without mosaic.
+    """
 
     mosaic: float = 1.0
     translate: float = 0.1
@@ -35,11 +43,38 @@ class Augment:
     close_mosaic: int = 10
 
 
-class TrainLoader:
-    """Augmented batches of one size; what is left of an epoch's order after the last full batch is
-    not used.
+class Draws(NamedTuple):
+    """What chance decides for each image of a batch, uniform in [0, 1)."""
 
-    batch: images of all ranks together; this one renders the `rank`-th of `world` equal shares.
+    partners: np.ndarray  # (N, 3) the other images of a mosaic
+    centre: np.ndarray  # (N, 2) where the tiles of a mosaic meet
+    zoom: np.ndarray  # (N,)
+    shift: np.ndarray  # (N, 2)
+    mosaic: np.ndarray  # (N,) whether there is one
+    flip: np.ndarray  # (N,)
+    colour: np.ndarray  # (N, 3)
+
+
+def draw(seed: int, epoch: int, indices: np.ndarray) -> Draws:
+    """The draws of these images in this epoch; column 0 made the order of the epoch."""
+    u = uniforms(seed, epoch, indices, 14)
+    return Draws(
+        partners=u[:, 1:4],
+        centre=u[:, 4:6],
+        zoom=u[:, 6],
+        shift=u[:, 7:9],
+        mosaic=u[:, 9],
+        flip=u[:, 10],
+        colour=u[:, 11:14],
+    )
+
+
+class TrainLoader:
+    """Augmented batches of one size; what is left of an epoch's order after the last full
+    batch is not used.
+
+    batch: images of all ranks together; this one renders the `rank`-th of `world` equal
+    shares.
     """
 
     def __init__(
@@ -53,63 +88,72 @@ class TrainLoader:
         world: int = 1,
     ):
         check_batch(batch, world)
-        self.store, self.imgsz, self.device, self.rank, self.world = (
-            store,
-            store.imgsz,
-            store.device,
-            rank,
-            world,
-        )
-        self.batch, self.epochs, self.augment, self.seed = batch, epochs, augment, seed
         if len(store) < batch:
             raise UserError(f"train.batch: {batch} is more than the {len(store)} training images")
+        self.store = store
+        self.truth = store.truth(store)
+        self.imgsz = store.imgsz
+        self.device = store.device
+        self.batch = batch
+        self.epochs = epochs
+        self.augment = augment
+        self.seed = seed
+        self.rank = rank
+        self.world = world
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return len(self.store) // self.batch
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Targets]]:
-        """Batches of an epoch from number `start` on: images (N, 3, S, S) RGB 0..1 and targets, on
-        the device.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Batches of an epoch from number `start` on: images (N, 3, S, S) RGB 0..1 and
+        targets, on the device.
         """
-        order = uniforms(self.seed, epoch, np.arange(len(self.store)), 1)[:, 0].argsort(
-            kind="stable"
-        )
+        everyone = np.arange(len(self.store))
+        order = uniforms(self.seed, epoch, everyone, 1)[:, 0].argsort(kind="stable")
         share = self.batch // self.world
         for number in range(start, len(self)):
             first = number * self.batch + self.rank * share
             indices = order[first : first + share]
-            layout = self.draw(epoch, indices)
+            layout = self.layout(epoch, indices)
             images = render(self.store, layout, self.imgsz).to(self.device, non_blocking=True)
-            ids = [self.store.targets[i]["id"] for i in indices]
-            yield images, pad(render_boxes(self.store, layout, self.imgsz), ids, self.device)
+            targets = self.truth.rendered(layout)
+            targets["ids"] = [self.store.targets[i]["id"] for i in indices]
+            yield images, targets
 
-    def draw(self, epoch: int, indices: np.ndarray) -> Layout:
+    def layout(self, epoch: int, indices: np.ndarray) -> Layout:
         """The layout of each image in this epoch; indices (N,)."""
-        aug, size = self.augment, self.imgsz
-        u = uniforms(self.seed, epoch, indices, 14)  # (N, 14); number 0 made the order
-        partners = (u[:, 1:4] * len(self.store)).astype(np.int64)
-        centre = (0.5 + u[:, 4:6]) * size
-        factor = 1 + aug.scale * (2 * u[:, 6] - 1)
-        to = (0.5 + aug.translate * (2 * u[:, 7:9] - 1)) * size
-        probability = aug.mosaic if epoch < self.epochs - aug.close_mosaic else 0.0
-        four = zoom(
-            mosaic(self.store, np.column_stack([indices, partners]), size, centre), factor, size, to
-        )
+        augment = self.augment
+        size = self.imgsz
+        draws = draw(self.seed, epoch, indices)
+        factor = 1 + augment.scale * (2 * draws.zoom - 1)
+        to = (0.5 + augment.translate * (2 * draws.shift - 1)) * size
+
+        partners = (draws.partners * len(self.store)).astype(np.int64)
+        four_images = np.column_stack([indices, partners])
+        four = mosaic(self.store, four_images, size, (0.5 + draws.centre) * size)
+        four = zoom(four, factor, size, to)
         one = zoom(letterbox(self.store, indices, size), factor, size / 2, to)
-        layout = mirror(choose(u[:, 9] < probability, four, one), u[:, 10] < aug.fliplr, size)
-        gains = np.array([aug.hsv_h, aug.hsv_s, aug.hsv_v])
-        return replace(layout, colour=1 + gains * (2 * u[:, 11:14] - 1)) if gains.any() else layout
+        closed = epoch >= self.epochs - augment.close_mosaic
+        layout = where(draws.mosaic < (0.0 if closed else augment.mosaic), four, one)
+
+        layout = mirror(layout, draws.flip < augment.fliplr, size)
+        gains = np.array([augment.hsv_h, augment.hsv_s, augment.hsv_v])
+        if not gains.any():
+            return layout
+        return replace(layout, colour=1 + gains * (2 * draws.colour - 1))
 
 
 class ValLoader:
-    """Letterboxed images in order, each once; of `world` ranks, this has batch `rank`, `rank +
-    world`, ...
+    """Letterboxed images in order, each once; of `world` ranks, this has batch `rank`,
+    `rank + world`, ...
     """
 
     def __init__(self, store: Store, batch: int, rank: int = 0, world: int = 1):
         check_batch(batch, world)
-        self.store, self.imgsz, self.device = store, store.imgsz, store.device
+        self.store = store
+        self.imgsz = store.imgsz
+        self.device = store.device
         self.batch = batch // world
         self.starts = range(rank * self.batch, len(store), batch)
 
@@ -117,18 +161,28 @@ class ValLoader:
         """Batches of this rank."""
         return len(self.starts)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[Target], "Inverse"]]:
-        """-> images (N, 3, S, S) RGB 0..1, targets in pixels of the files, and the way back to
-        those pixels.
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[Tensor, list[Target], Callable[[list[Prediction]], list[Prediction]]]]:
+        """-> images (N, 3, S, S) RGB 0..1, targets in pixels of the files, and the way back
+        to those pixels.
         """
         for start in self.starts:
             indices = np.arange(start, min(start + self.batch, len(self.store)))
             layout = letterbox(self.store, indices, self.imgsz)
-            native = self.store.native[indices][:, ::-1]  # (N, 2) W, H
-            scale = native / self.store.sizes[indices][:, ::-1] / layout.a[:, 0]
-            inverse = Inverse(scale, layout.b[:, 0], native)
             images = render(self.store, layout, self.imgsz).to(self.device, non_blocking=True)
-            yield images, [self.store.targets[i] for i in indices], inverse
+            targets = [self.store.targets[i] for i in indices]
+            frames = frames_of(self.store, indices, layout)
+            yield images, targets, partial(self.store.truth.to_file, frames=frames)
+
+
+def frames_of(store: Store, indices: np.ndarray, letterboxed: Layout) -> list[Frame]:
+    """How each letterboxed image lies over its file."""
+    native = store.native[indices][:, ::-1]  # (N, 2) W, H
+    stored = store.sizes[indices][:, ::-1]
+    scale = native / stored / letterboxed.a[:, 0]
+    corner = letterboxed.b[:, 0]
+    return [Frame(*numbers) for numbers in zip(scale, corner, native, strict=True)]
 
 
 def check_size(imgsz: int, name: str = "data.imgsz") -> None:
@@ -147,16 +201,19 @@ def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarr
     """(M,) indices -> (M, count) numbers in [0, 1), a pure function of (seed, epoch, index,
     column).
 
-    A counter hashed by SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators",
-    2014)."""
-
-    def mix(x: np.ndarray) -> np.ndarray:
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
+    A counter hashed by SplitMix64 (Steele et al., "Fast splittable pseudorandom number
+    generators", 2014).
+    """
     with np.errstate(over="ignore"):  # wrapping is the point
-        key = mix(mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
-        key = mix(key + np.asarray(indices, np.uint64))[:, None]
-        return (mix(key + np.arange(count, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
+        key = splitmix64(np.array([seed % 2**64], np.uint64))
+        key = splitmix64(key + np.uint64(epoch))
+        key = splitmix64(key + np.asarray(indices, np.uint64))[:, None]
+        bits = splitmix64(key + np.arange(count, dtype=np.uint64))
+        return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,9 +1,8 @@
-"""Decoded images, once: every picture of a dataset in one flat buffer of packed pixels.
+"""Decoded images, once: every picture of a data set in one flat buffer of packed pixels.
 
-A pixel is an int32 that holds the bytes R, G, B, 0 (lowest first), so that one gather fetches a
-whole pixel.
-Offsets into the buffer are int64: VOC2012 alone has 3.2e9 pixels.
-Legend: M images of the store, B objects in them.
+A pixel is an int32 that holds the bytes R, G, B, 0 (lowest first), so that one gather
+fetches a whole pixel. Offsets into the buffer are int64: VOC2012 alone has 3.2e9 pixels.
+Legend: M images of the store.
 """
 
 import os
@@ -11,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,6 +25,8 @@ from kdmini.data.pictures import pack, shrink
 Storage = Literal["auto", "resident", "mapped"]
 OnBad = Literal["stop", "skip"]
 
+PORTION = 256  # images decoded ahead of a slow disk: bounds what waits in memory
+
 
 class Picture(NamedTuple):
     """One decoded image, its long side at most the image size."""
@@ -38,20 +38,24 @@ class Picture(NamedTuple):
 
 
 class Store:
-    """All images of a dataset, decoded by threads when it is built.
+    """All images of a data set, decoded by threads when it is built.
 
-    imgsz: longest side; larger images are reduced to it. device: where batches go.
-    storage: `resident` keeps the pixels on `device`; `mapped` in a scratch file (in KDMINI_CACHE,
-    else
-        ~/.cache/kdmini; it vanishes with the process, so it can neither be stale nor be left
-        behind); `auto` is resident when they fill less than half of the device's free memory.
+    imgsz: longest side; larger images are reduced to it.
+    device: where batches go.
+    workers: threads that decode.
+    storage: `resident` keeps the pixels on `device`; `mapped` in a scratch file (in
+        KDMINI_CACHE, else ~/.cache/kdmini; it vanishes with the process, so it can neither be
+        stale nor be left behind); `auto` is resident when they fill less than half of the
+        device's free memory.
     limit: keep a fixed random subset of that many images.
-    compiled: batches are rendered from it by torch.compile, which takes seconds once for each size
-    of a batch.
-    on_bad: an image that cannot be decoded is reported when all have been tried: an error, or it is
-    left out."""
+    on_bad: an image that cannot be decoded is reported when all have been tried: `stop` makes
+        it an error, `skip` leaves it out.
+    name: of the set, in messages.
+    compiled: batches are rendered from it by torch.compile, which takes seconds once for each
+        size of a batch.
+    """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the keys of the `data` section
         self,
         dataset: Dataset,
         imgsz: int,
@@ -63,60 +67,46 @@ class Store:
         name: str = "images",
         compiled: bool = False,
     ):
-        self.imgsz, self.device, self.compiled = imgsz, torch.device(device), compiled
+        self.imgsz = imgsz
+        self.device = torch.device(device)
+        self.compiled = compiled
+        self.truth = dataset.truth
+        self.names = list(dataset.names)
+
         indices = subset(len(dataset), limit)
         if not indices:
             raise UserError(f"{name}: the dataset has no images")
         pictures = decode_all(dataset, indices, imgsz, workers, on_bad, name)
         first = next(pictures)
         if storage == "auto":
-            storage = (
-                "resident"
-                if first.pixels.nbytes * len(indices) < free_bytes(self.device) / 2
-                else "mapped"
-            )
+            expected = first.pixels.nbytes * len(indices)
+            fits = expected < free_bytes(self.device) / 2
+            storage = "resident" if fits else "mapped"
 
-        about: list[Picture] = []
+        decoded: list[Picture] = []  # without their pixels
 
         def pixels() -> Iterator[np.ndarray]:
             for picture in chain([first], pictures):
-                about.append(picture._replace(pixels=np.empty(0, np.int32)))
+                decoded.append(picture._replace(pixels=np.empty(0, np.int32)))
                 yield picture.pixels
 
-        self.pixels = (
-            resident(list(pixels()), self.device) if storage == "resident" else mapped(pixels())
-        )
-        self.sizes = np.array([p.size for p in about])  # (M, 2) H, W
-        self.native = np.array([p.native for p in about])  # (M, 2) H, W
-        self.offsets = np.concatenate(
-            [[0], np.cumsum(self.sizes.prod(1, dtype=np.int64))[:-1]]
-        )  # (M,)
-        self.targets = [p.target for p in about]
-        self.names = list(dataset.names)
-        if report := getattr(dataset, "report", str)():
-            print(f"{name}: {report}")
+        if storage == "resident":
+            self.pixels = resident(list(pixels()), self.device)
+        else:
+            self.pixels = mapped(pixels())
+        self.sizes = np.array([picture.size for picture in decoded])  # (M, 2) H, W
+        self.native = np.array([picture.native for picture in decoded])  # (M, 2) H, W
+        counts = self.sizes.prod(1, dtype=np.int64)
+        self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]])  # (M,)
+        self.targets = [picture.target for picture in decoded]
+
+        report = getattr(dataset, "report", None)
+        line = report() if report else ""
+        if line:
+            print(f"{name}: {line}")
 
     def __len__(self) -> int:
         return len(self.targets)
-
-    @cached_property
-    def objects(self) -> "Objects":
-        easy = [~target["difficult"] for target in self.targets]
-        scale = (self.sizes / self.native)[:, [1, 0, 1, 0]]  # (M, 4)
-        boxes = [t["boxes_xyxy"][e] * s for t, e, s in zip(self.targets, easy, scale, strict=True)]
-        labels = [t["labels"][e] for t, e in zip(self.targets, easy, strict=True)]
-        first = np.cumsum([0, *map(len, labels)])
-        return Objects(np.concatenate(boxes).reshape(-1, 2, 2), np.concatenate(labels), first)
-
-
-class Objects(NamedTuple):
-    """The objects to train on, of all images in a row; image m has those from first[m] to first[m +
-    1].
-    """
-
-    corners: np.ndarray  # (B, corner, xy) stored pixels
-    labels: np.ndarray  # (B,)
-    first: np.ndarray  # (M + 1,)
 
 
 def subset(length: int, limit: int | None) -> list[int]:
@@ -127,18 +117,18 @@ def subset(length: int, limit: int | None) -> list[int]:
         )
     if limit is None or limit >= length:
         return list(range(length))
-    return sorted(np.random.default_rng(0).choice(length, limit, replace=False).tolist())
+    chosen = np.random.default_rng(0).choice(length, limit, replace=False)
+    return sorted(chosen.tolist())
 
 
 def decode_all(
     dataset: Dataset, indices: Sequence[int], imgsz: int, workers: int, on_bad: OnBad, name: str
 ) -> Iterator[Picture]:
-    """Pictures in order, decoded by threads (Pillow lets go of the interpreter's lock), with a
-    progress bar.
+    """Pictures in order, decoded by threads (Pillow lets go of the interpreter's lock), with
+    a progress bar.
 
     Raises UserError after the last one for all that cannot be decoded, or leaves them out.
     """
-    problems: list[str] = []
 
     def picture(index: int) -> Picture | UserError:
         try:
@@ -148,46 +138,48 @@ def decode_all(
         reduced = shrink(image, imgsz)
         return Picture(pack(reduced), reduced.shape[:2], image.shape[:2], target)
 
+    problems: list[str] = []
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        # portions bound what waits in memory for a slow disk
-        portions = (
-            pool.map(picture, indices[start : start + 256]) for start in range(0, len(indices), 256)
-        )
-        for result in tqdm(
-            chain.from_iterable(portions), f"decode {name}", len(indices), unit="img", disable=None
-        ):
+        starts = range(0, len(indices), PORTION)
+        portions = (pool.map(picture, indices[start : start + PORTION]) for start in starts)
+        results = chain.from_iterable(portions)
+        bar = tqdm(results, f"decode {name}", len(indices), unit="img", disable=None)
+        for result in bar:
             if isinstance(result, Picture):
                 yield result
             else:
                 problems.append(str(result))
-    tell(problems, len(indices), on_bad, name)
+    report_bad(problems, len(indices), on_bad, name)
 
 
-def tell(problems: list[str], total: int, on_bad: OnBad, name: str) -> None:
-    """Prints the problem of every bad image on a line of its own, and raises one UserError for all
-    of them, unless they are to be skipped and others are left.
+def report_bad(problems: list[str], total: int, on_bad: OnBad, name: str) -> None:
+    """Prints the problem of every bad image on a line of its own, and raises one UserError
+    for all of them, unless they are to be skipped and others are left.
     """
-    count = f"{name}: {len(problems):,} of {total:,} images are bad"
+    if not problems:
+        return
     for problem in problems:
         print(problem, file=sys.stderr)
-    if problems and (on_bad != "skip" or len(problems) == total):
+    count = f"{name}: {len(problems):,} of {total:,} images are bad"
+    if on_bad != "skip" or len(problems) == total:
         raise UserError(
-            f"{count}, as {problems[0]}. Repair or remove them, or leave them out with data.on_bad=skip"
+            f"{count}, as {problems[0]}. Repair or remove them, or leave them out with "
+            "data.on_bad=skip"
         )
-    if problems:
-        print(f"{count} and left out", file=sys.stderr)
+    print(f"{count} and left out", file=sys.stderr)
 
 
 def resident(parts: list[np.ndarray], device: torch.device) -> Tensor:
-    """Joins the parts in one buffer on the device, and empties the list meanwhile: memory holds
-    them once.
+    """Joins the parts in one buffer on the device, and empties the list meanwhile: memory
+    holds them once.
     """
-    at = sum(len(part) for part in parts)
-    buffer = torch.empty(at, dtype=torch.int32, device=device)
+    end = sum(len(part) for part in parts)
+    buffer = torch.empty(end, dtype=torch.int32, device=device)
     while parts:
         part = parts.pop()
-        buffer[at - len(part) : at] = torch.from_numpy(part)
-        at -= len(part)
+        start = end - len(part)
+        buffer[start:end] = torch.from_numpy(part)
+        end = start
     return buffer
 
 

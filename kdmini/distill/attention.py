@@ -16,33 +16,40 @@ EPS = 1e-8
 
 
 def attention_map(feat: Tensor, p: float = 2.0) -> Tensor:
-    """A(F) = sum_c |F_c|^p / (||sum_c |F_c|^p||_2 + eps): (N, C, H, W) -> (N, H, W) of unit norm.
+    """att(F) = sum_c |F_c|^p / (||sum_c |F_c|^p||_2 + eps), of norm 1: where F fires.
+
+    (N, C, H, W) -> (N, H, W).
 
     In float32 at least: eps is 0 in float16, and the sum over 512 channels overflows it at
-    activations of 12."""
+    activations of 12.
+    """
     feat = feat.to(torch.promote_types(feat.dtype, torch.float32))
-    energy = (feat.square() if p == 2 else feat.abs().pow(p)).sum(1)  # (N, H, W)
+    powers = feat.square() if p == 2 else feat.abs().pow(p)
+    energy = powers.sum(1)  # (N, H, W)
     # vector_norm has gradient 0 at 0; a hand-written square root would give NaN there
-    return energy / (torch.linalg.vector_norm(energy, dim=(1, 2), keepdim=True) + EPS)
+    norm = torch.linalg.vector_norm(energy, dim=(1, 2), keepdim=True)
+    return energy / (norm + EPS)
 
 
 def map_distance(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
-    """L2 distance of the two attention maps, image by image: (N, C, H, W), (N, C', H, W) -> (N,),
-    in 0..sqrt(2).
+    """L2 distance of the two attention maps, image by image.
+
+    (N, C, H, W), (N, C', H, W) -> (N,), in 0..sqrt(2).
     """
-    return torch.linalg.vector_norm(
-        attention_map(student, p) - attention_map(teacher, p), dim=(1, 2)
-    )
+    difference = attention_map(student, p) - attention_map(teacher, p)  # (N, H, W)
+    return torch.linalg.vector_norm(difference, dim=(1, 2))
 
 
 class AttentionTransfer(nn.Module):
     """Sum over the taps of the distance between the attention maps of student and teacher.
 
-    reduction, with D_n the difference of the two maps of image n:
-        notes        sqrt(sum_n ||D_n||^2) / N: falls as 1 / sqrt(N), so the weight belongs to a batch size; the batch
-                     is that of all ranks
-        sample       mean_n ||D_n||: the same at every batch size
-        mean_square  mean of D^2 over images and cells: the code of the paper's authors
+    reduction: with D_n the difference of the two maps of image n,
+        `notes` is sqrt(sum_n ||D_n||^2) / N: it falls as 1 / sqrt(N), so the weight belongs
+            to a batch size; the batch is that of all ranks;
+        `sample` is mean_n ||D_n||: the same at every batch size;
+        `mean_square` is the mean of D^2 over images and cells: the code of the paper's
+            authors.
+    p: power of the activations in the attention map.
     """
 
     uses = frozenset({"feats"})
@@ -55,9 +62,8 @@ class AttentionTransfer(nn.Module):
         self.p = p
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
-        return torch.stack(
-            [self.distance(student.feats[tap], teacher.feats[tap]) for tap in teacher.feats]
-        ).sum()
+        distances = [self.distance(student.feats[tap], teacher.feats[tap]) for tap in teacher.feats]
+        return torch.stack(distances).sum()
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(N, C, H, W), (N, C', H, W) -> scalar."""
@@ -68,6 +74,7 @@ class AttentionTransfer(nn.Module):
             return difference.square().mean()
         if distributed.world() == 1:
             return torch.linalg.vector_norm(difference) / len(difference)
+        n = len(difference) * distributed.world()
         square = distributed.total(difference.square().sum())
-        # the eps is far below any sum that is not 0, where the gradient of a bare root would be NaN
-        return (square + EPS**2).sqrt() / (len(difference) * distributed.world())
+        # this eps is far below any sum that is not 0; at 0 a bare root has a gradient of NaN
+        return (square + EPS**2).sqrt() / n

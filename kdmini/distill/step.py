@@ -1,5 +1,7 @@
-"""Distillation of one training step: run the frozen teacher, align the student's taps, weigh the
-terms.
+"""Distillation of one training step: run the frozen teacher, align the student's taps, weigh
+the terms.
+
+Legend: N images, S image size, C channels, H W cells.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,22 +20,37 @@ ALWAYS = ((0.0, 1.0, float("inf"), 1.0),)
 
 
 class Weighted(NamedTuple):
-    """A term with its place in the sum: weight * lambda(epoch) * term."""
+    """A term with its place in the sum: weight * lambda(epoch) * term.
+
+    weight: of the term.
+    schedule: segments of lambda, [start epoch, value, end epoch, value] each; 1 throughout
+        where there are none.
+    """
 
     term: Term
     weight: float
-    schedule: Sequence[Sequence[float]] = ALWAYS  # segments of lambda: see distill/schedule.py
+    schedule: Sequence[Sequence[float]] = ALWAYS
+
+
+class Teacher(NamedTuple):
+    """The frozen network. A tuple hides it from nn.Module: it is no submodule of what holds
+    it, so that nothing saves it, optimises it or sets it to train().
+    """
+
+    run: Callable[[Tensor], Any]  # the whole network, or as much of it as has taps in it
+    taps: Taps
 
 
 class Distillation(nn.Module):
-    """-> {name: weight * lambda * term} for the active terms; {} where every lambda is 0, and the
-    teacher then rests.
+    """-> {name: weight * lambda * term} for the active terms; {} where every lambda is 0, and
+    the teacher then rests.
 
     Its parameters and its state_dict are those of the align modules and the terms, never the
     teacher's.
     taps: {name of a submodule of the student: name of the teacher's}.
-    kd_scale: what the loop multiplies the sum of the terms by: a number, or "batch" for the batch
-    size."""
+    kd_scale: what the loop multiplies the sum of the terms by: a number, or "batch" for the
+        batch size.
+    """
 
     def __init__(
         self,
@@ -46,56 +63,60 @@ class Distillation(nn.Module):
         kd_scale: float | Literal["batch"] = 1.0,
     ):
         super().__init__()
-        self.terms = nn.ModuleDict({name: entry.term for name, entry in terms.items()})  # type: ignore[misc]
+        modules: dict[str, Any] = {name: entry.term for name, entry in terms.items()}
+        self.terms = nn.ModuleDict(modules)
         self.weights = {name: entry.weight for name, entry in terms.items()}
         self.schedules = {name: entry.schedule for name, entry in terms.items()}
-        for entry in terms.values():
-            check_segments(entry.schedule)
+        for schedule in self.schedules.values():
+            check_segments(schedule)
         self.align = Align(shapes, align)
         self.kd_scale = kd_scale
         self.taps = dict(taps)
         self.student_taps = Taps(student, list(taps))
         self.needs_preds = any("preds" in entry.term.uses for entry in terms.values())
-        self.run_terms: Callable[..., Losses] = self.values
-        # in a tuple, so that the teacher is no submodule: not saved, not optimised, not set to
-        # train()
-        self.teacher: tuple[Callable, Taps] | None = None
-        if teacher is not None:
-            run = teacher if self.needs_preds else getattr(teacher, "features", teacher)
-            freeze(teacher)
-            self.teacher = run, Taps(teacher, list(taps.values()))
-        if self.needs_preds and teacher is not None and teacher.names != student.names:  # type: ignore[union-attr]
+        self.run_terms: Callable[..., Losses] = self.losses
+        self.teacher = self.prepared(teacher) if teacher is not None else None
+        if self.needs_preds and teacher is not None and teacher.names != student.names:
             raise UserError(
-                "a term that reads preds needs a teacher with the student's classes, in the same order"
+                "a term that reads preds needs a teacher with the student's classes, "
+                "in the same order"
             )
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the teacher, and align modules and terms together; after the taps, before the
-        first step.
+    def prepared(self, teacher: nn.Module) -> Teacher:
+        """The teacher, frozen and tapped; without its head where no term reads it."""
+        run = teacher if self.needs_preds else getattr(teacher, "features", teacher)
+        freeze(teacher)
+        return Teacher(run, Taps(teacher, list(self.taps.values())))
 
-        Arguments are those of torch.compile.
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the teacher, and align modules and terms together; after the taps, before
+        the first step. Arguments are those of torch.compile.
         """
         if self.teacher is not None:
-            run, hooks = self.teacher
-            self.teacher = torch.compile(run, *args, **kwargs), hooks
-        self.run_terms = torch.compile(self.values, *args, **kwargs)
+            compiled = torch.compile(self.teacher.run, *args, **kwargs)
+            self.teacher = Teacher(compiled, self.teacher.taps)
+        self.run_terms = torch.compile(self.losses, *args, **kwargs)
 
     def lambdas(self, epoch: int) -> dict[str, float]:
         return {
             name: piecewise_linear(schedule, epoch) for name, schedule in self.schedules.items()
         }
 
+    def factors(self, epoch: int) -> dict[str, float]:
+        """Term -> weight * lambda."""
+        return {name: self.weights[name] * value for name, value in self.lambdas(epoch).items()}
+
     def forward(self, images: Tensor, preds: Any, targets: Targets, epoch: int) -> Losses:
         """Call after the student's forward pass on the same images, (N, 3, S, S)."""
         feats = self.student_taps.take()
-        factors = {name: self.weights[name] * value for name, value in self.lambdas(epoch).items()}
-        if not any(factors.values()):
+        active = {name: factor for name, factor in self.factors(epoch).items() if factor}
+        if not active:
             return {}
-        names = tuple(name for name, factor in factors.items() if factor)
-        values = self.run_terms(names, feats, self.look(images), preds, images, targets)
-        return {name: factors[name] * value for name, value in values.items()}
+        teacher = self.teacher_view(images)
+        losses = self.run_terms(tuple(active), feats, teacher, preds, images, targets)
+        return {name: active[name] * loss for name, loss in losses.items()}
 
-    def values(
+    def losses(
         self,
         names: tuple[str, ...],
         feats: Feats,
@@ -104,49 +125,49 @@ class Distillation(nn.Module):
         images: Tensor,
         targets: Targets,
     ) -> Losses:
-        """The named terms, not yet weighted; feats as tapped. In one function, so that it can be
-        compiled whole.
+        """The named terms, not yet weighted; feats as tapped. In one function, so that it can
+        be compiled whole.
         """
-        student = View(self.align(feats) if teacher else feats, preds, images)
+        aligned = self.align(feats) if teacher else feats
+        student = View(aligned, preds, images)
         return {name: self.terms[name](student, teacher, targets) for name in names}
 
     @torch.no_grad()
-    def look(self, images: Tensor) -> View | None:
-        """The teacher's view of the images, under the student's tap names; without its head where
-        no term reads it.
-        """
+    def teacher_view(self, images: Tensor) -> View | None:
+        """The teacher's view of the images, under the student's tap names."""
         if self.teacher is None:
             return None
-        run, hooks = self.teacher
-        preds = run(images)
-        feats = hooks.take()
-        return View({tap: feats[name] for tap, name in self.taps.items()}, preds, images)
+        preds = self.teacher.run(images)
+        feats = self.teacher.taps.take()
+        named = {tap: feats[name] for tap, name in self.taps.items()}
+        return View(named, preds, images)
 
     @torch.no_grad()
     def distances(self, student: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Unweighted L2 distances of the attention maps, summed over images: {"aligned/TAP",
-        "raw/TAP": scalar},
-        and over the taps: {"aligned", "raw": scalar}.
+        "raw/TAP": scalar}, and over the taps: {"aligned", "raw": scalar}.
 
-        Both with the align modules and without: a trained align module can take up the loss in the
-        student's place."""
-        student.forward(images)  # not compiled once more, for evaluation, to look at a few batches
-        feats, teacher = self.student_taps.take(), self.look(images)
+        Both with the align modules and without: a trained align module can take up the loss
+        in the student's place.
+        """
+        student.forward(images)  # not compiled once more to look at a few batches
+        feats = self.student_taps.take()
+        teacher = self.teacher_view(images)
         if teacher is None or not self.taps:
             return {}
-        views = {"aligned": self.align(feats), "raw": feats}
-        found: dict[str, Tensor] = {}
-        for kind, view in views.items():
-            each = {
-                f"{kind}/{tap}": map_distance(view[tap], teacher.feats[tap]).sum()
+        distances: dict[str, Tensor] = {}
+        for kind, ours in {"aligned": self.align(feats), "raw": feats}.items():
+            by_tap = {
+                f"{kind}/{tap}": map_distance(ours[tap], teacher.feats[tap]).sum()
                 for tap in self.taps
             }
-            found |= {kind: torch.stack([*each.values()]).sum(), **each}
-        return found
+            distances[kind] = torch.stack([*by_tap.values()]).sum()
+            distances |= by_tap
+        return distances
 
 
 def freeze(teacher: nn.Module) -> nn.Module:
-    """In place: evaluation mode, no gradients, BatchNorm folded where the detector knows how."""
+    """In place: evaluation mode, no gradients, BatchNorm folded where the model knows how."""
     teacher.eval().requires_grad_(False)
     fold: Callable | None = getattr(teacher, "fold", None)
     if fold:
@@ -154,7 +175,6 @@ def freeze(teacher: nn.Module) -> nn.Module:
     return teacher.eval().requires_grad_(False)  # again, for the modules that folding made
 
 
-@torch.no_grad()
 def tap_shapes(
     student: nn.Module, teacher: nn.Module, taps: Mapping[str, str], imgsz: int
 ) -> Shapes:
@@ -162,24 +182,29 @@ def tap_shapes(
 
     Raises UserError where the two maps of a tap differ in height or width.
     """
-
-    def look(model: nn.Module, names: Sequence[str]) -> Feats:
-        device = next(model.parameters()).device
-        training = model.training
-        hooks = Taps(model, names)
-        model.eval()(torch.zeros(1, 3, imgsz, imgsz, device=device))
-        model.train(training)
-        hooks.remove()
-        return hooks.take()
-
-    ours, theirs = look(student, list(taps)), look(teacher, list(taps.values()))
+    ours = feats_of_nothing(student, list(taps), imgsz)
+    theirs = feats_of_nothing(teacher, list(taps.values()), imgsz)
     shapes: dict[str, tuple[int, int, int, int]] = {}
     for tap, name in taps.items():
-        (_, cs, height, width), (_, ct, *teacher_size) = ours[tap].shape, theirs[name].shape
+        _, student_channels, height, width = ours[tap].shape
+        _, teacher_channels, *teacher_size = theirs[name].shape
         if [height, width] != teacher_size:
+            size = "x".join(map(str, teacher_size))
             raise UserError(
                 f"distill.taps: {tap} is {height}x{width} in the student, {name} is "
-                f"{'x'.join(map(str, teacher_size))} in the teacher; pair taps of equal size"
+                f"{size} in the teacher; pair taps of equal size"
             )
-        shapes[tap] = (cs, ct, height, width)
+        shapes[tap] = (student_channels, teacher_channels, height, width)
     return shapes
+
+
+@torch.no_grad()
+def feats_of_nothing(model: nn.Module, taps: Sequence[str], imgsz: int) -> Feats:
+    """The taps of one empty image; leaves the model as it was."""
+    device = next(model.parameters()).device
+    training = model.training
+    hooks = Taps(model, taps)
+    model.eval()(torch.zeros(1, 3, imgsz, imgsz, device=device))
+    model.train(training)
+    hooks.remove()
+    return hooks.take()

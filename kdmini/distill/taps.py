@@ -1,7 +1,7 @@
-"""Forward-hook taps: the outputs of named submodules, without touching the detector."""
+"""Forward-hook taps: the outputs of named submodules, without touching the model."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -11,16 +11,14 @@ from kdmini.contracts import Feats, UserError
 class Taps:
     """Keeps the output of each named submodule during a forward pass.
 
-    Attach after every deep copy (a copy takes the hooks with it) and before compilation (a compiled
-    model ignores hooks that come later, in silence). Raises UserError for a name that does not
-    exist."""
+    Attach after every deep copy (a copy takes the hooks with it) and before compilation (a
+    compiled model ignores hooks that come later, in silence). Raises UserError for a name
+    that does not exist.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         modules = dict(model.named_modules())
-        if any(
-            getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod")
-            for m in modules.values()
-        ):
+        if any(is_compiled(module) for module in modules.values()):
             raise RuntimeError(
                 "taps must be attached before the model is compiled: hooks set later never fire"
             )
@@ -30,32 +28,39 @@ class Taps:
             if name not in modules or not name:
                 near = difflib.get_close_matches(name, modules, n=3)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
-                raise UserError(
-                    f"distill.taps: {type(model).__name__} has no submodule {name!r}{hint}"
-                )
+                model_name = type(model).__name__
+                raise UserError(f"distill.taps: {model_name} has no submodule {name!r}{hint}")
         self._handles = [
             modules[name].register_forward_hook(self._keeper(name)) for name in self.names
         ]
 
-    def _keeper(self, name: str):
+    def _keeper(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(module: nn.Module, args: object, output: Tensor) -> None:
             self._feats[name] = output
 
         return keep
 
     def take(self) -> Feats:
-        """-> {name: (N, C, H, W)} of the last forward pass, and forgets it. UserError where a tap
-        did not fire.
+        """-> {name: (N, C, H, W)} of the last forward pass, and forgets it.
+
+        Raises UserError where a tap did not fire.
         """
-        feats, self._feats = self._feats, {}
+        feats = self._feats
+        self._feats = {}
         silent = [name for name in self.names if name not in feats]
         if silent:
-            where = f"distill.taps: {', '.join(silent)} did not fire in a forward pass"
             raise UserError(
-                f"{where}; name submodules that the detector calls, and no part of its head"
+                f"distill.taps: {', '.join(silent)} did not fire in a forward pass; "
+                "name submodules that the detector calls, and no part of its head"
             )
         return feats
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """By module.compile(), or by torch.compile(module)."""
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(module, "_orig_mod")

@@ -1,17 +1,20 @@
-"""Localisation distillation (LD): the student's distributions of the box sides follow the
-teacher's.
+"""Localisation distillation (LD): box sides are distributed as the teacher's are.
 
 Source: Zheng et al., "Localization Distillation for Dense Object Detection", CVPR 2022.
-Legend: N images, A cells of all levels, R bins (reg_max), K classes, e one of the four sides, s and
-t its R logits.
+Legend: N images, A cells of all levels (a one of them), R bins (`reg_max`), K classes
+(k one of them), e one of the four sides, s_ae and t_ae its R logits, tau the
+temperature.
 
-    w_a = max_k sigmoid(class logit of the teacher)
-    L   = T^2 * sum_a w_a * mean_e KL(softmax(t_ae / T) || softmax(s_ae / T)) / sum_a w_a
+    w_a = max_k sigmoid(class logit k of the teacher)
+    L   = tau^2 * sum_a w_a * mean_e KL(softmax(t_ae / tau) || softmax(s_ae / tau))
+                / sum_a w_a
 
-Simplified: the teacher's confidence weighs the cells, where the paper takes the assigned cells and
-a "valuable region" around them. Only cells near an object can tell where its sides are.
-Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), the R logits of each side in a
-row, then classes."""
+Simplified: the teacher's confidence weighs the cells, where the paper takes the
+assigned cells and a "valuable region" around them. Only cells near an object can tell
+where its sides are.
+Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), the R logits of each
+side in a row, then classes.
+"""
 
 from torch import Tensor, nn
 
@@ -20,18 +23,28 @@ from kdmini.terms.pairs import check_temperature, confidence, softmax_kl, split,
 
 
 class LocalisationDistillation(nn.Module):
+    """The divergence of the box sides, a mean weighted by the teacher's confidence.
+
+    temperature: tau, which both softmaxes divide by.
+    reg_max: R, the bins of a side in the preds of both networks.
+    """
+
     uses = frozenset({"preds"})
 
     def __init__(self, temperature: float = 10.0, reg_max: int = 16):
         super().__init__()
-        self.temperature, self.reg_max = check_temperature(temperature), reg_max
+        self.temperature = check_temperature(temperature)
         if reg_max < 2:
             raise UserError(
                 f"distill: reg_max is {reg_max}; a distribution of distances has at least 2 bins"
             )
+        self.reg_max = reg_max
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
-        s, _ = split(student.preds, self.reg_max)
-        t, classes = (x.detach() for x in split(teacher.preds, self.reg_max))
-        s, t = (x.unflatten(1, (4, self.reg_max)) for x in (s, t))  # (N, 4, R, A)
-        return weighted_mean(softmax_kl(s, t, 2, self.temperature).mean(1), confidence(classes))
+        shape = (4, self.reg_max)
+        s = split(student.preds, self.reg_max).sides.unflatten(1, shape)  # (N, 4, R, A)
+        logits = split(teacher.preds, self.reg_max)
+        t = logits.sides.detach().unflatten(1, shape)
+
+        divergence = softmax_kl(s, t, 2, self.temperature).mean(1)  # (N, A)
+        return weighted_mean(divergence, confidence(logits.classes.detach()))

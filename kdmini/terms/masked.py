@@ -1,17 +1,19 @@
-"""Masked generative distillation (MGD): the student's features, cells of them hidden, have to yield
-the teacher's.
+"""Masked generative distillation (MGD): the teacher's map from part of the student's.
 
 Source: Yang et al., "Masked Generative Distillation", ECCV 2022.
-Legend: N images, C channels, H W cells, l a tap, S and T aligned student and teacher.
+Legend: N images, C channels, H W cells, l a tap, n an image, h w a cell, S and T the
+aligned maps of student and teacher, m the mask.
 
-    M_nhw = 0 with probability `masked`, else 1; one draw for all channels of a cell
-    G     = Conv3x3, ReLU, Conv3x3, of the teacher's width; trained with the student, used in training alone
-    L     = sum_l mean over N, C, H, W of (G_l(S_l * M) - T_l)^2
+    m_nhw = 0 with probability `masked`, else 1; one draw for all channels of a cell
+    gen   = Conv3x3, ReLU, Conv3x3, as wide as the teacher; trained with the student
+    L     = sum_l mean over N, C, H, W of (gen_l(S_l * m) - T_l)^2
 
-Simplified: a mean, where the paper sums over C, H, W, so that the weight does not depend on their
-number. The mask comes from torch's global generator, whose state checkpoints keep: runs stay
-reproducible. Under autocast the convolutions run in half precision like all others; the difference
-is in float32."""
+Simplified: a mean, where the paper sums over C, H, W, so that the weight does not
+depend on their number. The mask comes from torch's global generator, whose state
+checkpoints keep: runs stay reproducible. Under autocast the convolutions run in half
+precision like all others; the difference is in float32. The generators serve training
+alone: they are no part of the student.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,11 @@ from kdmini.terms.pairs import aligned
 
 
 class MaskedGeneration(nn.Module):
+    """The squared difference of generated and real maps, summed over the taps.
+
+    masked: the share of cells to hide.
+    """
+
     uses = frozenset({"feats"})
 
     def __init__(self, shapes: Shapes, masked: float = 0.65):
@@ -31,22 +38,22 @@ class MaskedGeneration(nn.Module):
                 f"distill: masked is {masked}, the share of cells to hide; use 0 to below 1"
             )
         self.masked = masked
-        self.generators = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(ct, ct, 3, padding=1), nn.ReLU(), nn.Conv2d(ct, ct, 3, padding=1)
-            )
-            for _, ct, _, _ in shapes.values()
-        )
+        widths = [teacher_channels for _, teacher_channels, _, _ in shapes.values()]
+        self.generators = nn.ModuleList(generator(width) for width in widths)
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         pairs = aligned(student, teacher).values()
-        each = [
-            self.distance(*pair, generate)
-            for pair, generate in zip(pairs, self.generators, strict=True)
-        ]
+        each = []
+        for (s, t), generate in zip(pairs, self.generators, strict=True):
+            kept = torch.rand_like(s[:, :1]) >= self.masked  # (N, 1, H, W)
+            each.append((generate(s * kept) - t).square().mean())
         return torch.stack(each).sum()
 
-    def distance(self, student: Tensor, teacher: Tensor, generate: nn.Module) -> Tensor:
-        """(N, C, H, W) twice -> scalar."""
-        shown = torch.rand_like(student[:, :1]) >= self.masked  # (N, 1, H, W)
-        return (generate(student * shown) - teacher).square().mean()
+
+def generator(channels: int) -> nn.Module:
+    """(N, C, H, W) -> the same shape."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+    )

@@ -1,8 +1,16 @@
-"""What the terms share: pairs of maps, divergences, and checks of their settings."""
+"""What the terms share: pairs of maps, the layout of preds, divergences, means.
+
+A term receives what two networks make of the same images, of any dtype, the teacher's
+perhaps with a graph. The functions here turn that into tensors it can subtract: float32
+at least, checked, the teacher's detached where they come as a pair.
+
+Legend: N images, C channels, H W cells of a map, A cells of all levels, K classes, R
+bins of a box side (`reg_max`), tau the temperature.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +18,94 @@ from torch import Tensor
 
 from kdmini.contracts import UserError, View
 
-EPS = 1e-12  # far below the scores of an untrained head; a teacher that sees nothing at all gives 0, not NaN
+# far below the scores of an untrained head; a teacher that sees nothing gives 0, no NaN
+EPS = 1e-12
+
+# --- feature maps
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision to float32: squares overflow float16 at 256."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def aligned(student: View, teacher: View) -> dict[str, tuple[Tensor, Tensor]]:
+    """tap -> (student's map, teacher's map), both (N, C, H, W) in float32 at least.
+
+    The teacher's comes without gradient. Raises UserError where there are no maps, or
+    where their channels differ.
+    """
+    if not teacher.feats:
+        raise UserError("distill.taps: a term that compares feature maps has none; name some")
+
+    pairs = {}
+    for tap, feat in teacher.feats.items():
+        pairs[tap] = (wide(student.feats[tap]), wide(feat).detach())
+
+    for tap, (s, t) in pairs.items():
+        if s.shape != t.shape:
+            raise UserError(
+                f"distill.align: {tap} has {s.shape[1]} channels, "
+                f"the teacher {t.shape[1]}; use `all`"
+            )
+    return pairs
+
+
+# --- preds in YOLO's layout
+
+
+class Logits(NamedTuple):
+    """The raw outputs of a detector, all levels in a row."""
+
+    sides: Tensor  # (N, 4R, A), the R logits of each side in a row
+    classes: Tensor  # (N, K, A)
+
+
+def split(preds: Any, reg_max: int) -> Logits:
+    """Maps (N, 4R + K, H, W), one a level -> their logits, in float32 at least."""
+    levels = [wide(pred).flatten(2) for pred in check_preds(preds, reg_max)]
+    flat = torch.cat(levels, 2)  # (N, 4R + K, A)
+    return Logits(flat[:, : 4 * reg_max], flat[:, 4 * reg_max :])
+
+
+def check_preds(preds: Any, reg_max: int) -> Sequence[Tensor]:
+    """The list of maps in preds: preds itself, or its `cls` where reg_max is 0.
+
+    Raises UserError for all but a list of maps (N, 4R + K, H, W) with a class at least.
+    """
+    maps: Any = preds
+    if isinstance(preds, Mapping) and reg_max == 0:
+        maps = preds.get("cls")
+    is_list = isinstance(maps, list | tuple)
+    if not is_list or not all(isinstance(x, Tensor) and x.ndim == 4 for x in maps):
+        raise UserError(
+            "distill: a term reads preds as a list of maps (N, 4R + K, H, W), and with "
+            "`reg_max: 0` a mapping, whose `cls` is a list of class maps; "
+            f"this is a {type(maps).__name__}"
+        )
+
+    channels = min(x.shape[1] for x in maps)
+    if not 0 <= 4 * reg_max < channels:
+        raise UserError(
+            f"distill: reg_max={reg_max} leaves no classes in preds of {channels} channels"
+        )
+    return maps
+
+
+# --- divergences and means
 
 
 def softmax_kl(student: Tensor, teacher: Tensor, dim: int, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)) along `dim`, which goes."""
-    log_q, log_p = ((x / temperature).log_softmax(dim) for x in (student, teacher))
+    """tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)) over `dim`, which goes."""
+    log_q = (student / temperature).log_softmax(dim)
+    log_p = (teacher / temperature).log_softmax(dim)
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim)
 
 
 def sigmoid_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL of the two Bernoulli distributions, logit by logit."""
-    s, t = student / temperature, teacher / temperature
+    """tau^2 * KL of two Bernoulli distributions, logit by logit: the shape stays."""
+    s = student / temperature
+    t = teacher / temperature
     yes = t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s))
     no = (-t).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s))
     return temperature**2 * (yes + no)
@@ -33,61 +117,15 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """sum(weight * values) / sum(weight), both of one shape; 0 without any weight."""
     return (values * weight).sum() / weight.sum().clamp(min=EPS)
 
 
-def split(preds: Any, reg_max: int) -> tuple[Tensor, Tensor]:
-    """YOLO's raw maps (N, 4R + K, H, W) -> box side logits (N, 4R, A), class logits (N, K, A), in
-    float32 at least.
-    """
-    flat = torch.cat([wide(pred).flatten(2) for pred in check_preds(preds, reg_max)], 2)
-    return flat[:, : 4 * reg_max], flat[:, 4 * reg_max :]
-
-
-def check_preds(preds: Any, reg_max: int) -> Sequence[Tensor]:
-    """Raises UserError for what is not a list of maps with more than 4 * reg_max channels."""
-    if isinstance(preds, Mapping) and reg_max == 0:
-        preds = preds.get("cls")
-    if not (
-        isinstance(preds, list | tuple)
-        and all(isinstance(p, Tensor) and p.ndim == 4 for p in preds)
-    ):
-        raise UserError(
-            f"distill: a term reads preds as a list of maps (N, 4R + K, H, W), and with `reg_max: 0` a "
-            f"mapping, whose `cls` is a list of class maps; this is a {type(preds).__name__}"
-        )
-    channels = min(p.shape[1] for p in preds)
-    if not 0 <= 4 * reg_max < channels:
-        raise UserError(
-            f"distill: reg_max={reg_max} leaves no classes in preds of {channels} channels"
-        )
-    return preds
+# --- settings
 
 
 def check_temperature(temperature: float) -> float:
+    """The temperature itself. Raises UserError unless it is above 0 and finite."""
     if not 0 < temperature < math.inf:
         raise UserError(f"distill: temperature is {temperature}; it has to be above 0")
     return temperature
-
-
-def aligned(student: View, teacher: View) -> dict[str, tuple[Tensor, Tensor]]:
-    """tap -> both maps (N, C, H, W), in float32 at least, the teacher's without gradient.
-
-    Raises UserError where there are none, or where their channels differ.
-    """
-    if not teacher.feats:
-        raise UserError("distill.taps: a term that compares feature maps has none; name some")
-    pairs = {
-        tap: (wide(student.feats[tap]), wide(feat).detach()) for tap, feat in teacher.feats.items()
-    }
-    for tap, (s, t) in pairs.items():
-        if s.shape != t.shape:
-            raise UserError(
-                f"distill.align: {tap} has {s.shape[1]} channels, the teacher {t.shape[1]}; use `all`"
-            )
-    return pairs
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision to float32: squares overflow float16 at 256."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

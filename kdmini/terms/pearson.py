@@ -1,12 +1,13 @@
-"""Pearson distillation (PKD): each of the student's channels correlates with the teacher's,
-whatever their scale.
+"""Pearson distillation (PKD): channels correlate with the teacher's, scale aside.
 
-Source: Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson
-Correlation Coefficient", NeurIPS 2022.
-Legend: N images, C channels, H W cells, l a tap, S and T aligned student and teacher.
+Source: Cao et al., "PKD: General Distillation Framework for Object Detectors via
+Pearson Correlation Coefficient", NeurIPS 2022.
+Legend: N images, C channels, H W cells, l a tap, S and T the aligned maps of student
+and teacher, F either of them.
 
-    F^ = (F - mean) / sqrt(variance + eps)      mean and variance of a channel over N, H, W
-    L  = sum_l mean over N, C, H, W of (S^_l - T^_l)^2 / 2  =  sum_l mean_c (1 - r_lc)      r: the correlation
+    F' = (F - mean) / sqrt(variance + eps)    both of a channel, over N, H, W
+    L  = sum_l mean over N, C, H, W of (S'_l - T'_l)^2 / 2
+       = sum_l mean_c (1 - r_lc)              r_lc the correlation of channel c at tap l
 
 Simplified: nothing. The statistics are those of the micro-batch of one process.
 """
@@ -22,13 +23,14 @@ EPS = 1e-6  # beside the variance: bounds the gradient of a channel that is cons
 
 
 class PearsonDistillation(nn.Module):
+    """One minus the correlation, the mean over the channels, summed over the taps."""
+
     uses = frozenset({"feats"})
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         pairs = aligned(student, teacher).values()
-        return torch.stack(
-            [(standardise(s) - standardise(t)).square().mean() / 2 for s, t in pairs]
-        ).sum()
+        each = [(standardise(s) - standardise(t)).square().mean() / 2 for s, t in pairs]
+        return torch.stack(each).sum()
 
 
 def standardise(feat: Tensor) -> Tensor:

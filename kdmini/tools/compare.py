@@ -1,271 +1,293 @@
-"""One table and one picture over several runs: `python -m kdmini.tools.compare RUN RUN ... [--out
-FOLDER]`.
+"""Compare runs in one table and one picture.
 
-Writes compare.md, which is printed too, and compare.png. Runs whose configs differ in `seed` and
-`run` alone are one row, named by the settings in which it differs from other rows, or by its first
-folder where those fill a line. Further rows are also compared with the first, seed by seed: that
-takes out what a seed does to both."""
+python -m kdmini.tools.compare RUN RUN ... [--out FOLDER]
+
+Writes compare.md, which is printed too, and compare.png. Runs whose configs differ in
+`seed` and `run` alone are one row, named by the settings in which it differs from other
+rows, or by its first folder where those fill a line. Further rows are also compared with
+the first, seed by seed: that takes out what a seed does to both. Which scores are shown,
+and which of them picks the best epoch, is up to the metric of the first run.
+"""
 
 import argparse
 import io
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdmini import config
 from kdmini.contracts import UserError
-from kdmini.runlog import RunFolder, write_whole
+from kdmini.files import write_whole
+from kdmini.tools.rows import Row, Run, group, names_of, read_run, settings_of
 
-SCORES = ("VOC07", "VOC", "AP50-95")
-FITNESS = "AP50-95"  # picks the best epoch, as kdmini.detection.average_precision does
-SPEED, DISTANCE = "images/s", "distance/raw"
-LONGEST = 80  # name of a row
-OKABE_ITO = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#000000",
-)  # told apart by everybody
-LEGEND = """
-Scores are those of the best epoch by AP50-95, the one in best.pt. Mean ± standard deviation over n seeds, of which n=1
-has none. images/s is the median over the epochs, distance/raw the attention distance after the last evaluation."""
+SCORE = "score/"  # begins the key of a score in metrics.jsonl
+SPEED = "images/s"
+DISTANCE = "distance/raw"
 
+OKABE_ITO = (  # colours that everybody can tell apart
+    "#0072B2",  # blue
+    "#E69F00",  # orange
+    "#009E73",  # bluish green
+    "#CC79A7",  # reddish purple
+    "#56B4E9",  # sky blue
+    "#D55E00",  # vermilion
+    "#000000",  # black
+)
+LEGEND_WIDTH = 60  # characters of a line in the legend of the picture
 
-class Run(NamedTuple):
-    """One run folder, finished or not."""
-
-    path: str
-    settings: dict[Any, Any]
-    records: list[Any]
-
-    @property
-    def seed(self) -> str:
-        return str(self.settings.get("seed", 0))
-
-    @property
-    def setup(self) -> dict[Any, Any]:
-        return {key: value for key, value in self.settings.items() if key not in ("seed", "run")}
-
-    def series(self, key: str) -> dict[int, float]:
-        """epoch -> value, in order, where it is a finite number."""
-        logged = (
-            record
-            for record in self.records
-            if isinstance(record, dict) and type(record.get("epoch")) is int
-        )
-        found = {record["epoch"]: record.get(key) for record in logged if record["epoch"] >= 0}
-        return {
-            e: v for e, v in sorted(found.items()) if isinstance(v, int | float) and abs(v) < 1e300
-        }
-
-    def best(self) -> dict[str, float]:
-        """The epoch, counted from 1, with the highest FITNESS, and the scores there; {} before the
-        first evaluation.
-        """
-        fitness = self.series(FITNESS)
-        if not fitness:
-            return {}
-        epoch = max(fitness, key=lambda e: fitness[e])  # the first of equals, as in training
-        scores = {key: self.series(key).get(epoch) for key in SCORES}
-        return {
-            "epoch": epoch + 1,
-            **{key: value for key, value in scores.items() if value is not None},
-        }
+EXPLANATION = (
+    "Scores are those of the best epoch by {fitness}, the one in best.pt. "
+    "Mean ± standard deviation over n seeds, of which n=1\n"
+    "has none. images/s is the median over the epochs, "
+    "distance/raw the attention distance after the last evaluation."
+)
 
 
-def read_run(path: str) -> Run:
-    """Raises UserError for a folder that is none of a run; a run without an evaluated epoch is
-    fine.
+class Scores(NamedTuple):
+    """The scores of a metric, by the names that it gives them."""
+
+    fitness: str  # picks the best epoch
+    names: tuple[str, ...]  # of the columns
+
+
+class Best(NamedTuple):
+    """The evaluation of a run that its best.pt is from."""
+
+    epoch: int  # counted from 1
+    scores: dict[str, float]  # name -> value, of those that were logged
+
+
+def metric_of(run: Run) -> Any:
+    """What the config says that the metric is, such as "package.module:Name"."""
+    section = run.settings.get("metric")
+    return section.get("build") if isinstance(section, Mapping) else section
+
+
+def scores_of(rows: list[Row]) -> Scores:
+    """By the metric of the first row; raises UserError where that cannot be imported.
+
+    A metric without a `summary` has all scores shown that any run has logged.
     """
-    if not (Path(path) / "config.yaml").is_file():
+    first = rows[0][0]
+    where = f"{first.path}/config.yaml: metric.build"
+    metric = config.locate(metric_of(first), where)
+    fitness = getattr(metric, "fitness", None)
+    if not isinstance(fitness, str):
         raise UserError(
-            f"{path}: has no config.yaml, so it is not a run; name a folder that train.py has written"
-        )
-    try:
-        records = RunFolder(path, lead=False).records()
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}/metrics.jsonl: cannot be read ({error}); repair it or leave the run out"
-        ) from error
-    return Run(path, config.load(Path(path) / "config.yaml"), records)
-
-
-def group(runs: list[Run]) -> list[list[Run]]:
-    """Rows in the order of their first runs. Raises UserError for two runs with one config and one
-    seed.
-    """
-    rows: list[list[Run]] = []
-    for run in runs:
-        for row in rows:
-            if not list(differences({0: row[0].setup, 1: run.setup})):
-                if twin := next((other for other in row if other.seed == run.seed), None):
-                    raise UserError(
-                        f"{run.path}: same config and seed as {twin.path}; name one of the two"
-                    )
-                row.append(run)
-                break
-        else:
-            rows.append([run])
-    return rows
-
-
-def differences(values: dict[int, Any], path: tuple = ()) -> Iterator[tuple[tuple, dict[int, Any]]]:
-    """values: number of the config -> a section of it. -> the paths at which those are not all the
-    same, and what is there, None for nothing; a config that ends above a path has no value there.
-    """
-    sections = {i: value for i, value in values.items() if isinstance(value, Mapping)}
-    first = next(iter(values.values()))
-    if len(sections) < len(values) and any(value != first for value in values.values()):
-        yield path, values
-    for key in dict.fromkeys(key for section in sections.values() for key in section):
-        yield from differences(
-            {i: section.get(key) for i, section in sections.items()}, (*path, key)
+            f"{where}: {metric_of(first)} has no `fitness`, the name of the score "
+            "that picks the best epoch; give the class one"
         )
 
+    summary = getattr(metric, "summary", None)
+    if summary is not None:
+        return Scores(fitness, tuple(summary))
+    keys = [key for row in rows for run in row for key in run.keys_logged()]
+    logged = dict.fromkeys(key for key in keys if key.startswith(SCORE))
+    return Scores(fitness, tuple(key.removeprefix(SCORE) for key in logged))
 
-def label(rows: list[list[Run]]) -> list[str]:
-    """A name for each row: the settings in which it differs from others, or the folder of the only
-    row.
-    """
-    found = list(differences({i: row[0].setup for i, row in enumerate(rows)}))
-    parts: list[list[str]] = [[] for _ in rows]
-    for path, values in found:
-        # the end of the path that is no other path's
-        lengths = (
-            n
-            for n in range(1, len(path))
-            if sum(other[-n:] == path[-n:] for other, _ in found) == 1
-        )
-        key = ".".join(map(str, path[-next(lengths, len(path)) :]))
-        for i, value in values.items():
-            parts[i].append(f"{key} unset" if value is None else f"{key}={told(value)}")
+
+def best_of(run: Run, scores: Scores) -> Best | None:
+    """The first epoch of the highest fitness, as in training; None without any."""
+    fitness = run.series(SCORE + scores.fitness)
+    if not fitness:
+        return None
+    epoch = max(fitness, key=lambda epoch: fitness[epoch])
+    values = {}
+    for name in scores.names:
+        series = run.series(SCORE + name)
+        if epoch in series:
+            values[name] = series[epoch]
+    return Best(epoch + 1, values)
+
+
+def report(rows: list[Row], scores: Scores) -> str:
+    """The tables, what they mean, and what is to be known of rows and runs."""
+    names = names_of(rows)
+    header = ["row", *scores.names, "best epoch", SPEED, DISTANCE, "runs"]
+    body = [[name, *cells_of(row, scores)] for name, row in zip(names, rows, strict=True)]
+    blocks = [markdown(header, body)]
+
+    paired = []
+    for name, row in zip(names[1:], rows[1:], strict=True):
+        gains = gains_of(row, rows[0], scores)
+        if any(gains):
+            paired.append([name, *(spread(gain, "+.4f") for gain in gains)])
+    if paired:
+        blocks.append("Difference from the first row, seed by seed:")
+        blocks.append(markdown(["row", *scores.names], paired))
+
+    blocks.append(EXPLANATION.format(fitness=scores.fitness))
+    settings = settings_of(rows)
+    if names != settings:
+        blocks += [f"{name}: {text}" for name, text in zip(names, settings, strict=True)]
+    blocks += other_metrics(rows, names)
+    remarks = [unfinished(run) for row in rows for run in row]
+    blocks += [remark for remark in remarks if remark]
+    return "\n\n".join(blocks) + "\n"
+
+
+def cells_of(row: Row, scores: Scores) -> list[str]:
+    """A line of the table without the name: scores, best epochs, speed, and so on."""
+    evaluations = [best_of(run, scores) for run in row]
+    epochs = [str(best.epoch) if best else "-" for best in evaluations]
+    speeds = [list(run.series(SPEED).values()) for run in row]
+    distances = [list(run.series(DISTANCE).values()) for run in row]
+    folders = [f"{Path(run.path).name} (seed {run.seed})" for run in row]
+
+    cells = []
+    for name in scores.names:
+        values = [best.scores[name] for best in evaluations if best and name in best.scores]
+        cells.append(spread(values))
     return [
-        ", ".join(part) or Path(row[0].path).name for part, row in zip(parts, rows, strict=True)
+        *cells,
+        ", ".join(epochs),
+        spread([statistics.median(values) for values in speeds if values], ".1f"),
+        spread([values[-1] for values in distances if values]),
+        ", ".join(folders),
     ]
 
 
-def name_of(rows: list[list[Run]]) -> list[str]:
-    """Labels, or folders if one of the labels is too long for a table."""
-    labels = label(rows)
-    return labels if max(map(len, labels)) <= LONGEST else [row[0].path for row in rows]
+def gains_of(row: Row, first: Row, scores: Scores) -> list[list[float]]:
+    """For each score: what runs have more than those of the first row, by seed."""
+    gains: dict[str, list[float]] = {name: [] for name in scores.names}
+    for other in first:
+        for run in row:
+            if run.seed != other.seed:
+                continue
+            before = best_of(other, scores)
+            after = best_of(run, scores)
+            if before is None or after is None:
+                continue
+            for name in before.scores.keys() & after.scores.keys():
+                gains[name].append(after.scores[name] - before.scores[name])
+    return list(gains.values())
 
 
-def told(value: Any) -> str:
-    """A section by what it builds, or by the sections in it."""
-    if isinstance(value, Mapping):
-        inner = "+".join(str(key) for key, section in value.items() if isinstance(section, Mapping))
-        return str(value.get("build", "")).rpartition(":")[2] or inner or "given"
-    return str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
+def other_metrics(rows: list[Row], names: list[str]) -> list[str]:
+    """A line for each row that was not scored by the metric of the first one."""
+    metric = metric_of(rows[0][0])
+    return [
+        f"{name}: scored by {metric_of(row[0])}; the table shows the scores of {metric}"
+        for name, row in zip(names, rows, strict=True)
+        if metric_of(row[0]) != metric
+    ]
+
+
+def unfinished(run: Run) -> str:
+    """A line on a run that is not at the end of its epochs; empty for one that is."""
+    section = run.settings.get("train")
+    planned = section.get("epochs") if isinstance(section, Mapping) else None
+    done = len(run.series(SPEED))
+    if done == planned:
+        return ""
+    reasons = "under way, stopped, or ended by train.patience"
+    return f"{run.path}: {done} of {planned} epochs: {reasons}"
 
 
 def spread(values: list[float], form: str = ".4f") -> str:
     """Mean ± standard deviation with n; a dash for nothing."""
     if not values:
         return "-"
-    more = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{more} (n={len(values)})"
+    text = f"{statistics.mean(values):{form}}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):{form.lstrip('+')}}"
+    return f"{text} (n={len(values)})"
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
+    """A table whose columns are of one width."""
     table = [[cell.replace("|", r"\|") for cell in row] for row in (header, *body)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in table
-    )
+    lines = []
+    for row in table:
+        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def report(rows: list[list[Run]]) -> str:
-    """The tables, what they mean, and which runs are not at their end."""
-    body, paired, names = [], [], name_of(rows)
-    for name, row in zip(names, rows, strict=True):
-        best = [run.best() for run in row]
-        scores = [spread([b[key] for b in best if key in b]) for key in SCORES]
-        epochs = ", ".join(f"{b['epoch']:.0f}" if b else "-" for b in best)
-        speeds = [statistics.median(speed.values()) for run in row if (speed := run.series(SPEED))]
-        last = [list(distance.values())[-1] for run in row if (distance := run.series(DISTANCE))]
-        folders = ", ".join(f"{Path(run.path).name} (seed {run.seed})" for run in row)
-        body.append([name, *scores, epochs, spread(speeds, ".1f"), spread(last), folders])
+def curves(rows: list[Row], fitness: str) -> dict[str, dict[int, list[float]]]:
+    """Row -> epoch, counted from 1 -> the fitness of each run that has been evaluated.
 
-        pairs = [
-            (other.best(), run.best()) for other in rows[0] for run in row if other.seed == run.seed
-        ]
-        gains = [[b[key] - a[key] for a, b in pairs if key in a and key in b] for key in SCORES]
-        if row is not rows[0] and any(gains):
-            paired.append([name, *(spread(gain, "+.4f") for gain in gains)])
-
-    text = markdown(["row", *SCORES, "best epoch", SPEED, DISTANCE, "runs"], body) + "\n"
-    if paired:
-        text += f"\nDifference from the first row, seed by seed:\n\n{markdown(['row', *SCORES], paired)}\n"
-    text += LEGEND + "\n"
-    if names != (labels := label(rows)):
-        text += "".join(f"\n{name}: {full}\n" for name, full in zip(names, labels, strict=True))
-    for run in (run for row in rows for run in row):
-        section = run.settings.get("train")
-        planned = section.get("epochs") if isinstance(section, Mapping) else None
-        done = len(run.series(SPEED))
-        if done != planned:
-            text += f"\n{run.path}: {done} of {planned} epochs: under way, stopped, or ended by train.patience\n"
-    return text
-
-
-def curves(rows: list[list[Run]]) -> dict[str, dict[int, list[float]]]:
-    """Row -> epoch, counted from 1 -> FITNESS of each run, at the epochs that all runs of the row
-    have reached.
+    The epochs are those that all these runs have reached.
     """
-    found = {}
-    for name, row in zip(name_of(rows), rows, strict=True):
-        if scored := [series for run in row if (series := run.series(FITNESS))]:
-            shared = [epoch for epoch in scored[0] if all(epoch in series for series in scored)]
-            found[name] = {epoch + 1: [series[epoch] for series in scored] for epoch in shared}
-    return found
+    curve_of = {}
+    for name, row in zip(names_of(rows), rows, strict=True):
+        logged = [run.series(SCORE + fitness) for run in row]
+        scored = [series for series in logged if series]
+        if not scored:
+            continue
+        curve_of[name] = {
+            epoch + 1: [series[epoch] for series in scored]
+            for epoch in scored[0]
+            if all(epoch in series for series in scored)
+        }
+    return curve_of
 
 
-def draw(rows: list[list[Run]], path: Path) -> str:
-    """Writes the curves, and says so; without matplotlib, or anything to draw, says why not."""
-    drawn = curves(rows)
+def draw(rows: list[Row], fitness: str, path: Path) -> str:
+    """Writes the curves -> a line that says so, or why there is no picture."""
+    drawn = curves(rows, fitness)
     if not any(drawn.values()):
-        return f"no picture: no epoch with {FITNESS} yet"
+        return f"no picture: no epoch with {fitness} yet"
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
         return "no picture: it takes matplotlib, `pip install 'kdmini[plots]'`"
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for i, (name, curve) in enumerate(drawn.items()):
-        n = max(map(len, curve.values()), default=0)
-        legend = " " + textwrap.fill(f"{name} (n={n})", 60).replace(
-            "$", r"\$"
-        )  # _ would hide it, $ begin a formula
-        colour, style = OKABE_ITO[i % len(OKABE_ITO)], "-" if i < len(OKABE_ITO) else "--"
-        means = [statistics.mean(values) for values in curve.values()]
-        axes.plot(list(curve), means, style, color=colour, marker=".", label=legend)
-        lows, highs = (
-            [min(values) for values in curve.values()],
-            [max(values) for values in curve.values()],
-        )
-        axes.fill_between(list(curve), lows, highs, color=colour, alpha=0.2, linewidth=0)
+        draw_curve(axes, i, name, curve)
     several = any(len(values) > 1 for curve in drawn.values() for values in curve.values())
-    axes.set(
-        xlabel="epoch",
-        ylabel=FITNESS,
-        title="mean over seeds, band from lowest to highest" if several else None,
-    )
+    title = "mean over seeds, band from lowest to highest" if several else None
+    axes.set(xlabel="epoch", ylabel=fitness, title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     write_whole(path, content.getvalue())
     return f"curves: {path}"
+
+
+def draw_curve(axes: Any, i: int, name: str, curve: dict[int, list[float]]) -> None:
+    """The mean over the runs of row i, and a band from the lowest to the highest.
+
+    curve: epoch -> the fitness of each run.
+    """
+    epochs = list(curve)
+    means = [statistics.mean(values) for values in curve.values()]
+    lows = [min(values) for values in curve.values()]
+    highs = [max(values) for values in curve.values()]
+    n = max(map(len, curve.values()), default=0)
+
+    colour = OKABE_ITO[i % len(OKABE_ITO)]
+    style = "-" if i < len(OKABE_ITO) else "--"
+    text = textwrap.fill(f"{name} (n={n})", LEGEND_WIDTH)
+    # matplotlib leaves out a label that begins with _, and $ begins a formula
+    label = " " + text.replace("$", r"\$")
+    axes.plot(epochs, means, style, color=colour, marker=".", label=label)
+    axes.fill_between(epochs, lows, highs, color=colour, alpha=0.2, linewidth=0)
+
+
+def compare(runs: list[Run], out: Path) -> None:
+    """Prints the report; writes it and the picture to `out`. Raises UserError."""
+    rows = group(runs)
+    scores = scores_of(rows)
+    text = report(rows, scores)
+    print(text)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); name another --out") from error
+    write_whole(out / "compare.md", text)
+    print(draw(rows, scores.fitness, out / "compare.png"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -281,29 +303,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(), help="folder to write to (default: this one)"
     )
-    arguments = parser.parse_args(argv)
-    runs, faulty = [], False
-    for path in arguments.runs:
+    args = parser.parse_args(argv)
+
+    runs = []
+    for path in args.runs:
         try:
             runs.append(read_run(path))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            faulty = True
     if runs:
         try:
-            rows = group(runs)
-            text = report(rows)
-            print(text)
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            write_whole(arguments.out / "compare.md", text)
-            print(draw(rows, arguments.out / "compare.png"))
+            compare(runs, args.out)
         except UserError as error:
             sys.exit(f"error: {error}")
-        except OSError as error:
-            sys.exit(
-                f"error: {arguments.out}: cannot be made ({error.strerror}); name another --out"
-            )
-    if faulty:
+    if len(runs) < len(args.runs):
         sys.exit(1)
 
 

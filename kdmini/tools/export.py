@@ -3,10 +3,13 @@
 python -m kdmini.tools.export WEIGHTS --to onnx [--out FILE] [--imgsz 640]
 python -m kdmini.tools.export WEIGHTS --to safetensors [--out FILE]
 
-onnx: images (N, 3, S, S) RGB 0..1 with any N -> boxes_xyxy (N, A, 4) in pixels and scores (N, A,
-K), before non-maximum suppression; BatchNorm is folded. safetensors: the state_dict under the
-public keys, nothing folded. Either one carries names, scale, license and image size as metadata:
-texts, what is no text in JSON."""
+onnx: images (N, 3, S, S) RGB 0..1 with any N -> boxes_xyxy (N, A, 4) in pixels and
+scores (N, A, K), before non-maximum suppression; BatchNorm is folded. safetensors: the
+state_dict under the public keys, nothing folded. Either one carries names, scale,
+license and image size as metadata: texts, and what is no text in JSON.
+
+Legend: N images, S image size, A anchors, K classes.
+"""
 
 import argparse
 import io
@@ -14,8 +17,10 @@ import json
 import logging
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +30,29 @@ from kdmini import signals
 from kdmini.contracts import UserError
 from kdmini.data.loader import check_size
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
-from kdmini.runlog import write_whole
+from kdmini.files import write_whole
 from kdmini.tools.load import load_detector
 
-ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors"}
-DTYPES = {torch.float32: ("F32", "<f4"), torch.int64: ("I64", "<i8")}  # all that a YOLO11 holds
-PIXELS_OFF, SCORE_OFF = 0.1, 1e-3  # by which ONNX may differ from PyTorch: float32 in another order
+SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
+
+# by how much ONNX may differ from PyTorch: float32 is summed in another order
+BOX_TOLERANCE = 0.1  # pixels
+SCORE_TOLERANCE = 1e-3
+
+ALIGNMENT = 8  # bytes, of which the tensors of safetensors begin at a multiple
+
+
+class Stored(NamedTuple):
+    """How safetensors keeps a dtype."""
+
+    name: str  # in the header
+    layout: str  # numpy's, little-endian
+
+
+STORED = {  # all that a YOLO11 holds
+    torch.float32: Stored("F32", "<f4"),
+    torch.int64: Stored("I64", "<i8"),
+}
 
 
 class Decoded(nn.Module):
@@ -41,60 +63,80 @@ class Decoded(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, S, S) -> (N, A, 4), (N, A, K)."""
+        """images (N, 3, S, S) -> boxes_xyxy (N, A, 4), scores (N, A, K)."""
         return decode_maps(self.detector(images))
 
 
 def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = None) -> Path:
-    """Writes the file and returns its path: by default that of the weights with another ending.
-    Raises UserError.
+    """Writes the file -> its path: by default that of the weights with another suffix.
+
+    to: a key of SUFFIXES. imgsz: S; by default that of the training. Raises UserError.
     """
-    if out and out.suffix != ENDINGS[to]:  # and so never the weights themselves
-        raise UserError(f"--out {out}: name a file that ends in {ENDINGS[to]}")
-    check_size(imgsz or 640, "--imgsz")
-    detector, trained = load_detector(weights)
-    out, size = out or Path(weights).with_suffix(ENDINGS[to]), imgsz or trained
-    card = {**detector.card, "names": detector.names, "imgsz": size}
-    about = {
-        k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in card.items()
-    }
-    content = (
-        to_onnx(detector, size, about)
-        if to == "onnx"
-        else to_safetensors(detector.state_dict(), about)
-    )
+    suffix = SUFFIXES[to]
+    if out and out.suffix != suffix:  # and so never the weights themselves
+        raise UserError(f"--out {out}: name a file that ends in {suffix}")
+    if imgsz:
+        check_size(imgsz, "--imgsz")
+
+    detector, trained_imgsz = load_detector(weights)
+    path = out or Path(weights).with_suffix(suffix)
+    size = imgsz or trained_imgsz
+    metadata = metadata_of(detector, size)
+    if to == "onnx":
+        content = to_onnx(detector, size, metadata)
+    else:
+        content = to_safetensors(detector.state_dict(), metadata)
+
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--out {out}: its folder cannot be made ({error.strerror}); name another"
+            f"--out {path}: its folder cannot be made ({error.strerror}); name another"
         ) from error
-    write_whole(out, content)
-    print(f"{out}: {len(content) / 1e6:.1f} MB")
-    return out
+    write_whole(path, content)
+    print(f"{path}: {len(content) / 1e6:.1f} MB")
+    return path
 
 
-def to_safetensors(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
-    """The format: 8 bytes with the length of the header, the header in JSON, then the tensors'
-    bytes one by one.
+def metadata_of(detector: YOLO11, imgsz: int) -> dict[str, str]:
+    """What the file says of itself: texts as they are, all else as JSON."""
+    card = {**detector.card, "names": detector.names, "imgsz": imgsz}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in card.items()
+    }
 
-    https://huggingface.co/docs/safetensors: all is little-endian; offsets count from the end of the
-    header."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **about}}
-    parts, end = [], 0
+
+def to_safetensors(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The length of the header in 8 bytes, the header in JSON, the bytes of each tensor.
+
+    https://huggingface.co/docs/safetensors: all is little-endian; offsets count from the
+    end of the header.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    parts = []
+    start = 0
     for key, tensor in state.items():
-        name, layout = DTYPES[tensor.dtype]
-        parts.append(tensor.cpu().numpy().astype(layout).tobytes())
-        start, end = end, end + len(parts[-1])
-        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        stored = STORED[tensor.dtype]
+        part = tensor.cpu().numpy().astype(stored.layout).tobytes()
+        end = start + len(part)
+        header[key] = {
+            "dtype": stored.name,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        parts.append(part)
+        start = end
+
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
+    text += b" " * (-len(text) % ALIGNMENT)
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def to_onnx(detector: YOLO11, size: int, about: dict[str, str]) -> bytes:
-    """An ONNX model, compared with the detector, which is folded. Raises UserError where the two
-    differ.
+def to_onnx(detector: YOLO11, imgsz: int, metadata: dict[str, str]) -> bytes:
+    """An ONNX model, compared with the detector, which is folded.
+
+    Raises UserError where a package is missing or the two differ.
     """
     try:
         import onnx  # noqa: F401
@@ -103,54 +145,75 @@ def to_onnx(detector: YOLO11, size: int, about: dict[str, str]) -> bytes:
         raise UserError(
             f"--to onnx needs the package {error.name}: pip install 'kdmini[export]'"
         ) from None
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    seeded = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, imgsz, imgsz, generator=seeded)
     with torch.no_grad():
-        wanted = decode_maps(detector(images))
+        boxes_xyxy, scores = decode_maps(detector(images))
+
     detector.fold()
-    logged = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter tells of its own deprecations and progress
-        logging.disable()
-        try:
-            program = torch.onnx.export(
-                Decoded(detector),
-                (images,),
-                dynamo=True,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                input_names=["images"],
-                output_names=["boxes_xyxy", "scores"],
-            )
-        finally:
-            logging.disable(logged)
-    assert program is not None
-    program.model.metadata_props.update(about)
+    with silenced():
+        program = torch.onnx.export(
+            Decoded(detector),
+            (images,),
+            dynamo=True,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            input_names=["images"],
+            output_names=["boxes_xyxy", "scores"],
+        )
+    assert program is not None  # it is where dynamo=True
+    program.model.metadata_props.update(metadata)
     content = program.model_proto.SerializeToString()
-    compare(content, images, wanted)
+    compare(content, images, boxes_xyxy, scores)
     return content
 
 
-def compare(content: bytes, images: Tensor, wanted: tuple[Tensor, Tensor]) -> None:
-    """Prints by how much onnxruntime's outputs differ from PyTorch's, in batches of one and of all
-    images.
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Prints, warns and logs nothing: the exporter tells of its own deprecations."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def compare(content: bytes, images: Tensor, boxes_xyxy: Tensor, scores: Tensor) -> None:
+    """Prints how far onnxruntime's outputs are from PyTorch's, in batches of 1 and N.
+
+    images: (N, 3, S, S). boxes_xyxy: (N, A, 4) and scores: (N, A, K), PyTorch's. Raises
+    UserError where the two are too far apart.
     """
     try:
         import onnxruntime
     except ImportError:
-        return print(
-            "not compared with PyTorch, for want of onnxruntime: pip install 'kdmini[export]'"
-        )
+        print("not compared with PyTorch, for want of onnxruntime: pip install 'kdmini[export]'")
+        return
+
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    off = np.zeros(2)  # boxes, scores
+    box_error = np.float64(0)
+    score_error = np.float64(0)
     for count in (1, len(images)):
-        outputs = session.run(["boxes_xyxy", "scores"], {"images": images[:count].numpy()})
-        pairs = zip(outputs, wanted, strict=True)
-        off = np.maximum(off, [np.abs(got - tensor[:count].numpy()).max() for got, tensor in pairs])
-    told = f"largest difference from PyTorch in batches of 1 and {len(images)}: {off[0]:.1e} px, score {off[1]:.1e}"
-    if not (off[0] <= PIXELS_OFF and off[1] <= SCORE_OFF):  # NaN too
+        batch = {"images": images[:count].numpy()}
+        onnx_boxes, onnx_scores = session.run(["boxes_xyxy", "scores"], batch)
+        box_errors = np.abs(onnx_boxes - boxes_xyxy[:count].numpy())
+        score_errors = np.abs(onnx_scores - scores[:count].numpy())
+        box_error = np.maximum(box_error, box_errors.max())  # NaN wins
+        score_error = np.maximum(score_error, score_errors.max())
+
+    difference = (
+        f"largest difference from PyTorch in batches of 1 and {len(images)}: "
+        f"{box_error:.1e} px, score {score_error:.1e}"
+    )
+    if not (box_error <= BOX_TOLERANCE and score_error <= SCORE_TOLERANCE):  # NaN too
         raise UserError(
-            f"the ONNX model is not the detector ({told}); nothing was written, try other versions of torch"
+            f"the ONNX model is not the detector ({difference}); nothing was written, "
+            "try other versions of torch"
         )
-    print(told)
+    print(difference)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weights", help="best.pt of a run, or a public file such as yolo11s.pt")
-    parser.add_argument("--to", choices=ENDINGS, required=True)
+    parser.add_argument("--to", choices=SUFFIXES, required=True)
     parser.add_argument(
         "--out", type=Path, help="default: the name of the weights, with another ending"
     )

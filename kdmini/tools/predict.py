@@ -3,10 +3,11 @@
 python -m kdmini.tools.predict WEIGHTS IMAGES|FOLDER... [--out FOLDER]
 python -m kdmini.tools.predict runs/voc/best.pt photographs/ --out found
 
-FOLDER then holds each picture with its boxes, and predictions.json: for every image its file,
-width, height, the picture drawn, and the detections as box_xyxy (pixels of the file), label and
-score, best first.
-Pixels are taken as stored: EXIF turns nothing, as in training.
+FOLDER then holds each picture with its boxes, and predictions.json: for every image its
+file, width, height, the picture drawn, and the detections as box_xyxy (pixels of the file),
+label and score, best first. Pixels are taken as stored: EXIF turns nothing, as in training.
+
+Legend: N images, A anchor points, K classes.
 """
 
 import argparse
@@ -14,63 +15,42 @@ import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 from kdmini import signals
-from kdmini.contracts import Detections, Target, UserError
+from kdmini.contracts import Prediction, UserError
 from kdmini.data.loader import ValLoader, check_size
-from kdmini.data.pictures import decode
 from kdmini.data.store import Store
 from kdmini.detection.boxes import select
-from kdmini.detection.yolo11.model import decode_maps
+from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.device import pick_device
-from kdmini.runlog import write_whole
-from kdmini.tools.load import load_detector, without_objects
+from kdmini.files import write_whole
+from kdmini.tools.load import Photographs, load_detector
 
 Image.init()
-FORMATS = tuple(
-    name for name in Image.OPEN if name != "EPS"
-)  # which Pillow would hand to an outside program
+OUTSIDE = "EPS"  # Pillow would hand such a file to another program
+FORMATS = tuple(name for name in Image.OPEN if name != OUTSIDE)
 ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
-BATCH, MAX_DET = 8, 300
+
+BATCH = 8  # images
+MAX_DET = 300  # detections of an image
+
 # Okabe and Ito's colours, which the colour-blind tell apart; black is left out
 BLUE = "#0072B2"  # the one dark enough for white text
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", BLUE, "#D55E00", "#CC79A7"]
-SHOWN = 640, 8192  # pixels of a drawn picture's long side, at least and at most
 
+# pixels of a drawn picture's long side
+LEAST_SIDE = 640
+MOST_SIDE = 8192
 
-class Photographs:
-    """Image files without annotations, as a `kdmini.contracts.Dataset`; a target's id is the path."""
-
-    def __init__(self, paths: list[Path]):
-        self.names: list[str] = []
-        self.paths = paths
-        self.refused: list[Path] = []
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        path = self.paths[index]
-        try:
-            return pixels(path), without_objects(str(path))
-        except UserError:
-            self.refused.append(path)
-            raise
-
-
-def pixels(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB. Raises UserError."""
-    if not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path}: no such file")
-    return decode(path, FORMATS)
+JPEG_QUALITY = 92
 
 
 def predict(
@@ -82,81 +62,75 @@ def predict(
     iou: float = 0.7,
     device: str = "auto",
 ) -> list[Path]:
-    """Writes pictures and predictions.json to `out`; -> the images that could not be read, which
-    were told of.
+    """Writes pictures and predictions.json to `out` -> the images that could not be read.
 
-    imgsz: that of the training where it is None. Raises UserError.
+    Each of these was named. imgsz: that of the training where it is None. Raises UserError.
     """
-    for name, value in {"--score": score, "--iou": iou}.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{name}: {value} is not a number from 0 to 1")
-    check_size(imgsz or 640, "--imgsz")
-    photographs = Photographs(find_images(inputs))
-    names = picture_names(photographs.paths)
-    detector, trained = load_detector(weights, pick_device(device))
+    check_share("--score", score)
+    check_share("--iou", iou)
+    if imgsz:
+        check_size(imgsz, "--imgsz")
+    paths = find_images(inputs)
+    names = picture_names(paths)
+    detector, trained_imgsz = load_detector(weights, pick_device(device))
     detector.fold()
-    prepare(out, photographs.paths)
-    try:
-        store = Store(
-            photographs, imgsz or trained, next(detector.parameters()).device, on_bad="skip"
-        )
-    except UserError:
-        if len(photographs.refused) < len(photographs):
-            raise
-        raise UserError("no image could be read; each is named above") from None
+    prepare(out, paths)
+    photographs = Photographs(paths, ids=[str(path) for path in paths], formats=FORMATS)
+    store = readable(photographs, imgsz or trained_imgsz, next(detector.parameters()).device)
 
-    found = []
+    entries: list[dict[str, Any]] = []
     with tqdm(total=len(store), desc="detect", unit="img") as bar:
-        for images, targets, inverse in ValLoader(store, BATCH):
-            with torch.no_grad():
-                detections = inverse(best_classes(detector(images), score, iou))
-            for target, (width, height), seen in zip(
-                targets, inverse.native.tolist(), detections, strict=True
-            ):
-                path = Path(target["id"])
-                # decoded once more: the store has it no larger than the detector sees it
-                picture = draw(Image.fromarray(pixels(path)), seen, detector.names)
-                save_jpeg(picture, out / names[path])
-                about = {
-                    "file": str(path),
-                    "width": width,
-                    "height": height,
-                    "picture": names[path],
-                }
-                found.append(about | {"detections": as_json(seen, detector.names)})
-                bar.update()
-    write_whole(out / "predictions.json", json.dumps(found, indent=1, ensure_ascii=False))
-    objects = sum(len(entry["detections"]) for entry in found)
+        for path, prediction in detect(detector, store, score, iou):
+            # decoded once more: the store has it no larger than the detector sees it
+            image = Image.fromarray(photographs.read(path))
+            save_jpeg(draw(image, prediction, detector.names), out / names[path])
+            entry = {
+                "file": str(path),
+                "width": image.width,
+                "height": image.height,
+                "picture": names[path],
+                "detections": as_json(prediction, detector.names),
+            }
+            entries.append(entry)
+            bar.update()
+    write_whole(out / "predictions.json", json.dumps(entries, indent=1, ensure_ascii=False))
+    objects = sum(len(entry["detections"]) for entry in entries)
     print(
-        f"{len(found):,} images, {objects:,} objects of score over {score}; pictures and predictions.json in {out}"
+        f"{len(entries):,} images, {objects:,} objects of score over {score}; "
+        f"pictures and predictions.json in {out}"
     )
     return photographs.refused
 
 
+def check_share(option: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{option}: {value} is not a number from 0 to 1")
+
+
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Files as named, and of a folder those whose ending is that of a picture; each once."""
-    found: list[Path] = []
+    """Files as named, and of a folder those with the ending of a picture; each once."""
+    paths: list[Path] = []
     for path in map(Path, inputs):
-        inside = (
-            sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS)
-            if path.is_dir()
-            else [path]
-        )
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
         if not inside:
             raise UserError(
                 f"{path}: no pictures in this folder; name one that holds them, or files"
             )
-        found += inside
-    return list({path.resolve(): path for path in found}.values())
+        paths += inside
+    unique = {path.resolve(): path for path in paths}
+    return list(unique.values())
 
 
 def picture_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """A name for the drawing of each, all different, though the images' own may not be."""
+    """A name for the drawing of each; all differ, though the images' own may not."""
     names: dict[Path, str] = {}
-    taken: set[str] = set()
+    taken: set[str] = set()  # in small letters, for file systems that do not tell A from a
     for path in paths:
-        name, number = path.stem, 1
-        while name.lower() in taken:  # for file systems that do not tell A from a
+        name = path.stem
+        number = 1
+        while name.lower() in taken:
             number += 1
             name = f"{path.stem}-{number}"
         taken.add(name.lower())
@@ -165,12 +139,13 @@ def picture_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def prepare(out: Path, paths: Sequence[Path]) -> None:
-    """Makes the folder. Raises UserError where an image lies in it, or would be overwritten through
-    a link.
+    """Makes the folder.
+
+    Raises UserError where an image lies in it, or would be overwritten through a link.
     """
-    if out.resolve() in {
-        folder for path in paths for folder in (path.parent.resolve(), path.resolve().parent)
-    }:
+    of_links = {path.parent.resolve() for path in paths}
+    of_files = {path.resolve().parent for path in paths}
+    if out.resolve() in of_links | of_files:
         raise UserError(
             f"--out {out}: the images lie there, and are never overwritten; name another folder"
         )
@@ -182,59 +157,108 @@ def prepare(out: Path, paths: Sequence[Path]) -> None:
         ) from error
 
 
-def best_classes(preds: list[Tensor], score: float, iou: float) -> list[Detections]:
-    """As YOLO11.decode, but of each box the best class alone: evaluation counts several, a picture
-    shows one.
+def readable(photographs: Photographs, imgsz: int, device: torch.device) -> Store:
+    """Those that can be read; the others are named. Raises UserError where none can."""
+    try:
+        return Store(photographs, imgsz, device, on_bad="skip")
+    except UserError:
+        if len(photographs.refused) < len(photographs):
+            raise
+        raise UserError("no image could be read; each is named above") from None
+
+
+def detect(
+    detector: YOLO11, store: Store, score: float, iou: float
+) -> Iterator[tuple[Path, Prediction]]:
+    """-> each image and what is detected in it, in pixels of the file."""
+    for images, targets, to_file in ValLoader(store, BATCH):
+        with torch.no_grad():
+            predictions = to_file(best_classes(detector(images), score, iou))
+        for target, prediction in zip(targets, predictions, strict=True):
+            yield Path(target["id"]), prediction
+
+
+def best_classes(preds: list[Tensor], score: float, iou: float) -> list[Prediction]:
+    """As YOLO11.decode, but of each box the best class alone.
+
+    Evaluation counts several; a picture shows one.
     """
     boxes_xyxy, scores = decode_maps(preds)  # (N, A, 4), (N, A, K)
     best, label = scores.max(2, keepdim=True)
-    only = torch.zeros_like(scores).scatter_(2, label, best)
-    return [select(b, s, score, iou, MAX_DET) for b, s in zip(boxes_xyxy, only, strict=True)]
+    only_best = torch.zeros_like(scores).scatter_(2, label, best)
+    return [
+        select(boxes, scores_of_boxes, score, iou, MAX_DET)
+        for boxes, scores_of_boxes in zip(boxes_xyxy, only_best, strict=True)
+    ]
 
 
-def as_json(seen: Detections, names: list[str]) -> list[dict[str, object]]:
-    columns = (seen[key].tolist() for key in ("boxes_xyxy", "scores", "labels"))
+def as_json(prediction: Prediction, names: list[str]) -> list[dict[str, Any]]:
+    rows = zip(
+        prediction["boxes_xyxy"].tolist(),
+        prediction["scores"].tolist(),
+        prediction["labels"].tolist(),
+        strict=True,
+    )
     return [
         {
             "box_xyxy": [round(side, 2) for side in box],
             "label": names[label],
             "score": round(score, 4),
         }
-        for box, score, label in zip(*columns, strict=True)
+        for box, score, label in rows
     ]
 
 
-def draw(image: Image.Image, seen: Detections, names: list[str]) -> Image.Image:
-    """A copy with boxes, class names and scores; a small image is enlarged, that they can be read."""
-    long = max(image.size)
-    factor = min(max(long, SHOWN[0]), SHOWN[1]) / long
-    picture = image.resize(
-        [max(round(side * factor), 1) for side in image.size], Image.Resampling.BICUBIC
-    )
-    size = max(round(math.sqrt(picture.width * picture.height) / 36), 14)
-    line = max(size // 5, 3)
-    font = ImageFont.load_default(size)
+# --- drawing
+
+
+def draw(image: Image.Image, prediction: Prediction, names: list[str]) -> Image.Image:
+    """A copy with boxes, class names and scores; small images are enlarged for these."""
+    long_side = max(image.size)
+    factor = min(max(long_side, LEAST_SIDE), MOST_SIDE) / long_side
+    width, height = (max(round(side * factor), 1) for side in image.size)
+    picture = image.resize((width, height), Image.Resampling.BICUBIC)
+    text_size = max(round(math.sqrt(width * height) / 36), 14)
+    line = max(text_size // 5, 3)
+    font = ImageFont.load_default(text_size)
     pen = ImageDraw.Draw(picture)
-    shown = list(
-        zip((seen["boxes_xyxy"] * factor).tolist(), seen["scores"], seen["labels"], strict=True)
-    )[::-1]
-    for box, _, label in shown:  # the best come last, on top
+
+    # reversed: the best are drawn last, on top
+    boxes = (prediction["boxes_xyxy"] * factor).tolist()[::-1]
+    labels = prediction["labels"].tolist()[::-1]
+    scores = prediction["scores"].tolist()[::-1]
+    colours = [COLOURS[label % len(COLOURS)] for label in labels]
+    for box, colour in zip(boxes, colours, strict=True):
         pen.rectangle(box, outline="black", width=line + 1)  # a dark rim shows on any ground
-        pen.rectangle(box, outline=COLOURS[label % len(COLOURS)], width=line)
-    for (x, y, _, _), score, label in shown:
-        text, colour = f"{names[label]} {score:.2f}", COLOURS[label % len(COLOURS)]
-        right, below = pen.textbbox((0, 0), text, font)[2:]
-        width, height = right + 2 * line, below + line
-        x = max(min(x, picture.width - width), 0)
-        y = y - height if y >= height else y  # above the box, or inside it at the upper edge
-        pen.rectangle((x, y, x + width, y + height), colour)
-        pen.text((x + line, y), text, "white" if colour == BLUE else "black", font)
+        pen.rectangle(box, outline=colour, width=line)
+    for box, label, score, colour in zip(boxes, labels, scores, colours, strict=True):
+        write(pen, font, f"{names[label]} {score:.2f}", box, colour, line, width)
     return picture
+
+
+def write(
+    pen: ImageDraw.ImageDraw,
+    font: Any,
+    text: str,
+    box: Sequence[float],
+    colour: str,
+    margin: int,
+    picture_width: int,
+) -> None:
+    """On a coloured plate above the box, or inside it at the picture's upper edge."""
+    left, top = box[:2]
+    text_width, text_height = pen.textbbox((0, 0), text, font)[2:]
+    width = text_width + 2 * margin
+    height = text_height + margin
+    x = max(min(left, picture_width - width), 0)
+    y = top - height if top >= height else top
+    pen.rectangle((x, y, x + width, y + height), colour)
+    pen.text((x + margin, y), text, "white" if colour == BLUE else "black", font)
 
 
 def save_jpeg(picture: Image.Image, path: Path) -> None:
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=92)
+    picture.save(content, "JPEG", quality=JPEG_QUALITY)
     write_whole(path, content.getvalue())
 
 
@@ -267,7 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     if refused:
         sys.exit(
-            f"error: images that could not be read, and are named above: {len(refused):,}; the others are done"
+            f"error: images that could not be read, and are named above: {len(refused):,}; "
+            "the others are done"
         )
 
 

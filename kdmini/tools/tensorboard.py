@@ -1,14 +1,13 @@
-"""A run in TensorBoard: the scalars of metrics.jsonl, and the pictures that visualize made.
+"""A run in TensorBoard: the scalars of metrics.jsonl, and the pictures of visualize.
 
 python -m kdmini.tools.tensorboard RUN [RUN ...] [--follow]
 tensorboard --logdir RUN
 
-Writes an event file, RUN/tensorboard/events.out.tfevents.*, anew and whole whenever the run has
-changed, and empties
-the one before: nothing is there twice, a resumed run takes back what it forgot, and a TensorBoard
-that is open follows.
-The step is the epoch as train.py prints it: 0 is before training. Groups: loss/, score/, lambda/,
-distance/, lr, images/s.
+Writes an event file, RUN/tensorboard/events.out.tfevents.*, anew and whole whenever the
+run has changed, and empties the one before: nothing is there twice, a resumed run takes
+back what it forgot, and a TensorBoard that is open follows. A tag is the key in
+metrics.jsonl, such as loss/box or lr. The step is the epoch as train.py prints it: 0 is
+before training.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import struct
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from kdmini import signals
 from kdmini.contracts import UserError
@@ -31,49 +31,61 @@ try:
     from tensorboard.summary.writer.record_writer import RecordWriter
 except ImportError:
     sys.exit(
-        "error: event files are written by tensorboard, which is not installed: pip install 'kdmini[tb]'"
+        "error: event files are written by tensorboard, which is not installed: "
+        "pip install 'kdmini[tb]'"
     )
 
 SECONDS = 5.0  # between two looks of --follow
-SCORES = r"AP.*|VOC.*"
-ALONE = {"lr", "images/s", "skipped"}
-PNG = b"\x89PNG\r\n\x1a\n"
+
+EVENT_FILES = "events.out.tfevents.*"  # a number, a dot, and a digest of what is in it
+DIGEST_CHARACTERS = 16
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIDES = slice(16, 24)  # width and height, four bytes each
+RGBA = 4  # Summary.Image's number of it
 
 
 def write_events(run: Path) -> Path | None:
-    """Brings RUN/tensorboard up to date -> its event file, or None where the run has nothing to
-    show yet.
-    """
+    """Brings RUN/tensorboard up to date -> its event file, None with nothing to show."""
     events = [*scalars(run), *pictures(run)]
     if not events:
         return None
-    # the first two: what the reader asks of a file, and that it may forget what an earlier file
-    # said
+
     head = [
+        # what the reader asks of a file
         Event(file_version="brain.Event:2"),
+        # it may forget what an earlier file said
         Event(step=0, session_log=SessionLog(status=SessionLog.START)),
     ]
-    lines = [event.SerializeToString(deterministic=True) for event in [*head, *events]]
-    digest = hashlib.sha256(b"".join(lines)).hexdigest()[:16]
+    records = [event.SerializeToString(deterministic=True) for event in head + events]
+    digest = hashlib.sha256(b"".join(records)).hexdigest()[:DIGEST_CHARACTERS]
+
     folder = run / "tensorboard"
-    present = sorted(folder.glob("events.out.tfevents.*"))
-    if not present or present[-1].suffix != f".{digest}":
-        numbers = [
-            int(found[1]) for path in present if (found := re.search(r"tfevents\.(\d+)", path.name))
-        ]
-        # readers take files in the order of their names, and go on to a later one
-        number = max([int(time.time()), *(n + 1 for n in numbers)])
+    earlier = sorted(folder.glob(EVENT_FILES))
+    if not earlier or earlier[-1].suffix != f".{digest}":
         content = io.BytesIO()
-        for line in lines:
-            RecordWriter(content).write(line)
-        write_whole(folder / f"events.out.tfevents.{number}.{digest}", content.getvalue())
-    *old, path = sorted(folder.glob("events.out.tfevents.*"))
-    for other in old:
-        if (
-            other.stat().st_size
-        ):  # not deleted: a TensorBoard that has it open would never get past it
-            write_whole(other, b"")
-    return path
+        writer = RecordWriter(content)
+        for record in records:
+            writer.write(record)
+        name = f"events.out.tfevents.{next_number(earlier)}.{digest}"
+        write_whole(folder / name, content.getvalue())
+
+    *outdated, newest = sorted(folder.glob(EVENT_FILES))
+    for path in outdated:
+        if path.stat().st_size > 0:
+            # not deleted: a TensorBoard that has it open would never get past it
+            write_whole(path, b"")
+    return newest
+
+
+def next_number(earlier: list[Path]) -> int:
+    """The time in seconds, or the number after the highest of the earlier event files.
+
+    Readers take the files in the order of their names, and go on to a later one.
+    """
+    matches = [re.search(r"tfevents\.(\d+)", path.name) for path in earlier]
+    numbers = [int(match[1]) for match in matches if match]
+    return max([int(time.time()), *(number + 1 for number in numbers)])
 
 
 def scalars(run: Path) -> list[Event]:
@@ -81,33 +93,26 @@ def scalars(run: Path) -> list[Event]:
     path = run / "metrics.jsonl"
     try:
         records = RunFolder(run, lead=False).records()
-        moment = path.stat().st_mtime if records else 0.0
-        rows = [(int(record["epoch"]) + 1, record) for record in records]
+        written_at = path.stat().st_mtime if records else 0.0
+        steps = [int(record["epoch"]) + 1 for record in records]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path}: cannot be read ({error!r}); repair it or leave the run out"
         ) from error
     return [
-        Event(
-            wall_time=moment,
-            step=step,
-            summary=Summary(
-                value=[
-                    Summary.Value(tag=tag_of(name), simple_value=value)
-                    for name, value in record.items()
-                    if name != "epoch" and isinstance(value, int | float)
-                ]
-            ),
-        )
-        for step, record in rows
+        Event(wall_time=written_at, step=step, summary=summary_of(record))
+        for step, record in zip(steps, records, strict=True)
     ]
 
 
-def tag_of(name: str) -> str:
-    """A name in metrics.jsonl -> group/name."""
-    if name in ALONE or "/" in name:
-        return name
-    return f"score/{name}" if re.fullmatch(SCORES, name) else f"loss/{name}"
+def summary_of(record: dict[str, Any]) -> Summary:
+    """A line of metrics.jsonl, whose keys are the tags."""
+    values = [
+        Summary.Value(tag=key, simple_value=value)
+        for key, value in record.items()
+        if key != "epoch" and isinstance(value, int | float)
+    ]
+    return Summary(value=values)
 
 
 def pictures(run: Path) -> list[Event]:
@@ -116,26 +121,33 @@ def pictures(run: Path) -> list[Event]:
     events = []
     for path in sorted((run / "pictures").glob("*.png")):
         try:
-            content, moment = path.read_bytes(), path.stat().st_mtime
+            content = path.read_bytes()
+            written_at = path.stat().st_mtime
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}); delete it, or let it be read"
             ) from error
-        if not content.startswith(PNG) or len(content) < 24:
+        sides = content[PNG_SIDES]
+        if not content.startswith(PNG_SIGNATURE) or len(sides) < 8:
             raise UserError(
                 f"{path}: is no PNG; delete it, and make it again with kdmini.tools.visualize"
             )
-        width, height = struct.unpack(">II", content[16:24])
+
+        width, height = struct.unpack(">II", sides)
         image = Summary.Image(
-            width=width, height=height, colorspace=4, encoded_image_string=content
+            width=width, height=height, colorspace=RGBA, encoded_image_string=content
         )
-        value = Summary.Value(tag=f"pictures/{path.stem}", image=image)
-        events.append(Event(wall_time=moment, step=step, summary=Summary(value=[value])))
+        summary = Summary(value=[Summary.Value(tag=f"pictures/{path.stem}", image=image)])
+        events.append(Event(wall_time=written_at, step=step, summary=summary))
     return events
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all. The temporary name is none that TensorBoard would open."""
+    """Writes a file whole or not at all. Raises UserError.
+
+    Not files.write_whole: its temporary file is called like the whole one, with .tmp
+    after it, and TensorBoard opens whatever has `tfevents` in its name.
+    """
     temporary = path.with_name("part.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -150,14 +162,27 @@ def write_whole(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-def changed(run: Path) -> list[tuple[Path, int, int]]:
-    """What says whether a run has changed, without reading it."""
-    files = [
-        path
-        for path in (run / "metrics.jsonl", *(run / "pictures").glob("*.png"))
-        if path.is_file()
-    ]
-    return sorted((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+def state_of(run: Path) -> list[tuple[Path, int, int]]:
+    """Path, time and size of each file: by these a change is seen without reading."""
+    paths = [run / "metrics.jsonl", *(run / "pictures").glob("*.png")]
+    stats = {path: path.stat() for path in paths if path.is_file()}
+    return sorted((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items())
+
+
+def watch(runs: list[Path], follow: bool) -> None:
+    """Writes the events of each run; with `follow`, again whenever it has changed."""
+    states: dict[Path, list] = {}
+    while True:
+        for run in runs:
+            state = state_of(run)
+            if state == states.get(run):
+                continue
+            states[run] = state
+            events = write_events(run) or f"none, as {run} has no epoch to show yet"
+            print(f"events: {events}", flush=True)
+        if not follow:
+            return
+        time.sleep(SECONDS)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -178,23 +203,12 @@ def main(argv: list[str] | None = None) -> None:
         for run in args.runs:
             if not (run / "config.yaml").is_file():
                 raise UserError(
-                    f"{run}: has no config.yaml, so it is no run; name a folder that train.py has written"
+                    f"{run}: has no config.yaml, so it is no run; "
+                    "name a folder that train.py has written"
                 )
-        print(
-            f"look: tensorboard --logdir {os.path.commonpath([run.absolute() for run in args.runs])}"
-        )
-        seen: dict[Path, list] = {}
-        while True:
-            for run in args.runs:
-                if (now := changed(run)) != seen.get(run):
-                    print(
-                        f"events: {write_events(run) or f'none, as {run} has no epoch to show yet'}",
-                        flush=True,
-                    )
-                    seen[run] = now
-            if not args.follow:
-                return
-            time.sleep(SECONDS)
+        logdir = os.path.commonpath([run.absolute() for run in args.runs])
+        print(f"look: tensorboard --logdir {logdir}")
+        watch(args.runs, args.follow)
     except UserError as error:
         sys.exit(f"error: {error}")
 

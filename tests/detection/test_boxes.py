@@ -1,141 +1,265 @@
-"""Boxes, against torchvision, and anchor points, against numbers written down by hand."""
+"""Boxes, by hand and against torchvision, and anchor points, by hand."""
 
 import math
 
 import pytest
 import torch
+from torch import Tensor
 from torchvision.ops import box_area as their_area
-from torchvision.ops import complete_box_iou, complete_box_iou_loss
+from torchvision.ops import (
+    complete_box_iou,
+    complete_box_iou_loss,
+    generalized_box_iou_loss,
+)
 
 from kdmini.detection.boxes import (
     anchor_points,
     box_area,
+    centre_inside,
     ciou,
     dist_ltrb_to_xyxy,
+    flatten_levels,
+    giou,
     intersection,
     xyxy_to_dist_ltrb,
 )
 
 CPU = torch.device("cpu")
+# rows of pairs()
+EQUAL = 80
+TOUCHING = 81
+UNLIKE = 82
 
 
-def random_boxes(count, seed, spread=100.0):
+def random_boxes(count: int, seed: int, spread: float = 100.0) -> Tensor:
+    """(count, 4) float64."""
     generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * spread
-    sides = torch.rand(count, 2, generator=generator, dtype=torch.float64) * 40 + 0.5
-    return torch.cat([corner, corner + sides], 1)
+    corner = torch.rand(count, 2, generator=generator, dtype=torch.float64)
+    sides = torch.rand(count, 2, generator=generator, dtype=torch.float64)
+    left_top = corner * spread
+    return torch.cat([left_top, left_top + sides * 40 + 0.5], 1)
 
 
-def pairs():
-    """Overlapping, apart, nested, equal, touching, and very unlike boxes: (P, 4), (P, 4)."""
-    a, b = random_boxes(400, 0, 60), random_boxes(400, 1, 60)
+def pairs() -> tuple[Tensor, Tensor]:
+    """Overlapping, apart, nested, equal, touching, and unlike boxes: (P, 4), (P, 4)."""
+    a = random_boxes(400, 0, spread=60)
+    b = random_boxes(400, 1, spread=60)
     b[:40] = a[:40] + 0.3
-    b[40:80] = torch.cat([a[40:80, :2] - 1, a[40:80, 2:] + 2], 1)
-    b[80] = a[80]
-    b[81] = a[81] + torch.tensor([1.0, 0, 1, 0]) * (a[81, 2] - a[81, 0])
-    b[82] = torch.tensor([0.0, 0, 500, 0.6])
+    b[40:80] = a[40:80] + torch.tensor([-1.0, -1.0, 2.0, 2.0])
+    b[EQUAL] = a[EQUAL]
+    width = a[TOUCHING, 2] - a[TOUCHING, 0]
+    b[TOUCHING] = a[TOUCHING] + torch.tensor([1.0, 0.0, 1.0, 0.0]) * width
+    b[UNLIKE] = torch.tensor([0.0, 0.0, 500.0, 0.6])
     return a, b
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
-def test_ciou_equals_torchvision(dtype, tolerance):
-    a, b = (boxes.to(dtype) for boxes in pairs())
-    found = ciou(a, b)
-    expected = complete_box_iou(a, b).diagonal()
-    assert (found - expected).abs().max() < tolerance
-    assert found.max() <= 1 + tolerance and found.min() >= -1.5 and found.min() < -0.5
+# --- CIoU
 
 
-def test_ciou_broadcasts():
-    a, b = random_boxes(7, 2), random_boxes(5, 3)
-    found = ciou(a[:, None], b[None])
-    assert found.shape == (7, 5)
-    assert (found - complete_box_iou(a, b)).abs().max() < 1e-7
-
-
-def test_ciou_of_boxes_worked_out_by_hand():
-    a, b = torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 1, 3, 3])
+def test_ciou_of_boxes_worked_out_by_hand() -> None:
+    a = torch.tensor([0.0, 0, 2, 2])
+    shifted = torch.tensor([1.0, 1, 3, 3])  # of the same aspect
     assert ciou(a, a).item() == pytest.approx(1, abs=1e-6)
-    assert ciou(a, b).item() == pytest.approx(1 / 7 - 2 / 18, abs=1e-6)  # same aspect
-    tall = torch.tensor(
-        [0.0, 0, 2, 4]
-    )  # same left top corner: IoU 1/2, centres 1 apart, diagonal^2 20
+    assert ciou(a, shifted).item() == pytest.approx(1 / 7 - 2 / 18, abs=1e-6)
+
+
+def test_ciou_of_unlike_aspects_worked_out_by_hand() -> None:
+    square = torch.tensor([0.0, 0, 2, 2])
+    tall = torch.tensor([0.0, 0, 2, 4])
+    iou = 1 / 2
+    distance = 1  # of the centres
+    diagonal = 20  # its square
     v = 4 / math.pi**2 * (math.atan(1) - math.atan(0.5)) ** 2
-    assert ciou(a, tall).item() == pytest.approx(0.5 - 1 / 20 - v * v / (v + 0.5), abs=1e-6)
+    alpha = v / (v + 1 - iou)
+    expected = iou - distance / diagonal - alpha * v
+    assert ciou(square, tall).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_gradients_of_ciou_equal_torchvision():
-    a, b = pairs()
-    for mine, other in ((a, b), (b, a)):
-        ours, theirs = mine.clone().requires_grad_(), mine.clone().requires_grad_()
-        (1 - ciou(ours, other)).sum().backward()
-        complete_box_iou_loss(theirs, other, reduction="sum").backward()
-        assert theirs.grad.abs().max() > 0.01
-        different = (ours.grad - theirs.grad).abs().max(1).values > 1e-7
-        # where two corners coincide the maximum has no gradient of its own: only the equal box and
-        # the touching one
-        assert set(different.nonzero().flatten().tolist()) <= {80, 81}
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
+def test_ciou_equals_torchvision(dtype: torch.dtype, tolerance: float) -> None:
+    a, b = (boxes.to(dtype) for boxes in pairs())
+    ours = ciou(a, b)
+    theirs = complete_box_iou(a, b).diagonal()
+    assert (ours - theirs).abs().max() < tolerance
+    assert ours.max() <= 1 + tolerance
+    assert ours.min() >= -1.5
+    assert ours.min() < -0.5
+
+
+def test_ciou_broadcasts() -> None:
+    a = random_boxes(7, 2)
+    b = random_boxes(5, 3)
+    ours = ciou(a[:, None], b[None])
+    theirs = complete_box_iou(a, b)
+    assert ours.shape == (7, 5)
+    assert (ours - theirs).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gradients_of_ciou_equal_torchvision(swapped: bool) -> None:
+    moving, other = reversed(pairs()) if swapped else pairs()
+    ours = moving.clone().requires_grad_()
+    theirs = moving.clone().requires_grad_()
+    (1 - ciou(ours, other)).sum().backward()
+    complete_box_iou_loss(theirs, other, reduction="sum").backward()
+
+    assert theirs.grad.abs().max() > 0.01
     assert torch.isfinite(ours.grad).all()
+    difference = (ours.grad - theirs.grad).abs().amax(1)
+    rows = (difference > 1e-7).nonzero().flatten()
+    # where two corners coincide the maximum has no gradient of its own
+    assert set(rows.tolist()) <= {EQUAL, TOUCHING}
 
 
-def test_degenerate_boxes_give_finite_gradients():
-    a = torch.tensor([[5.0, 5, 5, 5], [0, 0, 4, 0], [3, 3, 1, 1]], requires_grad=True)
-    value = ciou(a, torch.tensor([[5.0, 5, 5, 5]]))
+def test_degenerate_boxes_give_finite_gradients() -> None:
+    point = torch.tensor([[5.0, 5, 5, 5]])
+    boxes = torch.tensor(
+        [
+            [5.0, 5, 5, 5],
+            [0, 0, 4, 0],
+            [3, 3, 1, 1],
+        ],
+        requires_grad=True,
+    )
+    value = ciou(boxes, point)
     value.sum().backward()
-    assert torch.isfinite(value).all() and torch.isfinite(a.grad).all()
+    assert value.isfinite().all()
+    assert boxes.grad.isfinite().all()
 
 
-def test_area_and_intersection():
+# --- area, intersection, generalised IoU
+
+
+def test_area_by_hand_is_zero_where_a_side_is_negative() -> None:
+    inside_out = [3.0, 3, 1, 1]
+    usual = [0.0, 0, 2, 5]
+    assert box_area(torch.tensor([inside_out, usual])).tolist() == [0, 10]
+
+
+def test_area_equals_torchvision() -> None:
+    boxes, _ = pairs()
+    assert torch.allclose(box_area(boxes), their_area(boxes))
+
+
+def test_intersection_by_hand() -> None:
+    square = torch.tensor([0.0, 0, 4, 4])
+    others = torch.tensor(
+        [
+            [2.0, 3, 6, 9],  # overlaps by 2 x 1
+            [4, 0, 8, 4],  # touches
+            [5, 5, 9, 9],  # is apart
+            [1, 1, 2, 3],  # lies inside
+            [-1, -1, 9, 9],  # lies around
+        ]
+    )
+    assert intersection(square, others).tolist() == [2, 0, 0, 2, 16]
+
+
+def test_intersection_is_symmetric_and_broadcasts() -> None:
     a, b = pairs()
-    assert torch.allclose(box_area(a), their_area(a))
-    assert box_area(torch.tensor([[3.0, 3, 1, 1], [0, 0, 2, 5]])).tolist() == [0, 10]
-    by_hand = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 4, 4], [1, 1, 2, 3]])
-    against = torch.tensor([[2.0, 3, 6, 9], [4, 0, 8, 4], [5, 5, 9, 9], [0, 0, 9, 9]])
-    assert intersection(by_hand, against).tolist() == [2, 0, 0, 2]
     assert torch.equal(intersection(a, b), intersection(b, a))
     assert intersection(a[:, None], b[None, :3]).shape == (400, 3)
 
 
-def test_anchor_points_are_the_centres_of_the_cells_row_by_row():
+def test_giou_by_hand() -> None:
+    a = torch.tensor([0.0, 0, 2, 2])
+    apart = torch.tensor([3.0, 0, 4, 2])  # 6 of the enclosing 8 are covered
+    assert giou(a, a).item() == pytest.approx(1, abs=1e-6)
+    assert giou(a, apart).item() == pytest.approx(-2 / 8, abs=1e-6)
+
+
+def test_giou_is_torchvisions_also_for_boxes_without_area() -> None:
+    a, b = pairs()
+    b[100:105, 2:] = b[100:105, :2]  # as the padding of a batch
+    theirs = generalized_box_iou_loss(a, b)
+    torch.testing.assert_close(1 - giou(a, b), theirs, atol=1e-6, rtol=0)
+
+
+# --- anchor points
+
+
+def test_anchor_points_are_the_centres_of_the_cells_row_by_row() -> None:
     points, stride_of = anchor_points([(2, 3), (1, 2)], [8, 16], CPU)
-    assert points.tolist() == [
-        [4, 4],
-        [12, 4],
-        [20, 4],
-        [4, 12],
-        [12, 12],
-        [20, 12],
-        [8, 8],
-        [24, 8],
-    ]
-    assert stride_of.tolist() == [[8]] * 6 + [[16]] * 2
-    assert points.dtype == stride_of.dtype == torch.float32
-    points, stride_of = anchor_points([(80, 80), (40, 40), (20, 20)], [8, 16, 32], CPU)
-    assert points.shape == (8400, 2) and stride_of.shape == (8400, 1)
-    assert points[6400].tolist() == [8, 8] and points[-1].tolist() == [624, 624]
+    first_row = [[4, 4], [12, 4], [20, 4]]
+    second_row = [[4, 12], [12, 12], [20, 12]]
+    second_level = [[8, 8], [24, 8]]
+    assert points.tolist() == first_row + second_row + second_level
+    assert stride_of.flatten().tolist() == [8] * 6 + [16] * 2
+    assert points.dtype == torch.float32
+    assert stride_of.dtype == torch.float32
 
 
-def test_a_level_without_a_stride_is_an_error():
+def test_an_image_of_640_pixels_has_8400_anchor_points() -> None:
+    sizes = [(80, 80), (40, 40), (20, 20)]
+    points, stride_of = anchor_points(sizes, [8, 16, 32], CPU)
+    assert points.shape == (8400, 2)
+    assert stride_of.shape == (8400, 1)
+    assert points[6400].tolist() == [8, 8]
+    assert points[-1].tolist() == [624, 624]
+
+
+def test_flattened_levels_are_in_the_order_of_their_anchor_points() -> None:
+    sizes = [(2, 3), (1, 2)]
+    points, _ = anchor_points(sizes, [8, 16], CPU)
+    columns = torch.tensor([[4.0, 12, 20], [4, 12, 20]])
+    rows = torch.tensor([[4.0, 4, 4], [12, 12, 12]])
+    first = torch.stack([columns, rows])[None].half()  # (1, 2, H, W), x y of each cell
+    second = torch.tensor([[[[8.0, 24]], [[8, 8]]]]).half()
+    flat = flatten_levels([first, second])
+    assert flat.dtype == torch.float32
+    assert torch.equal(flat, points[None])
+
+
+def test_a_level_without_a_stride_is_an_error() -> None:
     with pytest.raises(ValueError):
         anchor_points([(2, 2), (1, 1)], [8], CPU)
 
 
-def test_distances_by_hand():
-    points, stride_of = torch.tensor([[12.0, 20.0]]), torch.tensor([[8.0]])
-    boxes = torch.tensor([[[4.0, 16, 28, 60]]])  # (1, 1, 4)
-    assert xyxy_to_dist_ltrb(boxes, points, stride_of).tolist() == [[[1, 0.5, 2, 5]]]
-    assert (
-        dist_ltrb_to_xyxy(torch.tensor([[[1, 0.5, 2, 5]]]), points, stride_of).tolist()
-        == boxes.tolist()
-    )
-    assert xyxy_to_dist_ltrb(torch.tensor([[20.0, 0, 30, 40]]), points, stride_of)[0, 0] < 0
+# --- distances
 
 
-def test_distances_go_there_and_back():
+def test_distances_by_hand() -> None:
+    points = torch.tensor([[12.0, 20.0]])
+    stride_of = torch.tensor([[8.0]])
+    boxes_xyxy = torch.tensor([[[4.0, 16, 28, 60]]])  # (1, 1, 4)
+    dist_ltrb = torch.tensor([[[1, 0.5, 2, 5]]])
+    assert torch.equal(xyxy_to_dist_ltrb(boxes_xyxy, points, stride_of), dist_ltrb)
+    assert torch.equal(dist_ltrb_to_xyxy(dist_ltrb, points, stride_of), boxes_xyxy)
+
+
+def test_a_distance_is_negative_where_the_point_is_outside() -> None:
+    points = torch.tensor([[12.0, 20.0]])
+    stride_of = torch.tensor([[8.0]])
+    box_to_the_right = torch.tensor([[20.0, 0, 30, 40]])
+    dist_ltrb = xyxy_to_dist_ltrb(box_to_the_right, points, stride_of)
+    assert dist_ltrb.tolist() == [[-1, 2.5, 2.25, 2.5]]
+
+
+def test_boxes_go_there_and_back() -> None:
     points, stride_of = anchor_points([(16, 16), (8, 8), (4, 4)], [8, 16, 32], CPU)
-    boxes = random_boxes(3 * len(points), 4).float().reshape(3, len(points), 4)
-    distances = xyxy_to_dist_ltrb(boxes, points, stride_of)
-    assert torch.allclose(dist_ltrb_to_xyxy(distances, points, stride_of), boxes, atol=1e-4)
-    distances = torch.rand(3, len(points), 4) * 15
-    back = xyxy_to_dist_ltrb(dist_ltrb_to_xyxy(distances, points, stride_of), points, stride_of)
-    assert torch.allclose(back, distances, atol=1e-4)
+    boxes_xyxy = random_boxes(3 * len(points), 4).float()
+    boxes_xyxy = boxes_xyxy.reshape(3, len(points), 4)
+    dist_ltrb = xyxy_to_dist_ltrb(boxes_xyxy, points, stride_of)
+    back = dist_ltrb_to_xyxy(dist_ltrb, points, stride_of)
+    assert torch.allclose(back, boxes_xyxy, atol=1e-4)
+
+
+def test_distances_go_there_and_back() -> None:
+    points, stride_of = anchor_points([(16, 16), (8, 8), (4, 4)], [8, 16, 32], CPU)
+    dist_ltrb = torch.rand(3, len(points), 4) * 15
+    boxes_xyxy = dist_ltrb_to_xyxy(dist_ltrb, points, stride_of)
+    back = xyxy_to_dist_ltrb(boxes_xyxy, points, stride_of)
+    assert torch.allclose(back, dist_ltrb, atol=1e-4)
+
+
+# --- points in boxes
+
+
+@pytest.mark.parametrize(
+    "x, inside",
+    [(5.0, True), (10 - 1e-8, True), (10.0, False), (1e-8, True), (0.0, False), (-1.0, False)],
+)
+def test_a_point_is_inside_a_box_but_not_on_its_side(x: float, inside: bool) -> None:
+    box = torch.tensor([[[0.0, 0, 10, 10]]], dtype=torch.float64)  # (N, G, 4)
+    point = torch.tensor([[x, 5.0]], dtype=torch.float64)  # (A, 2)
+    assert centre_inside(point, box).tolist() == [[[inside]]]

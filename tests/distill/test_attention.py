@@ -1,6 +1,6 @@
-"""Attention transfer, against the code of the research notes and that of the paper's authors."""
+"""Attention transfer, against the code of the notes and that of the authors."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,20 +35,29 @@ def notes_loss(y_s: list[Tensor], y_t: list[Tensor], p: float = 2) -> Tensor:
 
 
 def authors_map(x: Tensor) -> Tensor:
-    """Zagoruyko & Komodakis, the formula of their published code: a mean over channels, which L2
-    norm undoes.
+    """The formula of the published code of Zagoruyko & Komodakis.
+
+    It takes a mean over channels, which the L2 norm undoes.
     """
     return F.normalize(x.pow(2).mean(1).view(x.size(0), -1))
 
 
-def pair(
-    images: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> tuple[list[Tensor], list[Tensor]]:
+class Pair(NamedTuple):
     """Feats of student and teacher at three taps."""
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+
+
+SIZES = [(8, 6, 6), (5, 4, 7), (16, 3, 3)]  # C, H, W of the student; the teacher has 2 C
+
+
+def pair(images: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Pair:
+    """The student's carry a gradient."""
     torch.manual_seed(seed)
-    sizes = [(8, 6, 6), (5, 4, 7), (16, 3, 3)]
-    student = [torch.randn(images, *size, dtype=dtype).requires_grad_() for size in sizes]
-    return student, [torch.randn(images, 2 * c, h, w, dtype=dtype) for c, h, w in sizes]
+    student = [torch.randn(images, *size, dtype=dtype).requires_grad_() for size in SIZES]
+    teacher = [torch.randn(images, 2 * c, h, w, dtype=dtype) for c, h, w in SIZES]
+    return Pair(student, teacher)
 
 
 def view(feats: list[Tensor]) -> View:
@@ -62,42 +71,48 @@ def loss_of(term: AttentionTransfer, student: list[Tensor], teacher: list[Tensor
 # --- against what others wrote
 
 
+def assert_gradients_near(ours: Pair, theirs: Pair, rtol: float, atol: float) -> None:
+    for mine, other in zip(ours.student, theirs.student, strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert torch.allclose(mine.grad, other.grad, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("p", [2.0, 1.0, 4.0])
 def test_values_and_gradients_are_those_of_the_notes(p: float) -> None:
-    (student, teacher), (same, _) = pair(), pair()
-    ours, theirs = (
-        loss_of(AttentionTransfer("notes", p), student, teacher),
-        notes_loss(same, teacher, p),
-    )
-    ours.backward()
-    theirs.backward()
-    assert ours.dtype == torch.float64
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
-    for mine, other in zip(student, same, strict=True):
-        assert mine.grad is not None and other.grad is not None
-        assert torch.allclose(mine.grad, other.grad, rtol=1e-9, atol=1e-14)
-        assert torch.allclose(attention_map(mine, p), notes_map(other, p), rtol=1e-12)
+    ours = pair()
+    theirs = pair()
+    loss = loss_of(AttentionTransfer("notes", p), *ours)
+    expected = notes_loss(*theirs, p)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert_gradients_near(ours, theirs, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, 4.0])
+def test_maps_are_those_of_the_notes(p: float) -> None:
+    for feat in pair().student:
+        assert torch.allclose(attention_map(feat, p), notes_map(feat, p), rtol=1e-12)
 
 
 def test_notes_reduction_is_the_default() -> None:
-    student, teacher = pair()
-    assert loss_of(AttentionTransfer(), student, teacher) == loss_of(
-        AttentionTransfer("notes"), student, teacher
-    )
+    default = loss_of(AttentionTransfer(), *pair())
+    assert default == loss_of(AttentionTransfer("notes"), *pair())
 
 
 def test_values_and_gradients_of_mean_square_are_those_of_the_authors() -> None:
-    (student, teacher), (same, _) = pair(), pair()
-    ours = loss_of(AttentionTransfer("mean_square"), student, teacher)
-    theirs: Any = sum(
-        (authors_map(s) - authors_map(t)).pow(2).mean() for s, t in zip(same, teacher, strict=True)
-    )
-    ours.backward()
-    theirs.backward()
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-7)  # their eps stands elsewhere
-    for mine, other in zip(student, same, strict=True):
-        assert mine.grad is not None and other.grad is not None
-        assert torch.allclose(mine.grad, other.grad, rtol=1e-6, atol=1e-12)
+    ours = pair()
+    theirs = pair()
+    loss = loss_of(AttentionTransfer("mean_square"), *ours)
+    expected: Any = 0
+    for s, t in zip(*theirs, strict=True):
+        expected += (authors_map(s) - authors_map(t)).pow(2).mean()
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-7)  # their eps stands elsewhere
+    assert_gradients_near(ours, theirs, rtol=1e-6, atol=1e-12)
 
 
 def test_sample_is_the_mean_of_the_distances_image_by_image() -> None:
@@ -106,7 +121,8 @@ def test_sample_is_the_mean_of_the_distances_image_by_image() -> None:
     for s, t in zip(student, teacher, strict=True):
         for n in range(3):
             expected += torch.dist(notes_map(s)[n], notes_map(t)[n]).item() / 3
-    assert loss_of(AttentionTransfer("sample"), student, teacher).item() == pytest.approx(expected)
+    loss = loss_of(AttentionTransfer("sample"), student, teacher)
+    assert loss.item() == pytest.approx(expected)
     assert map_distance(student[0], teacher[0]).shape == (3,)
 
 
@@ -121,65 +137,78 @@ def test_gradient_is_the_slope(reduction: Any) -> None:
 
 
 def test_maps_have_unit_norm_and_no_channels() -> None:
-    feat = torch.randn(4, 7, 5, 6)
-    found = attention_map(feat)
-    assert found.shape == (4, 5, 6) and found.dtype == torch.float32
-    assert torch.allclose(found.flatten(1).norm(dim=1), torch.ones(4))
-    assert (found >= 0).all() and (found.flatten(1).mean(1) <= 1 / 30**0.5 + 1e-6).all()
+    maps = attention_map(torch.randn(4, 7, 5, 6))
+    assert maps.shape == (4, 5, 6)
+    assert maps.dtype == torch.float32
+    assert torch.allclose(maps.flatten(1).norm(dim=1), torch.ones(4))
+    assert (maps >= 0).all()
+    assert (maps.flatten(1).mean(1) <= 1 / 30**0.5 + 1e-6).all()
 
 
 def test_maps_do_not_see_scale_sign_or_order_of_channels() -> None:
     feat = torch.randn(2, 7, 5, 6, dtype=torch.float64)
-    found = attention_map(feat)
-    assert torch.allclose(attention_map(37.5 * feat), found)
-    assert torch.allclose(attention_map(-feat), found)
-    assert torch.allclose(attention_map(feat[:, torch.randperm(7)]), found)
-    assert torch.allclose(attention_map(torch.cat([feat, feat], 1)), found)
-    assert not torch.allclose(attention_map(feat.flip(3)), found)
-    assert torch.allclose(attention_map(feat.flip(3)), found.flip(2))
+    expected = attention_map(feat)
+    twice = torch.cat([feat, feat], 1)
+    for same in (37.5 * feat, -feat, feat[:, torch.randperm(7)], twice):
+        assert torch.allclose(attention_map(same), expected)
+
+
+def test_maps_see_where() -> None:
+    feat = torch.randn(2, 7, 5, 6, dtype=torch.float64)
+    flipped = attention_map(feat.flip(3))
+    assert not torch.allclose(flipped, attention_map(feat))
+    assert torch.allclose(flipped, attention_map(feat).flip(2))
 
 
 def test_distance_runs_from_zero_to_the_root_of_two() -> None:
-    left, right = torch.zeros(2, 1, 3, 4, 4)
-    left[..., 0], right[..., 3] = 1, 1
+    left = torch.zeros(1, 3, 4, 4)
+    right = torch.zeros(1, 3, 4, 4)
+    left[..., 0] = 1
+    right[..., 3] = 1
     assert map_distance(left, right).tolist() == pytest.approx([2**0.5])
     assert map_distance(left, 5 * left).tolist() == pytest.approx([0], abs=1e-6)
+
+
+def parts(feats: list[Tensor], start: int) -> list[Tensor]:
+    """Two images of each tap."""
+    return [feat[start : start + 2] for feat in feats]
 
 
 def test_sample_does_not_depend_on_how_images_are_batched() -> None:
     student, teacher = pair(images=6)
     term = AttentionTransfer("sample")
-    whole = loss_of(term, student, teacher)
-    parts = [
-        loss_of(term, [s[i : i + 2] for s in student], [t[i : i + 2] for t in teacher])
-        for i in (0, 2, 4)
-    ]
-    assert whole.item() == pytest.approx(sum(p.item() for p in parts) / 3)
-    assert loss_of(AttentionTransfer("notes"), student, teacher).item() != pytest.approx(
-        whole.item(), rel=0.1
-    )
+    whole = loss_of(term, student, teacher).item()
+    twos = [loss_of(term, parts(student, i), parts(teacher, i)).item() for i in (0, 2, 4)]
+    assert whole == pytest.approx(sum(twos) / 3)
+    notes = loss_of(AttentionTransfer("notes"), student, teacher).item()
+    assert notes != pytest.approx(whole, rel=0.1)
 
 
 @pytest.mark.parametrize("images", [4, 16, 64])
-def test_notes_falls_as_one_over_the_root_of_the_batch(images: int) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "power"), [("notes", -1 / 2), ("sample", 0), ("mean_square", 0)]
+)
+def test_notes_alone_falls_as_one_over_the_root_of_the_batch(
+    images: int, reduction: Any, power: float
+) -> None:
     student, teacher = pair(images=1)
-    term = AttentionTransfer("notes")
+    term = AttentionTransfer(reduction)
     one = loss_of(term, student, teacher).item()
     repeated = [[feat.repeat(images, 1, 1, 1) for feat in feats] for feats in (student, teacher)]
-    assert loss_of(term, *repeated).item() == pytest.approx(one / images**0.5)
-    for reduction in ("sample", "mean_square"):
-        term = AttentionTransfer(reduction)  # type: ignore[arg-type]
-        assert loss_of(term, *repeated).item() == pytest.approx(
-            loss_of(term, student, teacher).item()
-        )
+    assert loss_of(term, *repeated).item() == pytest.approx(one * images**power)
 
 
-def test_taps_are_summed_and_the_teacher_is_not_touched() -> None:
+def test_taps_are_summed() -> None:
     student, teacher = pair()
     term = AttentionTransfer("notes")
     each = [loss_of(term, [s], [t]).item() for s, t in zip(student, teacher, strict=True)]
     assert loss_of(term, student, teacher).item() == pytest.approx(sum(each))
-    assert not list(term.parameters()) and term.uses == {"feats"}
+
+
+def test_it_learns_nothing_and_reads_feats_alone() -> None:
+    term = AttentionTransfer()
+    assert not list(term.parameters())
+    assert term.uses == {"feats"}
 
 
 # --- numbers
@@ -188,17 +217,20 @@ def test_taps_are_summed_and_the_teacher_is_not_touched() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_do_not_overflow(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    student, teacher = (300 * torch.rand(2, 512, 4, 4, dtype=torch.float64) for _ in range(2))
-    student, teacher = student.to(dtype), teacher.to(dtype)
+    student = (300 * torch.rand(2, 512, 4, 4, dtype=torch.float64)).to(dtype)
+    teacher = (300 * torch.rand(2, 512, 4, 4, dtype=torch.float64)).to(dtype)
     assert attention_map(student).dtype == torch.float32
     assert torch.equal(attention_map(student), attention_map(student.float()))
     for reduction in REDUCTIONS:
+        term = AttentionTransfer(reduction)
         feat = student.clone().requires_grad_()
-        found = AttentionTransfer(reduction).distance(feat, teacher)
-        found.backward()
-        plain = AttentionTransfer(reduction).distance(student.double(), teacher.double())
-        assert found.item() == pytest.approx(plain.item(), rel=1e-4) and found > 0
-        assert feat.grad is not None and feat.grad.isfinite().all()
+        loss = term.distance(feat, teacher)
+        loss.backward()
+        plain = term.distance(student.double(), teacher.double())
+        assert loss > 0
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-4)
+        assert feat.grad is not None
+        assert feat.grad.isfinite().all()
 
 
 def test_half_precision_features_do_not_vanish() -> None:
@@ -212,17 +244,16 @@ def test_autocast_does_not_lower_the_precision_of_the_maps() -> None:
     student, teacher = pair(dtype=torch.float32)
     plain = loss_of(AttentionTransfer("notes"), student, teacher)
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss_of(AttentionTransfer("notes"), student, teacher)
-    assert found.dtype == torch.float32 and found.item() == pytest.approx(plain.item(), rel=1e-6)
+        loss = loss_of(AttentionTransfer("notes"), student, teacher)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(
-    "case", ["zeros", "student zero", "teacher zero", "equal", "one image zero"]
-)
-def test_loss_and_gradient_are_finite_where_a_norm_is_zero(reduction: Any, case: str) -> None:
+def edge_case(case: str) -> tuple[Tensor, Tensor]:
+    """-> student, teacher, where some norm is zero."""
     torch.manual_seed(0)
-    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    student = torch.randn(2, 3, 4, 4)
+    teacher = torch.randn(2, 3, 4, 4)
     if case in ("zeros", "student zero"):
         student = torch.zeros_like(student)
     if case in ("zeros", "teacher zero"):
@@ -230,9 +261,20 @@ def test_loss_and_gradient_are_finite_where_a_norm_is_zero(reduction: Any, case:
     if case == "equal":
         teacher = student.clone()
     if case == "one image zero":
-        student[0], teacher[0] = 0, 0
-    student.requires_grad_()
-    found = AttentionTransfer(reduction).distance(student, teacher)
-    found.backward()
-    assert found.isfinite() and (found == 0) == (case in ("zeros", "equal"))
-    assert student.grad is not None and student.grad.isfinite().all()
+        student[0] = 0
+        teacher[0] = 0
+    return student.requires_grad_(), teacher
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "case", ["zeros", "student zero", "teacher zero", "equal", "one image zero"]
+)
+def test_loss_and_gradient_are_finite_where_a_norm_is_zero(reduction: Any, case: str) -> None:
+    student, teacher = edge_case(case)
+    loss = AttentionTransfer(reduction).distance(student, teacher)
+    loss.backward()
+    assert loss.isfinite()
+    assert (loss == 0) == (case in ("zeros", "equal"))
+    assert student.grad is not None
+    assert student.grad.isfinite().all()

@@ -19,36 +19,41 @@ def lambda_of_the_notes(epoch: float) -> float:
 
 def test_equals_the_formula_in_every_epoch() -> None:
     for epoch in range(150):
-        assert piecewise_linear(NOTES, epoch) == pytest.approx(
-            lambda_of_the_notes(epoch), abs=1e-12
-        ), epoch
+        expected = lambda_of_the_notes(epoch)
+        assert piecewise_linear(NOTES, epoch) == pytest.approx(expected, abs=1e-12), epoch
 
 
-@pytest.mark.parametrize(
-    "epoch, value",
-    [
-        (0, 2),
-        (20, 1),
-        (39, 0.05),
-        (40, 0.3),
-        (70, 0.15),
-        (99, 0.005),
-        (100, 0.05),
-        (105, 0.05),
-        (149, 0.05),
-    ],
-)
-def test_values_written_down(epoch: int, value: float) -> None:
-    """Where the notes' table and their formula differ, at 40 and 100, the formula wins."""
-    assert piecewise_linear(NOTES, epoch) == pytest.approx(value)
+WRITTEN_DOWN = {  # epoch -> lambda
+    0: 2,
+    20: 1,
+    39: 0.05,
+    40: 0.3,
+    70: 0.15,
+    99: 0.005,
+    100: 0.05,
+    105: 0.05,
+    149: 0.05,
+}
+
+
+@pytest.mark.parametrize("epoch", WRITTEN_DOWN)
+def test_values_written_down(epoch: int) -> None:
+    """Where the notes' table and formula differ, at 40 and 100, the formula wins."""
+    assert piecewise_linear(NOTES, epoch) == pytest.approx(WRITTEN_DOWN[epoch])
 
 
 def test_zero_before_between_and_after_the_segments() -> None:
     segments = [[2, 1.0, 4, 3.0], [6, 1.0, 8, 1.0]]
     values = [piecewise_linear(segments, epoch) for epoch in range(10)]
     assert values == [0, 0, 1, 2, 0, 0, 1, 1, 0, 0]
-    assert piecewise_linear(segments, 3.5) == 2.5
     assert piecewise_linear([], 3) == 0
+
+
+def test_an_epoch_may_be_a_fraction() -> None:
+    assert piecewise_linear([[2, 1.0, 4, 3.0]], 3.5) == 2.5
+
+
+def test_a_segment_without_an_end_keeps_its_first_value() -> None:
     assert piecewise_linear([[0, 2.0, float("inf"), 5.0]], 1000) == 2
 
 
@@ -57,20 +62,23 @@ def test_segments_that_follow_one_another_are_taken(segments: list[list[float]])
     check_segments(segments)
 
 
-@pytest.mark.parametrize(
-    "segments, named",
-    [
-        (
-            [[0, 2.0, 40, 0.0], [39, 0.3, 100, 0.0]],
-            r"\[39, 0.3, 100, 0.0\] .* after epoch 40",
-        ),  # overlap
-        ([[40, 2.0, 80, 0.0], [0, 0.3, 40, 0.0]], r"\[0, 0.3, 40, 0.0\]"),  # in the wrong order
-        ([[0, 1.0, 0, 1.0]], r"\[0, 1.0, 0, 1.0\]"),  # of no length
-        ([[5, 1.0, 2, 1.0]], r"\[5, 1.0, 2, 1.0\]"),  # backwards
-        ([[0, 1.0, 2]], r"\[0, 1.0, 2\]"),
-        ([[0, 1.0, 2, 1.0, 3]], r"\[0, 1.0, 2, 1.0, 3\]"),
-    ],
-)
+REFUSED = {
+    "overlap": (
+        [[0, 2.0, 40, 0.0], [39, 0.3, 100, 0.0]],
+        r"\[39, 0.3, 100, 0.0\] .* after epoch 40",
+    ),
+    "in the wrong order": (
+        [[40, 2.0, 80, 0.0], [0, 0.3, 40, 0.0]],
+        r"\[0, 0.3, 40, 0.0\]",
+    ),
+    "of no length": ([[0, 1.0, 0, 1.0]], r"\[0, 1.0, 0, 1.0\]"),
+    "backwards": ([[5, 1.0, 2, 1.0]], r"\[5, 1.0, 2, 1.0\]"),
+    "of three numbers": ([[0, 1.0, 2]], r"\[0, 1.0, 2\]"),
+    "of five numbers": ([[0, 1.0, 2, 1.0, 3]], r"\[0, 1.0, 2, 1.0, 3\]"),
+}
+
+
+@pytest.mark.parametrize("segments, named", REFUSED.values(), ids=REFUSED)
 def test_other_segments_are_refused_by_value(segments: list[list[float]], named: str) -> None:
     with pytest.raises(UserError, match=named):
         check_segments(segments)

@@ -1,6 +1,7 @@
 """Taps: found by name, fire in every forward pass, or say so."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def hooks(model: nn.Module) -> int:
 
 
 def test_keeps_the_outputs_under_their_names() -> None:
-    net, images = Net(), torch.rand(2, 3, 4, 4)
+    net = Net()
+    images = torch.rand(2, 3, 4, 4)
     taps = Taps(net, ["stage.1", "stem"])
     output = net(images)
     feats = taps.take()
@@ -39,13 +41,16 @@ def test_keeps_the_outputs_under_their_names() -> None:
     assert feats["stem"].requires_grad  # the student learns through it
 
 
-@pytest.mark.parametrize(
-    "name, near", [("stage.11", "stage.1"), ("module.stem", None), ("stam", "stem"), ("", None)]
-)
-def test_an_unmatched_tap_is_refused_by_name_with_the_nearest(name: str, near: str | None) -> None:
-    with pytest.raises(UserError, match=f"Net has no submodule {name!r}") as caught:
+@pytest.mark.parametrize("name", ["stage.11", "module.stem", "stam", ""])
+def test_an_unmatched_tap_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UserError, match=f"Net has no submodule {name!r}"):
         Taps(Net(), ["stem", name])
-    assert near is None or f"did you mean {near}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name, near", [("stage.11", "stage.1"), ("stam", "stem")])
+def test_the_nearest_submodule_is_proposed(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean {near}"):
+        Taps(Net(), ["stem", name])
 
 
 def test_a_refused_tap_leaves_no_hook() -> None:
@@ -73,28 +78,37 @@ def test_feats_are_forgotten_once_taken() -> None:
     assert not taps._feats  # nor is memory held until the next step
 
 
-def test_a_compiled_model_is_refused() -> None:
+COMPILED = "before the model is compiled"
+
+
+def test_a_model_compiled_in_place_is_refused() -> None:
     net = Net()
     net.compile()
-    with pytest.raises(RuntimeError, match="before the model is compiled"):
+    with pytest.raises(RuntimeError, match=COMPILED):
         Taps(net, ["stem"])
-    with pytest.raises(RuntimeError, match="before the model is compiled"):
-        Taps(torch.compile(Net()), ["_orig_mod.stem"])  # type: ignore[arg-type]
-    part = Net()
-    part.stage[0].compile()
-    with pytest.raises(RuntimeError, match="before the model is compiled"):
-        Taps(part, ["stem"])
+
+
+def test_a_compiled_copy_is_refused() -> None:
+    compiled: Any = torch.compile(Net())
+    with pytest.raises(RuntimeError, match=COMPILED):
+        Taps(compiled, ["_orig_mod.stem"])
+
+
+def test_a_model_with_a_compiled_part_is_refused() -> None:
+    net = Net()
+    net.stage[0].compile()
+    with pytest.raises(RuntimeError, match=COMPILED):
+        Taps(net, ["stem"])
 
 
 def test_a_copy_made_before_has_no_hooks_and_one_made_after_has() -> None:
+    """Why the average is built first."""
     net = Net()
     before = copy.deepcopy(net)
     taps = Taps(net, ["stem", "stage.0"])
-    assert (hooks(before), hooks(net), hooks(copy.deepcopy(net))) == (
-        0,
-        2,
-        2,
-    )  # why the EMA is built first
+    assert hooks(before) == 0
+    assert hooks(net) == 2
+    assert hooks(copy.deepcopy(net)) == 2
     before(torch.rand(1, 3, 4, 4))
     with pytest.raises(UserError, match="did not fire"):
         taps.take()

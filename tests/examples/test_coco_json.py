@@ -1,6 +1,4 @@
-"""COCO's form: against pycocotools, against the VOC reader on one set in both forms, and faulty
-files.
-"""
+"""COCO's form: against pycocotools and the VOC reader; files that are faulty."""
 
 import contextlib
 import io
@@ -19,7 +17,7 @@ from examples.shapes import SHAPE_NAMES
 from kdmini.contracts import UserError
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
-from tests.test_train import run
+from tests.commands import run
 
 CATEGORIES = [{"id": 90, "name": "dog"}, {"id": 3, "name": "cat"}]
 IMAGE = {"id": 7, "file_name": "a.png", "width": 40, "height": 30}
@@ -44,130 +42,142 @@ def one(root, objects=(OBJECT,), images=(IMAGE,), categories=CATEGORIES, size=(4
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, shapes):
-    """The generated set in this form: ids with gaps, in another order than the names; difficult
-    objects as crowds.
-    """
+    """The generated set in this form; val has its annotations by area."""
     root = tmp_path_factory.mktemp("coco") / "set"
     shutil.copytree(shapes / "JPEGImages", root / "images")
-    ids = {name: 80 - 7 * label for label, name in enumerate(SHAPE_NAMES)}
-    for split in ("train", "val"):
-        voc = VOC(str(shapes), [split], names=SHAPE_NAMES)
-        images, annotations = [], []
-        for index in range(len(voc)):
-            image, target = voc[index]
-            about = {"id": 1000 - index, "file_name": target["id"].split("/")[1] + ".jpg"}
-            images.append({**about, "height": image.shape[0], "width": image.shape[1]})
-            for (x0, y0, x1, y1), label, difficult in zip(
-                target["boxes_xyxy"].tolist(),
-                target["labels"],
-                target["difficult"].tolist(),
-                strict=True,
-            ):
-                box = {
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": int(difficult),
-                }
-                what = {
-                    "id": len(annotations) + 1,
-                    "image_id": 1000 - index,
-                    "category_id": ids[SHAPE_NAMES[label]],
-                }
-                annotations.append({**what, **box})
-        annotations.sort(key=lambda row: row["area"] if split == "val" else row["id"])
-        categories = [{"id": number, "name": name} for name, number in ids.items()]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (root / f"{split}.json").write_text(json.dumps(content))
+    train = to_coco(VOC(str(shapes), ["train"], names=SHAPE_NAMES))
+    val = to_coco(VOC(str(shapes), ["val"], names=SHAPE_NAMES))
+    val["annotations"].sort(key=lambda row: row["area"])
+    (root / "train.json").write_text(json.dumps(train))
+    (root / "val.json").write_text(json.dumps(val))
     return root
 
 
+def to_coco(voc):
+    """Ids have gaps and another order than the names; difficult objects are crowds."""
+    category_ids = [80 - 7 * label for label in range(len(voc.names))]
+    images = []
+    annotations = []
+    for index in range(len(voc)):
+        image, target = voc[index]
+        image_id = 1000 - index
+        file_name = target["id"].split("/")[1] + ".jpg"
+        height, width = image.shape[:2]
+        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        objects = zip(target["boxes_xyxy"], target["labels"], target["difficult"], strict=True)
+        for box_xyxy, label, difficult in objects:
+            x0, y0, x1, y1 = box_xyxy.tolist()
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": category_ids[label],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": (x1 - x0) * (y1 - y0),
+                "iscrowd": int(difficult),
+            }
+            annotations.append(annotation)
+    categories = [
+        {"id": id, "name": name} for id, name in zip(category_ids, voc.names, strict=True)
+    ]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
 def test_it_reads_what_pycocotools_reads(converted):
-    """The validation set, whose annotations stand in another order than their images."""
+    """On the set whose annotations stand in another order than their images."""
     dataset = CocoJson(str(converted), "val.json", "images")
     with contextlib.redirect_stdout(io.StringIO()):
         official = COCO(converted / "val.json")
-    assert dataset.names == [
-        official.cats[number]["name"] for number in sorted(official.getCatIds())
-    ]
+    names = [official.cats[id]["name"] for id in sorted(official.getCatIds())]
+    assert dataset.names == names
+    assert len(dataset) == 8
     crowds = 0
-    for index, number in enumerate(official.imgs):
+    for index, (id, about) in enumerate(official.imgs.items()):
         image, target = dataset[index]
-        rows = official.loadAnns(official.getAnnIds(imgIds=[number]))
-        assert target["id"] == official.imgs[number]["file_name"]
-        assert image.shape == (official.imgs[number]["height"], official.imgs[number]["width"], 3)
-        boxes = np.array([row["bbox"] for row in rows])
-        np.testing.assert_array_equal(target["boxes_xyxy"][:, :2], boxes[:, :2])
-        np.testing.assert_array_equal(
-            target["boxes_xyxy"][:, 2:] - target["boxes_xyxy"][:, :2], boxes[:, 2:]
-        )
-        named = [official.cats[row["category_id"]]["name"] for row in rows]
-        assert [dataset.names[label] for label in target["labels"]] == named
+        rows = official.loadAnns(official.getAnnIds(imgIds=[id]))
+        assert target["id"] == about["file_name"]
+        assert image.shape == (about["height"], about["width"], 3)
+        boxes_xywh = np.array([row["bbox"] for row in rows])
+        corner = target["boxes_xyxy"][:, :2]
+        np.testing.assert_array_equal(corner, boxes_xywh[:, :2])
+        np.testing.assert_array_equal(target["boxes_xyxy"][:, 2:] - corner, boxes_xywh[:, 2:])
+        classes = [official.cats[row["category_id"]]["name"] for row in rows]
+        assert [dataset.names[label] for label in target["labels"]] == classes
         assert target["difficult"].tolist() == [bool(row["iscrowd"]) for row in rows]
         crowds += target["difficult"].sum()
-    assert len(dataset) == 8 and crowds == sum(row["iscrowd"] for row in official.anns.values())
+    assert crowds == sum(row["iscrowd"] for row in official.anns.values())
 
 
 def test_a_set_in_both_forms_gives_the_same_images_and_targets(converted, shapes):
     voc = VOC(str(shapes), ["train"], names=SHAPE_NAMES)
     coco = CocoJson(str(converted), "train.json", "images", names=SHAPE_NAMES)
-    assert coco.names == voc.names and len(coco) == len(voc)
-    assert len(coco.photographs) == len(voc)
-    assert not coco.photographs & CocoJson(str(converted), "val.json", "images").photographs
+    assert coco.names == voc.names
+    assert len(coco) == len(voc)
+    hidden = 0
     for index in range(len(voc)):
-        (image, target), (expected_image, expected) = coco[index], voc[index]
+        image, target = coco[index]
+        expected_image, expected = voc[index]
         np.testing.assert_array_equal(image, expected_image)
         for key in ("boxes_xyxy", "labels", "difficult"):
             np.testing.assert_array_equal(target[key], expected[key])
             assert target[key].dtype == expected[key].dtype
-    assert (
-        any(voc[index][1]["difficult"].any() for index in range(len(voc))) and coco.report() == ""
-    )
+        hidden += expected["difficult"].sum()
+    assert hidden > 0
+    assert coco.report() == ""
+
+
+def test_the_photographs_of_two_splits_are_told_apart(converted):
+    train = CocoJson(str(converted), "train.json", "images")
+    val = CocoJson(str(converted), "val.json", "images")
+    assert len(train.photographs) == len(train)
+    assert not train.photographs & val.photographs
 
 
 def test_a_run_on_it_is_the_run_on_the_voc_form_bit_for_bit(converted, config_file, tmp_path):
-    entry = (
-        "{{build: examples.coco_json:CocoJson, annotations: {0}.json, images: images, names: {1}}}"
-    )
-    data = [
-        f"data.{split}={entry.format(split, json.dumps(SHAPE_NAMES))}" for split in ("train", "val")
-    ]
-    short = ["train.epochs=1", "distill=null"]
-    run(train_script, "--config", config_file, *short)
+    command = ["--config", config_file, "train.epochs=1", "distill=null"]
+    run(train_script, *command)
     # one folder holds both splits' images: train.py sees that none is in both
-    run(
-        train_script,
-        "--config",
-        config_file,
-        *short,
-        f"data.root={converted}",
-        *data,
-        f"run={tmp_path / 'coco'}",
-    )
-    ours, theirs = (
-        json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("coco", "run")
-    )
-    assert {**ours, "images/s": 0} == {**theirs, "images/s": 0} and ours["box"] > 0
+    overrides = [f"data.root={converted}", f"run={tmp_path / 'coco'}"]
+    for split in ("train", "val"):
+        section = {
+            "build": "examples.coco_json:CocoJson",
+            "annotations": f"{split}.json",
+            "images": "images",
+            "names": SHAPE_NAMES,
+        }
+        overrides.append(f"data.{split}={json.dumps(section)}")
+    run(train_script, *command, *overrides)
+
+    expected = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    record = json.loads((tmp_path / "coco/metrics.jsonl").read_text())
+    assert {**record, "images/s": 0} == {**expected, "images/s": 0}
+    assert record["loss/box"] > 0
 
 
-def test_boxes_are_clipped_and_dropped_and_an_image_may_have_none(tmp_path):
-    boxes = [[-5, 20.5, 10, 50], [40, 5, 10, 10], [3, 3, 0, 9], [39, 29, 1, 1], [30, 0, 99999, 2]]
+def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path):
+    dog = {**OBJECT, "category_id": 90}
+    cat = {**OBJECT, "category_id": 3}
     objects = [
-        {**OBJECT, "bbox": box, "category_id": 3 if i else 90, "iscrowd": int(i == 4)}
-        for i, box in enumerate(boxes)
+        {**dog, "bbox": [-5, 20.5, 10, 50]},
+        {**cat, "bbox": [40, 5, 10, 10]},
+        {**cat, "bbox": [3, 3, 0, 9]},
+        {**cat, "bbox": [39, 29, 1, 1]},
+        {**cat, "bbox": [30, 0, 99999, 2], "iscrowd": 1},
     ]
     dataset = one(tmp_path, objects)
     for _ in range(2):  # a second look is not a second loss
         _, target = dataset[0]
         assert target["boxes_xyxy"].tolist() == [[0, 20.5, 5, 30], [39, 29, 40, 30], [30, 0, 40, 2]]
-        assert target["labels"].tolist() == [1, 0, 0] and target["difficult"].tolist() == [
-            False,
-            False,
-            True,
-        ]
+        assert target["labels"].tolist() == [1, 0, 0]
+        assert target["difficult"].tolist() == [False, False, True]
     assert dataset.report() == "2 boxes under 1 px dropped"
-    _, target = one(tmp_path / "bare", [])[0]
-    assert target["boxes_xyxy"].shape == (0, 4) and target["labels"].dtype == np.int64
-    assert target["difficult"].dtype == bool and target["id"] == "a.png"
+
+
+def test_an_image_without_annotations_is_background(tmp_path):
+    _, target = one(tmp_path, [])[0]
+    assert target["boxes_xyxy"].shape == (0, 4)
+    assert target["labels"].dtype == np.int64
+    assert target["difficult"].dtype == bool
+    assert target["id"] == "a.png"
 
 
 def test_without_sizes_and_flags_and_with_text_ids_it_is_read_too(tmp_path):
@@ -176,14 +186,12 @@ def test_without_sizes_and_flags_and_with_text_ids_it_is_read_too(tmp_path):
     dataset = one(tmp_path, [plain], [{"id": "x", "file_name": "a.png"}], twins)
     assert dataset.names == ["cat", "dog"]
     _, target = dataset[0]
-    assert target["boxes_xyxy"].tolist() == [[1, 2, 4, 6]] and target["labels"].tolist() == [0]
-
-
-OTHER = {**IMAGE, "id": 8}
+    assert target["boxes_xyxy"].tolist() == [[1, 2, 4, 6]]
+    assert target["labels"].tolist() == [0]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change, message",
     [
         ({"bbox": [10, 5, 20]}, "annotation 1: bbox [10, 5, 20] is not x, y, width, height"),
         ({"bbox": [10, 5, -20, 10]}, "is not x, y, width, height"),
@@ -197,28 +205,26 @@ OTHER = {**IMAGE, "id": 8}
         ({"image_id": [7]}, "annotations[0]: `image_id` is missing or of the wrong type"),
     ],
 )
-def test_a_faulty_annotation_is_named(tmp_path, change, said):
+def test_a_faulty_annotation_is_named(tmp_path, change, message):
     with pytest.raises(UserError) as error:
         one(tmp_path, [{**OBJECT, **change}])[0]
-    assert (
-        "set.json: " in str(error.value)
-        and said in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    line = str(error.value)
+    assert "set.json: " in line
+    assert message in line
+    assert "\n" not in line
+
+
+SAME_ID = {**IMAGE, "file_name": "b.png"}
+SAME_FILE = {**IMAGE, "id": 8}
+EMU = {"id": 3, "name": "emu"}
 
 
 @pytest.mark.parametrize(
-    ("about", "said"),
+    "about, message",
     [
-        (
-            {"images": [IMAGE, {**OTHER, "id": 7, "file_name": "b.png"}]},
-            "images: id 7 is given 2 times",
-        ),
-        ({"images": [IMAGE, OTHER]}, "images: file_name 'a.png' is given 2 times"),
-        (
-            {"categories": [*CATEGORIES, {"id": 3, "name": "emu"}]},
-            "categories: id 3 is given 2 times",
-        ),
+        ({"images": [IMAGE, SAME_ID]}, "images: id 7 is given 2 times"),
+        ({"images": [IMAGE, SAME_FILE]}, "images: file_name 'a.png' is given 2 times"),
+        ({"categories": [*CATEGORIES, EMU]}, "categories: id 3 is given 2 times"),
         ({"images": []}, "images: it is empty"),
         ({"categories": []}, "categories: it is empty"),
         ({"images": [{"id": 7}]}, "images[0]: `file_name` is missing"),
@@ -230,14 +236,15 @@ def test_a_faulty_annotation_is_named(tmp_path, change, said):
         ({"names": ["cat", "dog", "cat"]}, "names a class twice"),
     ],
 )
-def test_a_faulty_table_is_named(tmp_path, about, said):
+def test_a_faulty_table_is_named(tmp_path, about, message):
     with pytest.raises(UserError) as error:
         one(tmp_path, **about)
-    assert "set.json: " in str(error.value) and said in str(error.value)
+    assert "set.json: " in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    "content, message",
     [
         (b'{"images": [],\n "annotations": [}', r"set.json:2: not a JSON file"),
         (b"", r"set.json:1: not a JSON file"),
@@ -248,12 +255,13 @@ def test_a_faulty_table_is_named(tmp_path, about, said):
         (None, "set.json: cannot be read"),
     ],
 )
-def test_a_file_of_another_kind_is_refused(tmp_path, content, said):
+def test_a_file_of_another_kind_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "set.json").write_bytes(content)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         CocoJson(str(tmp_path), "set.json", "images")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -291,20 +299,22 @@ def test_a_name_below_the_folder_is_followed(tmp_path):
     (tmp_path / "images").symlink_to(tmp_path / "disk")
     shutil.copy(tmp_path / "disk/a.png", tmp_path / "disk/deep/b.png")
     _, target = one(tmp_path, images=[{**IMAGE, "file_name": "deep/b.png"}])[0]
-    assert target["id"] == "deep/b.png" and len(target["labels"]) == 1
+    assert target["id"] == "deep/b.png"
+    assert len(target["labels"]) == 1
 
 
 def test_pixels_of_another_size_are_refused_and_left_out(tmp_path, capsys):
-    small = [
-        {**IMAGE},
+    images = [
+        IMAGE,
         {**IMAGE, "id": 8, "file_name": "b.png"},
         {**IMAGE, "id": 9, "file_name": "c.png"},
     ]
-    dataset = one(tmp_path, images=small)
+    dataset = one(tmp_path, images=images)
     Image.new("RGB", (30, 40)).save(tmp_path / "images/b.png")
     (tmp_path / "images/c.png").write_text("<html>")
     with pytest.raises(UserError, match=r"b\.png: 30x40 pixels, but 40x30 in set\.json"):
         dataset[1]
     assert [target["id"] for target in Store(dataset, 32, on_bad="skip").targets] == ["a.png"]
-    told = capsys.readouterr().err
-    assert "b.png: 30x40 pixels" in told and "c.png: not a usable image" in told
+    warnings = capsys.readouterr().err
+    assert "b.png: 30x40 pixels" in warnings
+    assert "c.png: not a usable image" in warnings

@@ -1,6 +1,4 @@
-"""Images with text files: against the VOC reader on one set in both forms, torchvision's boxes, and
-faulty files.
-"""
+"""Images with text files: against the VOC reader and torchvision's boxes; faulty files."""
 
 import json
 import os
@@ -18,7 +16,7 @@ from examples.yolo_txt import YoloTxt
 from kdmini.contracts import UserError
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
-from tests.test_train import run
+from tests.commands import run
 
 NAMES = ["cat", "dog", "emu"]
 
@@ -33,8 +31,9 @@ def add(root, name, text=None, size=(40, 30), **saving):
         label.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-def one(root, text, **about):
-    add(root, "a.jpg", text, **about)
+def one(root, text, **saving):
+    """A dataset of one image, a.jpg, with that label file."""
+    add(root, "a.jpg", text, **saving)
     return YoloTxt(str(root), names=NAMES)
 
 
@@ -50,70 +49,65 @@ def converted(tmp_path_factory, shapes):
             image, target = voc[index]
             name = target["id"].split("/")[1]
             shutil.copy(shapes / f"JPEGImages/{name}.jpg", root / f"images/{split}")
-            boxes = box_convert(torch.from_numpy(target["boxes_xyxy"]).double(), "xyxy", "cxcywh")
-            parts = boxes / torch.tensor(image.shape[1::-1]).repeat(2)
-            rows = zip(target["labels"], parts.tolist(), strict=True)
-            lines = [
-                " ".join([str(label), *(f"{part:.8f}" for part in row)]) for label, row in rows
-            ]
-            (root / f"labels/{split}/{name}.txt").write_text("\n".join(lines))
-    (root / "data.yaml").write_text(
-        f"path: ../elsewhere\nnc: 6\nnames: {json.dumps(SHAPE_NAMES)}\n"
-    )
+            (root / f"labels/{split}/{name}.txt").write_text(label_lines(image, target))
+    lines = ["path: ../elsewhere", "nc: 6", f"names: {json.dumps(SHAPE_NAMES)}", ""]
+    (root / "data.yaml").write_text("\n".join(lines))
     return root
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_set_in_both_forms_gives_the_same_images_and_targets(converted, shapes, split):
-    voc, yolo = (
-        VOC(str(shapes), [split], names=SHAPE_NAMES),
-        YoloTxt(str(converted), f"images/{split}"),
-    )
-    assert yolo.names == voc.names and len(yolo) == len(voc) == {"train": 24, "val": 8}[split]
+def label_lines(image, target):
+    boxes_xyxy = torch.from_numpy(target["boxes_xyxy"]).double()
+    height, width = image.shape[:2]
+    sides = torch.tensor([width, height, width, height])
+    parts = box_convert(boxes_xyxy, "xyxy", "cxcywh") / sides
+    lines = []
+    for label, (cx, cy, w, h) in zip(target["labels"], parts.tolist(), strict=True):
+        lines.append(f"{label} {cx:.8f} {cy:.8f} {w:.8f} {h:.8f}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("split, images", [("train", 24), ("val", 8)])
+def test_a_set_in_both_forms_gives_the_same_images_and_targets(converted, shapes, split, images):
+    voc = VOC(str(shapes), [split], names=SHAPE_NAMES)
+    yolo = YoloTxt(str(converted), f"images/{split}")
+    assert yolo.names == voc.names
+    assert len(yolo) == len(voc) == images
     for index in range(len(voc)):
-        (image, target), (expected_image, expected) = yolo[index], voc[index]
+        image, target = yolo[index]
+        expected_image, expected = voc[index]
         np.testing.assert_array_equal(image, expected_image)
         np.testing.assert_allclose(target["boxes_xyxy"], expected["boxes_xyxy"], atol=1e-4)
         np.testing.assert_array_equal(target["labels"], expected["labels"])
-        assert [target[key].dtype for key in ("boxes_xyxy", "labels", "difficult")] == [
-            np.float32,
-            np.int64,
-            bool,
-        ]
-        assert (
-            target["id"] == expected["id"].split("/")[1] + ".jpg" and not target["difficult"].any()
-        )
+        assert target["boxes_xyxy"].dtype == np.float32
+        assert target["labels"].dtype == np.int64
+        assert target["difficult"].dtype == bool
+        assert not target["difficult"].any()
+        assert target["id"] == expected["id"].split("/")[1] + ".jpg"
     assert yolo.report() == ""
 
 
+def train_on(config_file, root, train, val):
+    """A short run on the set in `root`; train, val: the folders of images."""
+    overrides = [
+        f"data.root={root}",
+        f"data.train={{build: examples.yolo_txt:YoloTxt, images: {train}}}",
+        f"data.val={{build: examples.yolo_txt:YoloTxt, images: {val}}}",
+    ]
+    run(train_script, "--config", config_file, *overrides, "train.epochs=2", "distill=null")
+
+
 def test_a_run_trains_and_is_scored_on_it(converted, config_file, tmp_path):
-    data = [
-        f"data.{s}={{build: examples.yolo_txt:YoloTxt, images: images/{s}}}"
-        for s in ("train", "val")
-    ]
-    run(
-        train_script,
-        "--config",
-        config_file,
-        f"data.root={converted}",
-        *data,
-        "train.epochs=2",
-        "distill=null",
-    )
-    records = [
-        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    ]
-    assert records[-1]["box"] > 0 and records[-1]["AP50-95"] >= 0 and len(records) == 2
-    same = [data[0], data[1].replace("images/val", "images/train")]
+    train_on(config_file, converted, "images/train", "images/val")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    record = json.loads(lines[-1])
+    assert record["loss/box"] > 0
+    assert record["score/AP50-95"] >= 0
+
+
+def test_a_run_that_would_train_on_what_it_validates_is_refused(converted, config_file):
     with pytest.raises(SystemExit, match="24 images are in train and val both"):
-        run(
-            train_script,
-            "--config",
-            config_file,
-            f"data.root={converted}",
-            *same,
-            f"run={tmp_path / 'other'}",
-        )
+        train_on(config_file, converted, "images/train", "images/train")
 
 
 def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path):
@@ -130,21 +124,18 @@ def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path):
         _, target = dataset[0]
         expected = [[15, 12, 25, 18], [0, 22.5, 10, 30], [19.5, 0, 40, 30]]
         np.testing.assert_allclose(target["boxes_xyxy"], expected, rtol=1e-6)
-        assert (
-            target["labels"].tolist() == [1, 0, 2] and target["difficult"].tolist() == [False] * 3
-        )
+        assert target["labels"].tolist() == [1, 0, 2]
+        assert target["difficult"].tolist() == [False] * 3
     assert dataset.report() == "2 boxes under 1 px dropped"
 
 
 def test_images_without_labels_are_background_and_endings_of_all_kinds_are_found(tmp_path):
-    for name, text in {
-        "b.png": None,
-        "a.JPG": "",
-        "a.png": "",
-        "c.webp": b"\xef\xbb\xbf0 .5 .5 .5 .5\n",
-    }.items():
-        add(tmp_path, name, text)
-    (tmp_path / "labels/train/classes.txt").write_text("cat\ndog\n")  # as some tools leave it there
+    add(tmp_path, "b.png")
+    add(tmp_path, "a.JPG", "")
+    add(tmp_path, "a.png", "")
+    add(tmp_path, "c.webp", b"\xef\xbb\xbf0 .5 .5 .5 .5\n")  # with a byte order mark
+    # as some tools leave it there
+    (tmp_path / "labels/train/classes.txt").write_text("cat\ndog\n")
     dataset = YoloTxt(str(tmp_path), names=NAMES)
     targets = [dataset[i][1] for i in range(len(dataset))]
     assert [target["id"] for target in targets] == ["a.JPG", "a.png", "b.png", "c.webp"]
@@ -154,7 +145,7 @@ def test_images_without_labels_are_background_and_endings_of_all_kinds_are_found
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    "line, message",
     [
         ("1 .5 .5 .5", "is not `class cx cy w h`"),
         ("1 .5 .5 .5 .5 .9", "is not `class cx cy w h`"),
@@ -172,37 +163,34 @@ def test_images_without_labels_are_background_and_endings_of_all_kinds_are_found
         ("1 .5 -.02 .5 .5", "not parts of"),
     ],
 )
-def test_a_faulty_line_is_named(tmp_path, line, said):
-    good = b"1 .5 .5 .5 .5\n"
-    dataset = one(
-        tmp_path, good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good
-    )
+def test_a_faulty_line_is_named(tmp_path, line, message):
+    good = b"1 .5 .5 .5 .5"
+    faulty = line if isinstance(line, bytes) else line.encode()
+    dataset = one(tmp_path, b"\n".join([good, b"", faulty, good, b""]))
     with pytest.raises(UserError) as error:
         dataset[0]
-    message = str(error.value)
-    assert "labels/train/a.txt:3: " in message and said in message and "\n" not in message
+    assert "labels/train/a.txt:3: " in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_all_faulty_files_are_told_at_once_and_can_be_left_out(tmp_path, capsys):
+def test_all_faulty_files_are_named_at_once_and_can_be_left_out(tmp_path, capsys):
     for name in "abcde":
         add(tmp_path, f"{name}.png", "0 .5 .5 .5 .5")
     (tmp_path / "labels/train/a.txt").write_text("0 .5 .5")
     (tmp_path / "images/train/b.png").write_text("<html>")
     outside = tmp_path / "outside"
     outside.mkdir()
-    for victim in ("images/train/c.png", "labels/train/d.txt"):
-        shutil.move(tmp_path / victim, outside)
-        (tmp_path / victim).symlink_to(outside / victim.rpartition("/")[2])
+    for path in (tmp_path / "images/train/c.png", tmp_path / "labels/train/d.txt"):
+        shutil.move(path, outside)
+        path.symlink_to(outside / path.name)
     dataset = YoloTxt(str(tmp_path), names=NAMES)
     with pytest.raises(UserError, match="4 of 5 images are bad"):
         Store(dataset, 32)
-    told = [line for line in capsys.readouterr().err.splitlines() if str(tmp_path) in line]
-    for line, part in zip(
-        told,
-        ["a.txt:1:", "b.png: not a usable", "train/c: image or", "train/d: image or"],
-        strict=True,
-    ):
-        assert part in line
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(tmp_path) in line]
+    messages = ["a.txt:1:", "b.png: not a usable", "train/c: image or", "train/d: image or"]
+    for line, message in zip(lines, messages, strict=True):
+        assert message in line
     assert [target["id"] for target in Store(dataset, 32, on_bad="skip").targets] == ["e.png"]
 
 
@@ -212,7 +200,8 @@ def test_an_image_that_exif_turns_is_refused_unless_it_is_background(tmp_path, o
     exif[0x0112] = orientation
     with pytest.raises(UserError, match=r"a\.jpg: turned by EXIF"):
         one(tmp_path, "1 .5 .5 .5 .5", exif=exif)[0]
-    assert one(tmp_path, "", exif=exif)[0][0].shape == (30, 40, 3)
+    image, _ = one(tmp_path, "", exif=exif)[0]
+    assert image.shape == (30, 40, 3)
 
 
 def test_labels_follow_images_in_either_layout(tmp_path):
@@ -220,16 +209,18 @@ def test_labels_follow_images_in_either_layout(tmp_path):
     (tmp_path / "valid").mkdir()
     for part in ("images", "labels"):
         os.rename(tmp_path / part / "train", tmp_path / "valid" / part)
-    assert YoloTxt(str(tmp_path), "valid/images", NAMES)[0][1]["labels"].tolist() == [2]
-    (tmp_path / "images" / "images").mkdir()
-    (tmp_path / "images" / "labels").mkdir()
+    _, target = YoloTxt(str(tmp_path), "valid/images", NAMES)[0]
+    assert target["labels"].tolist() == [2]
+
+
+def test_labels_stand_in_the_place_of_the_last_part_that_is_images(tmp_path):
     add(tmp_path / "images", "b.jpg")
     with pytest.raises(UserError, match=r"images/images: holds no image"):
         YoloTxt(str(tmp_path), "images/images", NAMES)
 
 
 @pytest.mark.parametrize(
-    ("images", "said"),
+    "images, message",
     [
         ("../set/images/train", "is no folder in root"),
         ("/images/train", "is no folder in root"),
@@ -239,18 +230,25 @@ def test_labels_follow_images_in_either_layout(tmp_path):
         ("images/bare", "labels/bare: no such folder"),
     ],
 )
-def test_a_wrong_folder_is_named(tmp_path, images, said):
+def test_a_wrong_folder_is_named(tmp_path, images, message):
     add(tmp_path / "set", "a.jpg")
     (tmp_path / "set/images/bare").mkdir()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         YoloTxt(str(tmp_path / "set"), images, NAMES)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "text", ["names: [cat, dog]", "names: {1: dog, 0: cat}", "names: {0: cat, 1: dog}"]
+)
+def test_names_come_from_a_yaml_file(tmp_path, text):
+    add(tmp_path, "a.jpg")
+    (tmp_path / "data.yaml").write_text(text)
+    assert YoloTxt(str(tmp_path)).names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
     [
-        ("names: [cat, dog]", ["cat", "dog"]),
-        ("names: {1: dog, 0: cat}", ["cat", "dog"]),
         ("names: {1: cat, 2: dog}", "names: no list of texts"),
         ("names: [cat, no]", "quote names like `no`"),
         ("names: cat", "names: no list of texts"),
@@ -261,12 +259,9 @@ def test_a_wrong_folder_is_named(tmp_path, images, said):
         (None, r"data.yaml: cannot be read"),
     ],
 )
-def test_names_come_from_a_yaml_file(tmp_path, text, expected):
+def test_a_yaml_file_without_names_is_refused(tmp_path, text, message):
     add(tmp_path, "a.jpg")
-    if text:
+    if text is not None:
         (tmp_path / "data.yaml").write_text(text)
-    if isinstance(expected, list):
-        assert YoloTxt(str(tmp_path)).names == expected
-    else:
-        with pytest.raises(UserError, match=expected):
-            YoloTxt(str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        YoloTxt(str(tmp_path))

@@ -1,5 +1,5 @@
-"""Runs of the scripts in forked children: torch is imported already, so that one costs its own time
-alone.
+"""Runs of the scripts in forked children: torch is imported already, so that one costs its
+own time alone.
 """
 
 import importlib
@@ -14,44 +14,47 @@ from types import ModuleType
 from typing import NamedTuple
 
 LIMIT_S = 60
+POLL_S = 0.002
 
-for name in (  # what a run imports when it needs it: here once, and not in every child
-    *("torch._dynamo", "torch.cuda", "pycocotools.cocoeval"),
-    *(
-        "kdmini.detection.voc",
-        "kdmini.distill.attention",
-        "kdmini.detection.average_precision",
-        "kdmini.detection.yolo11.model",
-    ),
-):
+# what a run imports when it needs it: here once, and not in every child
+NEEDED = (
+    "torch._dynamo",
+    "torch.cuda",
+    "pycocotools.cocoeval",
+    "kdmini.detection.voc",
+    "kdmini.distill.attention",
+    "kdmini.detection.average_precision",
+    "kdmini.detection.yolo11.model",
+)
+for name in NEEDED:
     importlib.import_module(name)
 
 
 class Child:
-    """A forked process that calls `work`, with its output in a file; it leads a process group of
-    its own.
+    """A forked process that calls `work`, with its output in a file.
+
+    It leads a process group of its own.
     """
 
     def __init__(self, work: Callable[[], object], output: Path):
         self.output = output
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         self.pid = os.fork()
         if self.pid:
             os.setpgid(self.pid, self.pid)  # here as well as there: whoever comes first
             return
         code = 99
-        try:  # nothing of the parent's test run may go on in the child
+        try:
             os.setpgid(0, 0)
-            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1), os.dup2(file, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            redirect(output)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(
-                signal.SIGHUP, signal.SIG_DFL
-            )  # under nohup it came ignored, and a run respects that
+            # under nohup it came ignored, and a run respects that
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             code = exit_code(work)
-            sys.stdout.flush(), sys.stderr.flush()
-        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # nothing of the parent's test run may go on in the child
             os._exit(code)
 
     def send(self, signum: int) -> None:
@@ -67,11 +70,12 @@ class Child:
         while not ready():
             assert self.running(), f"ended too early:\n{self.text()}"
             assert time.monotonic() < end, f"not ready within {limit} s:\n{self.text()}"
-            time.sleep(0.002)
+            time.sleep(POLL_S)
 
     def wait(self, limit: float = LIMIT_S) -> int:
-        """-> exit code as a shell has it, 128 + signal for one that was killed; kills what takes
-        too long.
+        """-> exit code as a shell has it, 128 + signal for one that was killed.
+
+        What takes longer than `limit` seconds is killed, and fails.
         """
         end = time.monotonic() + limit
         while self.running():
@@ -79,22 +83,22 @@ class Child:
                 self.send(signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 raise AssertionError(f"still running after {limit} s:\n{self.text()}")
-            time.sleep(0.002)
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            time.sleep(POLL_S)
+        _, status = os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
         return 128 - code if code < 0 else code
 
     def text(self) -> str:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
-class Done(NamedTuple):
-    code: int
-    text: str  # stdout and stderr
-
-    @property
-    def last(self) -> str:
-        """The last line, which for a mistake names the thing and the remedy."""
-        return self.text.strip().splitlines()[-1] if self.text.strip() else ""
+def redirect(output: Path) -> None:
+    """Sends what this process writes to a file, line by line."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
 
 
 def exit_code(work: Callable[[], object]) -> int:
@@ -112,6 +116,19 @@ def exit_code(work: Callable[[], object]) -> int:
     return 0
 
 
+class Done(NamedTuple):
+    """How a run ended."""
+
+    code: int
+    text: str  # stdout and stderr
+
+    @property
+    def last(self) -> str:
+        """The last line, which for a mistake names the thing and the remedy."""
+        lines = self.text.strip().splitlines()
+        return lines[-1] if lines else ""
+
+
 def script(module: ModuleType, *arguments: object) -> Callable[[], object]:
     """-> a call of the script's main() with a command line."""
 
@@ -125,4 +142,15 @@ def script(module: ModuleType, *arguments: object) -> Callable[[], object]:
 def run(work: Callable[[], object], output: Path, limit: float = LIMIT_S) -> Done:
     """Forks, waits -> how it ended."""
     child = Child(work, output)
-    return Done(child.wait(limit), child.text())
+    code = child.wait(limit)
+    return Done(code, child.text())
+
+
+def one_line(done: Done, *words: str) -> str:
+    """The last line of a run that ended as a mistake of the user ends; `words` are in it."""
+    assert done.code == 1, done.text
+    assert "Traceback" not in done.text, done.text
+    assert done.last.startswith("error: "), done.text
+    for word in words:
+        assert word in done.last, done.last
+    return done.last

@@ -1,7 +1,7 @@
 """Weight files that run something when they are unpickled, or that fill the memory.
 
-A fragment is a piece of pickle that pushes one value: it makes a file by itself (`bare`), or
-becomes one more entry in the dict of a file that is good otherwise (`spliced`).
+A fragment is a piece of pickle that pushes one value: it makes a file by itself
+(`bare`), or becomes one more entry in the dict of a good file (`spliced`).
 """
 
 import builtins
@@ -17,51 +17,54 @@ import struct
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+# --- payloads
+
 
 class Reduced:
-    """Pickles as a call of `function` with `args`; may itself be the function of another."""
+    """Pickles as a call of `function` with `args`; may be the function of another."""
 
     def __init__(self, function: Any, *args: Any):
-        self.call = function, args
+        self.function = function
+        self.args = args
 
     def __reduce__(self) -> Any:
-        return self.call
+        return self.function, self.args
 
     def __call__(self) -> None:
         """Never called: pickle wants what looks like a function."""
 
 
 PAYLOADS = (
-    *(
-        "os.system",
-        "eval",
-        "exec",
-        "open",
-        "subprocess",
-        "getattr chain",
-        "attrgetter",
-        "methodcaller",
-        "runpy",
-    ),
-    *("socket", "nested pickle", "nested torch.load", "__import__"),
+    "os.system",
+    "eval",
+    "exec",
+    "open",
+    "subprocess",
+    "getattr chain",
+    "attrgetter",
+    "methodcaller",
+    "runpy",
+    "socket",
+    "nested pickle",
+    "nested torch.load",
+    "__import__",
 )
 
 
 def payloads(canary: Path) -> dict[str, Reduced]:
-    """Each creates the file `canary`, or connects, or imports `this`, when a plain unpickler reads
-    it.
-    """
-    code, touch = f"open({str(canary)!r}, 'w')", f"touch '{canary}'"
+    """Each makes a plain unpickler create `canary`, connect, or import `this`."""
+    code = f"open({str(canary)!r}, 'w')"
+    touch = f"touch '{canary}'"
     program = canary.with_name("payload.py")
     program.write_text(code)
     the_module_os = Reduced(importlib.import_module, "os")
-    saved = io.BytesIO()
-    torch.save(Reduced(os.system, touch), saved)
-    saved.seek(0)
+    file = io.BytesIO()
+    torch.save(Reduced(os.system, touch), file)
+    file.seek(0)
     calls = {
         "os.system": Reduced(os.system, touch),
         "eval": Reduced(eval, code),
@@ -74,66 +77,76 @@ def payloads(canary: Path) -> dict[str, Reduced]:
         "runpy": Reduced(runpy.run_path, str(program)),
         "socket": Reduced(socket.create_connection, ("127.0.0.1", 9)),
         "nested pickle": Reduced(pickle.loads, pickle.dumps(Reduced(os.system, touch))),
-        "nested torch.load": Reduced(functools.partial(torch.load, weights_only=False), saved),
+        "nested torch.load": Reduced(functools.partial(torch.load, weights_only=False), file),
         "__import__": Reduced(builtins.__import__, "this"),
     }
     assert tuple(calls) == PAYLOADS
     return calls
 
 
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+# --- fragments
 
 
-def opcodes(canary: Path) -> dict[str, tuple[int, bytes]]:
-    """Protocol and fragment: the ways to a call of os.system that pickle.dumps does not write."""
-    touch = text(f"touch '{canary}'")
-    slots = b"N}" + text("__setstate__") + b"cos\nsystem\ns\x86"
-    return {
-        "INST": (2, b"(" + touch + b"ios\nsystem\n"),
-        "OBJ": (2, b"(cos\nsystem\n" + touch + b"o"),
-        "STACK_GLOBAL": (4, text("os") + text("system") + b"\x93" + touch + b"\x85R"),
-        "STACK_GLOBAL, protocol 2": (2, text("os") + text("system") + b"\x93" + touch + b"\x85R"),
-        "dotted name": (4, b"ctorch.serialization\nos.system\n" + touch + b"\x85R"),
-        "dotted STACK_GLOBAL": (
-            5,
-            text("torch.serialization") + text("os.system") + b"\x93" + touch + b"\x85R",
-        ),
-        "BUILD on a class": (
-            2,
-            b"cbuiltins\ntype\n" + text("C") + b")}\x87R" + slots + b"b)\x81" + touch + b"b",
-        ),
-        "function by way of the memo": (2, b"cos\nsystem\nq\xfa0h\xfa" + touch + b"\x85R"),
-        "call in a tuple in a list": (2, b"](cos\nsystem\n" + touch + b"\x85R\x85e"),
-    }
+class Fragment(NamedTuple):
+    protocol: int
+    code: bytes
+
+
+def fragments(canary: Path) -> dict[str, Fragment]:
+    """All payloads and opcodes; the names of those of newer protocols say so."""
+    result = {}
+    for name, payload in payloads(canary).items():
+        for protocol in (2, 4, 5):
+            suffix = f", protocol {protocol}" if protocol > 2 else ""
+            result[name + suffix] = Fragment(protocol, pickled(payload, protocol))
+    return result | opcodes(canary)
 
 
 def pickled(value: Any, protocol: int) -> bytes:
-    """Without memo, whose numbers would be those of another file where this is put into one."""
-    written = io.BytesIO()
-    pickler = pickle.Pickler(written, protocol)
+    """Without PROTO and STOP, and without memo, whose numbers the good file uses."""
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, protocol)
     pickler.fast = True
     pickler.dump(value)
-    return written.getvalue()
+    return file.getvalue()[2:-1]
 
 
-def fragments(canary: Path, protocols: tuple[int, ...] = (2, 4, 5)) -> dict[str, tuple[int, bytes]]:
-    """All of them; the names of those of newer protocols say so."""
+def opcodes(canary: Path) -> dict[str, Fragment]:
+    """The ways to a call of os.system that pickle.dumps does not write."""
+    touch = text(f"touch '{canary}'")
+    call = touch + b"\x85R"
+    stack_global = text("os") + text("system") + b"\x93"
+    dotted = text("torch.serialization") + text("os.system") + b"\x93"
+    class_named_c = b"cbuiltins\ntype\n" + text("C") + b")}\x87R"
+    slots = b"N}" + text("__setstate__") + b"cos\nsystem\ns\x86"
     return {
-        name + f", protocol {protocol}" * (protocol > 2): (
-            protocol,
-            pickled(payload, protocol)[2:-1],
-        )
-        for name, payload in payloads(canary).items()
-        for protocol in protocols
-    } | opcodes(canary)
+        "INST": Fragment(2, b"(" + touch + b"ios\nsystem\n"),
+        "OBJ": Fragment(2, b"(cos\nsystem\n" + touch + b"o"),
+        "STACK_GLOBAL": Fragment(4, stack_global + call),
+        "STACK_GLOBAL, protocol 2": Fragment(2, stack_global + call),
+        "dotted name": Fragment(4, b"ctorch.serialization\nos.system\n" + call),
+        "dotted STACK_GLOBAL": Fragment(5, dotted + call),
+        "BUILD on a class": Fragment(2, class_named_c + slots + b"b)\x81" + touch + b"b"),
+        "function by way of the memo": Fragment(2, b"cos\nsystem\nq\xfa0h\xfa" + call),
+        "call in a tuple in a list": Fragment(2, b"](cos\nsystem\n" + call + b"\x85e"),
+    }
+
+
+def text(value: str) -> bytes:
+    """The fragment of a string."""
+    content = value.encode()
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+# --- bombs, all of protocol 2
 
 
 def doubled(times: int) -> bytes:
-    """A list that holds the one before it twice, and so on: 2 ** times elements when written out."""
+    """A list that holds the one before it twice, and so on: 2 ** times elements."""
     code = b"]"
-    for n in map(chr, range(times)):
-        code = b"](" + code + f"q{n}h{n}e".encode()
+    for n in range(times):
+        position = bytes([n])
+        code = b"](" + code + b"q" + position + b"h" + position + b"e"
     return code
 
 
@@ -147,6 +160,9 @@ BOMBS = {
     "4 GiB of text": b"X\xff\xff\xff\xff",
     "2 GiB of integer": b"\x8b\xff\xff\xff\x7f",
 }
+
+
+# --- files
 
 
 def bare(path: Path, protocol: int, fragment: bytes) -> Path:
@@ -164,6 +180,7 @@ def spliced(path: Path, good: Path, protocol: int, fragment: bytes, key: str = "
         for name in archive.namelist():
             content = archive.read(name)
             if name.endswith("/data.pkl"):
-                content = bytes([0x80, protocol]) + content[2:-1] + text(key) + fragment + b"s."
+                body = content[2:-1]  # without PROTO and STOP
+                content = bytes([0x80, protocol]) + body + text(key) + fragment + b"s."
             changed.writestr(name, content)
     return path

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
+from torch import Tensor
 
 from kdmini.checkpoint import existing, load
 from tests.conftest import ROOT
 from tests.faults.record import survived
 
-# a term that at some call does something to rank 1 alone; every rank leaves its pid, and how often
-# it was called
+# a term that at some call does something to rank 1 alone; every rank leaves its pid, and how
+# often it was called
 TERM = """
 import os, sys, time
 from pathlib import Path
@@ -28,7 +28,11 @@ from kdmini.distill.attention import AttentionTransfer
 class Upset(AttentionTransfer):
     def __init__(self, folder: str, how: str = "", at: int = 4, pause: float = 0.0):
         super().__init__()
-        self.folder, self.how, self.at, self.pause, self.calls = Path(folder), how, at, pause, 0
+        self.folder = Path(folder)
+        self.how = how
+        self.at = at
+        self.pause = pause
+        self.calls = 0
         self.rank = os.environ.get("RANK", "0")
         (self.folder / f"pid{self.rank}").write_text(str(os.getpid()))
 
@@ -79,40 +83,28 @@ class Launch:
     """torchrun with two ranks of train.py, in a process group of its own."""
 
     def __init__(self, folder: Path, *arguments: object):
-        self.folder, self.output = folder, folder / "output"
+        self.folder = folder
+        self.output = folder / "output"
         (folder / "upset.py").write_text(TERM)
         (folder / "slow.py").write_text(METRIC)
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "train.py",
-        ]
+        path = os.pathsep.join([str(folder), str(ROOT)])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, "--nproc-per-node", "2", "train.py", *map(str, arguments)]
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                [*command, *map(str, arguments)],
-                cwd=ROOT,
-                env=env,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
+                command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
             )
 
     def until(self, ready: Callable[[], object], limit: float = 60) -> None:
         end = time.monotonic() + limit
         while not ready():
-            assert self.process.poll() is None and time.monotonic() < end, self.output.read_text()
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < end, self.output.read_text()
             time.sleep(0.01)
 
     def calls(self, rank: int) -> int:
+        """Steps that a rank has begun."""
         path = self.folder / f"calls{rank}"
         return int(path.read_text() or 0) if path.exists() else 0
 
@@ -137,13 +129,26 @@ class Launch:
 
 def upset(folder: Path, how: str = "nothing", **settings: object) -> list[str]:
     """Overrides that put the term in place of the attention."""
-    term = {"build": "upset:Upset", "folder": folder, "how": how, **settings}
-    term["schedule"] = "[[0, 1.0, 100, 1.0]]"
+    term = {
+        "build": "upset:Upset",
+        "folder": folder,
+        "how": how,
+        "schedule": "[[0, 1.0, 100, 1.0]]",
+        **settings,
+    }
     return [f"distill.attention.{key}={value}" for key, value in term.items()]
 
 
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return [path.name for path in existing(folder / "run/ckpt")]
+
+
+def finite(tensors: dict[str, Tensor]) -> bool:
+    return all(value.isfinite().all() for value in tensors.values())
 
 
 def check_folder(folder: Path, epochs: int) -> None:
@@ -157,39 +162,30 @@ def check_folder(folder: Path, epochs: int) -> None:
 
 
 def test_a_run_of_two_ranks_leaves_one_set_of_files_and_goes_on(config_file: Path) -> None:
-    """Stopped after two epochs by SIGTERM to rank 1, resumed; a NaN on rank 1 on the way costs one
-    update.
+    """Stopped after two epochs by SIGTERM to rank 1, resumed; a NaN on rank 1 on the way
+    costs one update.
     """
     folder = config_file.parent
-    launch = Launch(
-        folder, "--config", config_file, *upset(folder, "nan", at=2, pause=0.1), "train.nbs=8"
-    )
+    term = upset(folder, "nan", at=2, pause=0.1)
+    launch = Launch(folder, "--config", config_file, *term, "train.nbs=8")
     launch.until(lambda: launch.calls(1) >= 4)
     os.kill(launch.pids()[1], signal.SIGTERM)
     ended = launch.wait()
-    assert ended.code and ended.seconds < 30
+    assert ended.code
+    assert ended.seconds < 30
     assert "stopped after step 3 of epoch 2; to go on: train.py --resume" in ended.text
-    assert (
-        ended.text.count("device: torch finds no CUDA") <= 1
-        and ended.text.count("student: YOLO11") == 1
-    )
-    assert (
-        "FutureWarning" not in ended.text and "[rank" not in ended.text
-    )  # as torch marks tracebacks
-    assert [path.name for path in existing(folder / "run/ckpt")] == [
-        "step_00000003.pt",
-        "step_00000006.pt",
-    ]
+    assert ended.text.count("device: torch finds no CUDA") <= 1
+    assert ended.text.count("student: YOLO11") == 1
+    assert "FutureWarning" not in ended.text
+    assert "[rank" not in ended.text  # as torch marks tracebacks
+    assert checkpoints(folder) == ["step_00000003.pt", "step_00000006.pt"]
     assert records(folder)[1]["skipped"] == 1
 
     resumed = Launch(folder, "--resume", folder / "run").wait()
     assert resumed.code == 0, resumed.text
     assert "1 of 4 epochs and 3 steps done" in resumed.text
     check_folder(folder, 4)
-    assert all(
-        value.isfinite().all()
-        for value in load(existing(folder / "run/ckpt")[-1])["student"].values()
-    )
+    assert finite(load(existing(folder / "run/ckpt")[-1])["student"])
     survived("Processes: stop signal to one of two ranks, NaN on one, resumed", tried=2)
 
 
@@ -198,7 +194,10 @@ ENDS = {
     "killed": r"rank +: 1 .*\n.*exitcode +: -9",
     "left": r"error: rank 1: left before the end of the run",
     "vanished": r"error: rank 0: lost another rank, which .*left.*\((Connection closed|Read error)",
-    "hung": r"error: rank 0: lost another rank, which .*silent for `timeout` minutes \(Timed out waiting 6000ms",
+    "hung": (
+        r"error: rank 0: lost another rank, which .*silent for `timeout` minutes "
+        r"\(Timed out waiting 6000ms"
+    ),
 }
 
 
@@ -215,7 +214,7 @@ def test_when_one_rank_ends_all_end_with_the_reason_within_seconds(
     # torchrun gives the rank that hangs half a minute between SIGTERM and SIGKILL
     assert ended.seconds < (6 + 30 + 10 if how == "hung" else 30)
     assert re.search(ENDS[how], ended.text), ended.text
-    assert existing(folder / "run/ckpt")[-1].name == "step_00000003.pt"
+    assert checkpoints(folder)[-1] == "step_00000003.pt"
     load(folder / "run/ckpt/step_00000003.pt")
     survived("Processes: one of two ranks raises, is killed, leaves, hangs")
 
@@ -225,17 +224,15 @@ def test_when_one_rank_ends_all_end_with_the_reason_within_seconds(
 def test_a_signal_to_torchrun_makes_all_save_at_the_same_step(config_file: Path, name: str) -> None:
     folder = config_file.parent
     launch = Launch(folder, "--config", config_file, *upset(folder, pause=0.1))
-    launch.until(
-        lambda: min(launch.calls(0), launch.calls(1)) >= 4
-    )  # both train; a rank that evaluates leaves at once
+    # both train: a rank that evaluates would leave at once
+    launch.until(lambda: min(launch.calls(0), launch.calls(1)) >= 4)
     os.killpg(launch.process.pid, getattr(signal, name))
     ended = launch.wait()
-    assert ended.code and ended.seconds < 30
+    assert ended.code
+    assert ended.seconds < 30
     assert "stopped after step 3 of epoch 2" in ended.text, ended.text
-    assert [path.name for path in existing(folder / "run/ckpt")] == [
-        "step_00000003.pt",
-        "step_00000006.pt",
-    ]
+    assert checkpoints(folder) == ["step_00000003.pt", "step_00000006.pt"]
+
     resumed = Launch(folder, "--resume", folder / "run").wait()
     assert resumed.code == 0, resumed.text
     check_folder(folder, 4)
@@ -251,13 +248,16 @@ def test_a_signal_in_an_evaluation_ends_all_and_costs_the_evaluation_alone(
     slow = ["metric.build=slow:Slow", f"metric.folder={folder}"]
     launch = Launch(folder, "--config", config_file, *upset(folder), *slow)
     launch.until((folder / "evaluating").exists)
-    os.kill(launch.pids()[1], signal.SIGTERM) if one else os.killpg(
-        launch.process.pid, signal.SIGTERM
-    )
+    if one:
+        os.kill(launch.pids()[1], signal.SIGTERM)
+    else:
+        os.killpg(launch.process.pid, signal.SIGTERM)
     ended = launch.wait()
-    assert ended.code and ended.seconds < 15
-    path = existing(folder / "run/ckpt")[-1]
-    assert load(path)["progress"]["step"] == 3 and not list(folder.rglob("*.tmp"))
+    assert ended.code
+    assert ended.seconds < 15
+    last = existing(folder / "run/ckpt")[-1]
+    assert load(last)["progress"]["step"] == 3
+    assert not list(folder.rglob("*.tmp"))
     survived("Processes: SIGTERM or SIGINT to torchrun, in training or evaluation, resumed")
 
 
@@ -278,28 +278,26 @@ def test_resuming_with_another_number_of_processes_warns(config_file: Path) -> N
 def test_a_batch_that_does_not_share_out_is_one_line(config_file: Path) -> None:
     folder = config_file.parent
     ended = Launch(folder, "--config", config_file, "train.batch=9").wait()
-    assert ended.code == 1 and not (folder / "run").exists()
-    told = "train.batch: 9 images do not share out among 2 processes; give a multiple"
-    found = re.findall(
-        r"error: rank \d: [^:]*: [^;]*; give a multiple", ended.text
-    )  # two may stand in one line
-    assert found and set(found) <= {f"error: rank {rank}: {told}" for rank in range(2)}
+    assert ended.code == 1
+    assert not (folder / "run").exists()
+    # those of both ranks may stand in one line
+    found = re.findall(r"error: rank \d: [^:]*: [^;]*; give a multiple", ended.text)
+    refusal = "train.batch: 9 images do not share out among 2 processes; give a multiple"
+    assert found
+    assert set(found) <= {f"error: rank 0: {refusal}", f"error: rank 1: {refusal}"}
     assert "[rank" not in ended.text
     survived("Processes: batch that the ranks cannot share")
 
 
 @pytest.mark.long
 def test_weights_stay_equal_after_a_nan_on_one_rank(config_file: Path) -> None:
-    """What NaN on rank 1 costs: the update. Resumed on two ranks and run to the end, the loss is
+    """What NaN on rank 1 costs: the update. Run to the end on two ranks, the weights are
     finite.
     """
     folder = config_file.parent
     ended = Launch(folder, "--config", config_file, *upset(folder, "nan", at=5)).wait()
     assert ended.code == 0, ended.text
     assert [record["skipped"] for record in records(folder)[1:]] == [0, 1, 0, 0]
-    assert all(
-        torch.isfinite(v).all()
-        for v in load(existing(folder / "run/ckpt")[-1])["ema"]["average"].values()
-    )
+    assert finite(load(existing(folder / "run/ckpt")[-1])["ema"]["average"])
     check_folder(folder, 4)
     survived("Processes: NaN on one of two ranks")

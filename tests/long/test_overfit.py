@@ -1,32 +1,47 @@
 """A detector that learns anything at all can learn sixteen photographs by heart."""
 
+import csv
 from pathlib import Path
 
 import pytest
 import torch
 
 import train as train_script
+from tests.commands import run
 from tests.conftest import ROOT
-from tests.test_train import run
 
 PHOTOGRAPHS = ROOT.parent / "shared/data/voc20-320"
+CHANGES = [
+    "teacher=null",
+    "distill=null",
+    "student.scale=n",
+    f"data.root={PHOTOGRAPHS}",
+    "data.val.splits=[train]",
+    "data.allow_overlap=true",
+    "data.limit=16",
+    "data.imgsz=160",
+    # nothing moves and nothing changes its colour
+    "data.augment={mosaic: 0, translate: 0, scale: 0, fliplr: 0, hsv_h: 0, hsv_s: 0, hsv_v: 0}",
+    "train.epochs=200",
+    "train.batch=16",
+    "train.nbs=16",
+    "train.lr0=0.02",
+    "train.warmup_epochs=10",
+    "train.warmup_steps=10",
+    "train.ema_decay=0.99",
+    "train.ema_tau=50",
+    "train.val_every=50",
+]
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f"needs the photographs in {PHOTOGRAPHS}")
 def test_yolo11n_overfits_sixteen_photographs(tmp_path: Path) -> None:
     torch.set_num_threads(2)
-    still = "{mosaic: 0, translate: 0, scale: 0, fliplr: 0, hsv_h: 0, hsv_s: 0, hsv_v: 0}"
-    run(
-        train_script, "--config", ROOT / "configs/voc320.yaml", f"run={tmp_path / 'run'}",
-        "teacher=null", "distill=null", "student.scale=n",
-        f"data.root={PHOTOGRAPHS}", "data.val.splits=[train]", "data.allow_overlap=true",
-        "data.limit=16", "data.imgsz=160", f"data.augment={still}",
-        "train.epochs=200", "train.batch=16", "train.nbs=16", "train.lr0=0.02", "train.warmup_epochs=10",
-        "train.warmup_steps=10", "train.ema_decay=0.99", "train.ema_tau=50", "train.val_every=50",
-    )  # fmt: skip
+    config = ROOT / "configs/voc320.yaml"
+    run(train_script, "--config", config, f"run={tmp_path / 'run'}", *CHANGES)
     best = torch.load(tmp_path / "run/best.pt", weights_only=True)
     print(f"AP50-95 {best['fitness']:.3f} in epoch {best['epoch']}")
-    rows = (tmp_path / "run/results.csv").read_text().splitlines()
-    last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
-    assert float(last["AP50"]) > 0.9
+    with (tmp_path / "run/results.csv").open() as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["score/AP50"]) > 0.9

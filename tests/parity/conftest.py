@@ -5,9 +5,8 @@ from witness import write_table
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if (
-        exitstatus == 0
-        and session.config.getoption("-m") == "parity"
-        and not session.config.getoption("-k")
-    ):
+    config = session.config
+    every_file = config.args == config.getini("testpaths")
+    whole = every_file and config.option.markexpr == "parity" and not config.option.keyword
+    if exitstatus == 0 and whole:
         print("\n" + write_table())

@@ -1,5 +1,6 @@
-"""Runs a script with the reference implementation, in a process of its own: none of it is imported
-here.
+"""Runs a script with a reference implementation, in a process of its own.
+
+None of it is imported here.
 """
 
 import os
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import pytest
 
+LIMIT_S = 600
+
 
 def oracle(script: str, *args: object, version: str = "8.3.250") -> str:
-    """Standard output of `script`, run with `args` in sys.argv[1:]; skips the test where there is
-    no oracle.
+    """Standard output of `script`, run with `args` in sys.argv[1:].
 
-    KDMINI_ORACLE names a folder with one folder for each reference, into which `pip install
-    --target ... --no-deps`
-    put it: ultralytics 8.3.0, 8.3.250, 8.4.0 and newest, torchdistill, object-detection-metrics;
-    `version` says which. The script sees neither kdmini nor the network, and its settings go to a
-    folder that is deleted."""
+    KDMINI_ORACLE names a folder with one folder for each reference, into which `pip
+    install --target ... --no-deps` put it: ultralytics 8.3.0, 8.3.250, 8.4.0 and
+    newest, torchdistill, object-detection-metrics; `version` says which. Where it is
+    not set, the test is skipped. The script sees neither kdmini nor the network, and
+    its settings go to a folder that is deleted.
+    """
     folder = os.environ.get("KDMINI_ORACLE")
     if not folder:
         pytest.skip("KDMINI_ORACLE is not set: no reference implementation to compare with")
@@ -32,9 +35,13 @@ def oracle(script: str, *args: object, version: str = "8.3.250") -> str:
             "YOLO_VERBOSE": "false",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-c", script, *map(str, args)]
         done = subprocess.run(
-            command, env=environment, cwd=scratch, capture_output=True, text=True, timeout=600
+            [sys.executable, "-c", script, *map(str, args)],
+            env=environment,
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
         )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -1,5 +1,5 @@
-"""An exported state_dict loads strictly into the reference implementation, and gives the same
-outputs there.
+"""An exported state_dict loads strictly into the reference implementation, and gives the
+same outputs there.
 """
 
 from pathlib import Path
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import oracle
-from torch import nn
+from torch import Tensor, nn
 from witness import witness
 
+from kdmini.checkpoint import save_best
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.tools.export import export
-from train import save_best
 
 pytestmark = pytest.mark.parity
 
@@ -37,13 +37,10 @@ torch.save({"decoded": decoded, "version": __version__, "about": about}, folder 
 """
 
 
-@pytest.mark.parametrize(
-    "release, scale, classes", [("8.3.250", "n", 20), ("8.3.250", "s", 80), ("newest", "m", 20)]
-)
-def test_the_exported_state_gives_the_same_outputs_there(
-    tmp_path: Path, release: str, scale: str, classes: int
-) -> None:
-    pytest.importorskip("safetensors", reason="kdmini[parity] is not installed")
+def lively(classes: int, scale: str) -> YOLO11:
+    """A detector in which every layer matters: with random BatchNorm statistics the deep ones
+    die out, so its own are those of a batch.
+    """
     torch.manual_seed(classes)
     model = YOLO11([f"class {k}" for k in range(classes)], scale)
     for module in model.modules():
@@ -51,27 +48,42 @@ def test_the_exported_state_gives_the_same_outputs_there(
             module.momentum = 1.0
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
-    with torch.no_grad():  # statistics of a batch: with random ones the deep layers die out
+    with torch.no_grad():
         model.train()(torch.rand(8, 3, 128, 128))
     for level in range(3):
         nn.init.normal_(model.get_parameter(f"model.23.cv3.{level}.2.bias"), -2)
-    save_best(tmp_path / "best.pt", model, model.names, 128, 0, 0.5)
+    return model
+
+
+def decoded(model: YOLO11, images: Tensor) -> Tensor:
+    """As the reference has it: (N, 4 + K, A) with centres and sides."""
+    with torch.no_grad():
+        boxes_xyxy, scores = decode_maps(model.eval()(images))
+    low, high = boxes_xyxy.chunk(2, -1)
+    return torch.cat([(low + high) / 2, high - low, scores], -1).mT
+
+
+@pytest.mark.parametrize(
+    "release, scale, classes", [("8.3.250", "n", 20), ("8.3.250", "s", 80), ("newest", "m", 20)]
+)
+def test_the_exported_state_gives_the_same_outputs_there(
+    tmp_path: Path, release: str, scale: str, classes: int
+) -> None:
+    pytest.importorskip("safetensors", reason="kdmini[parity] is not installed")
+    model = lively(classes, scale)
+    save_best(tmp_path / "best.pt", model, 128, 0, 0.5)
     export(str(tmp_path / "best.pt"), "safetensors")
     images = torch.rand(2, 3, 128, 160)
     torch.save(images, tmp_path / "images.pt")
     oracle(RUN, scale, classes, tmp_path, version=release)
 
     found = torch.load(tmp_path / "found.pt", weights_only=True)
-    with torch.no_grad():
-        boxes, scores = decode_maps(model.eval()(images))
-    ours = torch.cat(
-        [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], scores], -1
-    ).mT
-    for what, rows in (("boxes", slice(0, 4)), ("scores", slice(4, None))):
+    ours = decoded(model, images)
+    against = f"ultralytics {found['version']}"
+    for kind, rows in (("boxes", slice(0, 4)), ("scores", slice(4, None))):
         theirs = found["decoded"][:, rows]
         difference = (ours[:, rows] - theirs).abs().max() / theirs.abs().max()
-        against = f"ultralytics {found['version']}"
-        witness(
-            f"Exported state_dict: decoded {what}, relative", against, difference, 1e-4, len(images)
-        )
-    assert found["about"]["scale"] == scale and found["about"]["imgsz"] == "128"
+        what = f"Exported state_dict: decoded {kind}, relative"
+        witness(what, against, difference, 1e-4, len(images))
+    assert found["about"]["scale"] == scale
+    assert found["about"]["imgsz"] == "128"

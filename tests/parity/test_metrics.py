@@ -1,10 +1,8 @@
-"""The metrics, against pycocotools, the procedure of the VOC kits in loops, an installed VOC
-evaluation, and paper.
-"""
+"""The metrics against pycocotools, the VOC kits, a VOC package, and paper."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,105 +12,129 @@ from oracle import oracle
 from witness import witness
 
 from kdmini.detection.average_precision import DetectionMetric
-from tests.detection.test_average_precision import (
+from kdmini.detection.truth import Detections, Target
+from tests.detection.reference_scores import (
+    COCO_SCORES,
+    detections_of,
+    devkit_scores,
+    objects_of,
+    pycocotools_scores,
+)
+from tests.detection.scenes import (
     NAMES,
     SCENES,
     Scene,
     detections,
-    devkit_scores,
     measure,
-    pycocotools_scores,
     random_scene,
     target,
 )
 
 pytestmark = pytest.mark.parity
 
-COCO = ("AP50-95", "AP50", "AP75")
+COCO = "Metrics: COCO AP, overall and by class"
 VOC = "Metrics: VOC07 and VOC AP by class"
+BIRD = 2
+DIGITS = 1e-12  # the bound
 
 
-def changed(seed: int, how: str) -> Scene:
-    """A random scene with one awkward thing done to it."""
-    found, targets = random_scene(seed, grid=seed % 2 > 0)
-    for i, (d, t) in enumerate(zip(found, targets, strict=True)):
-        if how == "one score":
-            d["scores"][:] = 0.5
-        elif how == "all difficult but one image":
-            t["difficult"][:] = i > 0
-        elif how == "boxes without area":
-            d["boxes_xyxy"][::3, 2] = d["boxes_xyxy"][::3, 0]
-        elif how == "every detection twice":
-            found[i] = {key: value.repeat_interleave(2, 0) for key, value in d.items()}  # type: ignore[typeddict-item]
-        elif how == "no detections of a class, no objects of another":
-            found[i] = {key: value[d["labels"] != 1] for key, value in d.items()}  # type: ignore[typeddict-item]
-            keep = t["labels"] != 2
-            targets[i] = target(
-                t["id"], t["boxes_xyxy"][keep], t["labels"][keep], t["difficult"][keep]
-            )
-        elif how == "empty images" and i % 2:
-            found[i] = detections([], [], [])
-        elif how == "images without objects" and i % 2:
-            targets[i] = target(t["id"], [], [])
-    return found, targets
+# --- awkward scenes: each changes one image of a random scene
+
+
+def one_score(found: Detections, truth: Target, number: int) -> None:
+    found["scores"][:] = 0.5
+
+
+def all_difficult_but_one_image(found: Detections, truth: Target, number: int) -> None:
+    truth["difficult"][:] = number > 0
+
+
+def boxes_without_area(found: Detections, truth: Target, number: int) -> None:
+    found["boxes_xyxy"][::3, 2] = found["boxes_xyxy"][::3, 0]
+
+
+def every_detection_twice(found: Detections, truth: Target, number: int) -> None:
+    found.update({key: value.repeat_interleave(2, 0) for key, value in found.items()})
+
+
+def no_detections_of_a_class_no_objects_of_another(
+    found: Detections, truth: Target, number: int
+) -> None:
+    seen = found["labels"] != 1
+    found.update({key: value[seen] for key, value in found.items()})
+    kept = truth["labels"] != 2
+    for key in ("boxes_xyxy", "labels", "difficult"):
+        truth[key] = truth[key][kept]
+
+
+def empty_images(found: Detections, truth: Target, number: int) -> None:
+    if number % 2:
+        found.update(detections([], [], []))
+
+
+def images_without_objects(found: Detections, truth: Target, number: int) -> None:
+    if number % 2:
+        truth.update(target(truth["id"], [], []))
 
 
 AWKWARD = (
-    "one score",
-    "all difficult but one image",
-    "boxes without area",
-    "every detection twice",
-    "no detections of a class, no objects of another",
-    "empty images",
-    "images without objects",
+    one_score,
+    all_difficult_but_one_image,
+    boxes_without_area,
+    every_detection_twice,
+    no_detections_of_a_class_no_objects_of_another,
+    empty_images,
+    images_without_objects,
 )
+
+
+def changed(seed: int, change: Callable[[Detections, Target, int], None]) -> Scene:
+    scene = random_scene(seed, grid=seed % 2 > 0)
+    for number, (found, truth) in enumerate(zip(*scene, strict=True)):
+        change(found, truth, number)
+    return scene
+
+
 ALL = {
     **SCENES,
     **{f"random {seed}": random_scene(seed) for seed in range(1000, 1012)},
     **{f"ties {seed}": random_scene(seed, grid=True) for seed in range(1100, 1112)},
-    **{f"{how} {seed}": changed(seed, how) for how in AWKWARD for seed in (1200, 1201)},
+    **{f"{how.__name__} 1200": changed(1200, how) for how in AWKWARD},
+    **{f"{how.__name__} 1201": changed(1201, how) for how in AWKWARD},
 }
+
+
+# --- against others
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The largest; NaN against NaN is none, and against a number infinite."""
-    return max(
-        0.0
-        if math.isnan(a) and math.isnan(b)
-        else math.inf
-        if math.isnan(a) or math.isnan(b)
-        else abs(a - b)
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    largest = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if math.isnan(a) != math.isnan(b):
+            return math.inf
+        if not math.isnan(a):
+            largest = max(largest, abs(a - b))
+    return largest
 
 
 def compare_with_pycocotools(scene: Scene) -> None:
+    against = f"pycocotools {version('pycocotools')}"
     metric = measure(scene)
     overall, per_class = pycocotools_scores(scene)
-    table, scores = metric.per_class(), metric.compute()
-    pairs = [([scores[key] for key in COCO], list(overall.values()))]
-    pairs += [
-        ([table[name][key] for key in COCO], per_class.get(name, [math.nan] * 3)) for name in NAMES
-    ]
-    for ours, theirs in pairs:
-        what = "Metrics: COCO AP, overall and by class"
-        witness(
-            what,
-            f"pycocotools {version('pycocotools')}",
-            difference(ours, theirs),
-            1e-12,
-            len(COCO),
-        )
+    rows = [(metric.compute(), list(overall.values()))]
+    for name, row in metric.per_class().items():
+        rows.append((row, per_class.get(name, [math.nan] * 3)))
+    for row, theirs in rows:
+        ours = [row[key] for key in COCO_SCORES]
+        witness(COCO, against, difference(ours, theirs), DIGITS, len(COCO_SCORES))
 
 
 def compare_with_the_kits(scene: Scene) -> None:
-    table = measure(scene).per_class()
-    for label, name in enumerate(NAMES):
-        ours, theirs = (
-            (table[name]["VOC07"], table[name]["VOC"]),
-            devkit_scores(scene, label) or (math.nan, math.nan),
-        )
-        witness(VOC, "VOC kits' procedure in loops", difference(ours, theirs), 1e-12, 2)
+    for label, row in enumerate(measure(scene).per_class().values()):
+        ours = (row["VOC07"], row["VOC"])
+        theirs = devkit_scores(scene, label) or (math.nan, math.nan)
+        witness(VOC, "VOC kits' procedure in loops", difference(ours, theirs), DIGITS, 2)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -121,83 +143,85 @@ def test_random_and_awkward_scenes(name: str) -> None:
     compare_with_the_kits(ALL[name])
 
 
-def test_more_than_a_hundred_detections_of_an_image() -> None:
-    for seed in range(3):
-        scene = random_scene(1300 + seed, images=3, per_object=60, grid=seed > 1)
-        assert max(int(d["labels"].bincount().max()) for d in scene[0] if len(d["labels"])) > 100
-        compare_with_pycocotools(scene)
-        compare_with_the_kits(scene)
+@pytest.mark.parametrize("seed", [1300, 1301, 1302])
+def test_more_than_a_hundred_detections_of_an_image(seed: int) -> None:
+    scene = random_scene(seed, images=3, per_object=60, grid=seed == 1302)
+    found, _ = scene
+    assert max(one["labels"].bincount().max() for one in found if len(one["labels"])) > 100
+    compare_with_pycocotools(scene)
+    compare_with_the_kits(scene)
 
 
-# argv: file of [[gold boxes], [found boxes]] for each scene, a box being image, label, x1, y1, x2,
-# y2 (and score)
+# argv: file of [[gold boxes], [found boxes]] for each scene, a box being image, label, x1,
+# y1, x2, y2 (and score)
 VOC_PACKAGE = """
 import json, sys
 from podm.metrics import BoundingBox, MethodAveragePrecision, get_pascal_voc_metrics
 
+METHODS = (
+    MethodAveragePrecision.ElevenPointsInterpolation,
+    MethodAveragePrecision.AllPointsInterpolation,
+)
 results = []
-for gold, found in json.load(open(sys.argv[1])):
-    gold, found = ([BoundingBox.of_bbox(*box) for box in boxes] for boxes in (gold, found))
-    eleven, area = (
-        get_pascal_voc_metrics(gold, found, 0.5, method)
-        for method in (MethodAveragePrecision.ElevenPointsInterpolation, MethodAveragePrecision.AllPointsInterpolation)
-    )
+for scene in json.load(open(sys.argv[1])):
+    gold, found = ([BoundingBox.of_bbox(*box) for box in boxes] for boxes in scene)
+    eleven, area = (get_pascal_voc_metrics(gold, found, 0.5, method) for method in METHODS)
     results.append({label: [float(eleven[label].ap), float(area[label].ap)] for label in area})
 print(json.dumps(results))
 """
 
 
+def scene_for_the_package(seed: int) -> Scene:
+    """Without difficult objects, which it does not know; every other one with ties."""
+    found, targets = random_scene(seed)
+    for truth in targets:
+        truth["difficult"][:] = False
+    if seed % 2:
+        for one in found:
+            one["scores"] = (one["scores"] * 4).round() / 4
+    return found, targets
+
+
+def in_the_form_of_the_package(scene: Scene) -> list[list]:
+    """-> gold boxes, found boxes."""
+    gold = []
+    for truth in scene[1]:
+        for box_xyxy, label, _ in objects_of(truth):
+            gold.append([truth["id"], label, *box_xyxy])
+    found = []
+    for image, label, score, box_xyxy in detections_of(scene):
+        found.append([scene[1][image]["id"], label, *box_xyxy, score])
+    return [gold, found]
+
+
 def test_an_installed_voc_evaluation(tmp_path: Path) -> None:
-    # It knows no difficult objects and divides by the area of a box. It reads the precision at
-    # 0.6000000000000001 and not at 0.6 (0.3 and 0.7 likewise), so a class with a multiple of five
-    # objects is left out.
-    scenes, given = [], []
-    for seed in range(1400, 1424):
-        found, targets = random_scene(seed)
-        for d, t in zip(found, targets, strict=True):
-            t["difficult"][:] = False
-            if seed % 2:
-                d["scores"] = (d["scores"] * 4).round() / 4  # ties
-        scenes.append((found, targets))
-        gold = [
-            [t["id"], label, *box]
-            for t in targets
-            for label, box in zip(t["labels"].tolist(), t["boxes_xyxy"].tolist(), strict=True)
-        ]
-        boxes = [
-            [t["id"], label, *box, score]
-            for d, t in zip(found, targets, strict=True)
-            for label, box, score in zip(
-                *(d[k].tolist() for k in ("labels", "boxes_xyxy", "scores")), strict=True
-            )
-        ]
-        given.append([gold, boxes])
+    # It divides by the area of a box. It reads the precision at 0.6000000000000001 and not
+    # at 0.6 (0.3 and 0.7 likewise), so a class with a multiple of five objects is left out.
+    scenes = [scene_for_the_package(seed) for seed in range(1400, 1424)]
+    given = [in_the_form_of_the_package(scene) for scene in scenes]
     (tmp_path / "given.json").write_text(json.dumps(given))
-    results = json.loads(
-        oracle(VOC_PACKAGE, tmp_path / "given.json", version="object-detection-metrics")
-    )
+    printed = oracle(VOC_PACKAGE, tmp_path / "given.json", version="object-detection-metrics")
+
+    against = "object-detection-metrics 0.4.post1"
     compared = 0
-    for scene, result in zip(scenes, results, strict=True):
-        table = measure(scene).per_class()
-        for label, name in enumerate(NAMES):
-            if table[name]["objects"] % 5:
-                ours = table[name]["VOC07"], table[name]["VOC"]
-                witness(
-                    VOC,
-                    "object-detection-metrics 0.4.post1",
-                    difference(ours, result[str(label)]),
-                    1e-12,
-                    2,
-                )
+    for scene, result in zip(scenes, json.loads(printed), strict=True):
+        for label, row in enumerate(measure(scene).per_class().values()):
+            if row["objects"] % 5:
+                ours = (row["VOC07"], row["VOC"])
+                witness(VOC, against, difference(ours, result[str(label)]), DIGITS, 2)
                 compared += 1
     assert compared > 50
 
 
+# --- on paper
+
+
 def test_on_paper() -> None:
-    # Five objects and a difficult one. By falling score, of IoU 1 unless another is given: hit,
-    # miss, (difficult: ignored), hit, hit with IoU 0.72, miss (the first object again); two are
-    # never found Up to IoU 0.70: precision 1, 1/2, 2/3, 3/4, 3/5, so 1 at recall 1/5 and 3/4 at 2/5
-    # and 3/5. Above:          precision 1, 1/2, 2/3, 2/4, 2/5, so 1 at recall 1/5 and 2/3 at 2/5.
+    # Five objects and a difficult one. By falling score, of IoU 1 unless another is given:
+    # hit, miss, (difficult: ignored), hit, hit with IoU 0.72, miss (the first object again);
+    # two are never found. The precision
+    #   up to IoU 0.70: 1, 1/2, 2/3, 3/4, 3/5, so 1 at recall 1/5, 3/4 at 2/5 and 3/5
+    #   above:          1, 1/2, 2/3, 2/4, 2/5, so 1 at recall 1/5, 2/3 at 2/5
     objects = [[x, 0, x + 10, 10] for x in (0, 20, 40, 60, 80, 100)]
     found = [
         [0, 0, 10, 10],
@@ -209,8 +233,8 @@ def test_on_paper() -> None:
     ]
     metric = DetectionMetric(NAMES)
     metric.update(
-        [detections(found, np.linspace(0.9, 0.4, 6), [2] * 6)],
-        [target("a", objects, [2] * 6, [False] * 5 + [True])],
+        [detections(found, np.linspace(0.9, 0.4, 6), [BIRD] * 6)],
+        [target("a", objects, [BIRD] * 6, [False] * 5 + [True])],
     )
     expected = {
         "VOC": (1 + 3 / 4 + 3 / 4) / 5,
@@ -221,9 +245,5 @@ def test_on_paper() -> None:
     }
     scores = metric.compute()
     for key, value in expected.items():
-        witness(
-            "Metrics: all five scores",
-            "a case worked out on paper",
-            abs(scores[key] - value),
-            1e-12,
-        )
+        off = abs(scores[key] - value)
+        witness("Metrics: all five scores", "a case worked out on paper", off, DIGITS)

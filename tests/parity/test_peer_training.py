@@ -1,36 +1,44 @@
-"""The run of the competitor's own distillation is on our data, from our weights, by our schedule,
-with our teacher.
+"""The run of the competitor's own distillation is on our data, from our weights, by our
+schedule, with our teacher.
 """
 
 import csv
+import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from oracle import oracle
 from PIL import Image
+from torch import Tensor
 from witness import witness
 
 from bench.peer import write_yolo
 from bench.peer_training import distil
 from kdmini import config
+from kdmini.checkpoint import save_best
 from kdmini.contracts import UserError
 from kdmini.data.store import subset
 from kdmini.detection.voc import VOC
 from kdmini.detection.yolo11 import weights
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.optim import Recipe
-from tests.conftest import ROOT
-from train import save_best
+from tests.conftest import CONFIG, ROOT, TINY
 
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
-# nine batches in three epochs, the warm-up over four, up to two batches an update, the last epoch
-# without mosaic
+# nine batches in three epochs, the warm-up over four, up to two batches an update, the last
+# epoch without mosaic
 CHANGES = [
-    "student.scale=n", "train.epochs=3", "train.ema_tau=2000", "data.limit=20",
+    "student.scale=n",
+    "train.epochs=3",
+    "train.ema_tau=2000",
+    "data.limit=20",
     "data.augment={close_mosaic: 1, hsv_h: 0.02, translate: 0.2}",
-]  # fmt: skip
+]
+STEPS = 3  # an epoch
+KEY = "model.22.cv2.conv.weight"  # one of the weights, to tell models apart by
 
 # argv: repository, folder, config, overrides. Four runs, the first looked into.
 RUNS = """
@@ -45,99 +53,131 @@ from kdmini import config
 version = peer.version(folder)
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-own, begun, batches = DetectionTrainer.preprocess_batch, [], []
+own = DetectionTrainer.preprocess_batch
+begun = {}
+batches = []
+
 def watched(trainer, batch):
     groups = {group["param_group"]: group for group in trainer.optimizer.param_groups}
-    mosaic = trainer.train_loader.dataset.transforms[0][0].p
-    batches.append({"accumulate": trainer.accumulate, "mosaic": mosaic, "images": len(batch["img"]),
-                    **{key: [groups[kind][key] for kind in ("weight", "bn", "bias")]
-                       for key in ("lr", "momentum", "weight_decay")}})
+    about = {"accumulate": trainer.accumulate, "images": len(batch["img"])}
+    about["mosaic"] = trainer.train_loader.dataset.transforms[0][0].p
+    for key in ("lr", "momentum", "weight_decay"):
+        about[key] = [groups[kind][key] for kind in ("weight", "bn", "bias")]
+    batches.append(about)
     if not begun:
-        begun.append({key: value.clone() for key, value in trainer.model.student_model.state_dict().items()})
+        state = trainer.model.student_model.state_dict()
+        begun.update({key: value.clone() for key, value in state.items()})
     watched.trainer = trainer
     return own(trainer, batch)
+
 DetectionTrainer.preprocess_batch = watched
 
 found = {}
-for name, change in (("first", "seed=3"), ("again", "seed=3"), ("other", "seed=4"), ("alone", "teacher=null")):
+changes = {"first": "seed=3", "again": "seed=3", "other": "seed=4", "alone": "teacher=null"}
+for name, change in changes.items():
     settings = config.load(sys.argv[3], [*sys.argv[4:], change])
     (folder / name).mkdir()
     found[name], rate = distil(settings, folder / name)
     if name == "first":
         assert rate > 0
-        model = watched.trainer.model
-        found |= {"version": version, "batches": batches[:], "begun": begun[0], "args": vars(watched.trainer.args),
-                  "teacher": model.teacher_model.state_dict(), "student": model.student_model.state_dict()}
+        found |= {"version": version, "batches": batches[:], "begun": begun}
+        found["args"] = vars(watched.trainer.args)
+        found["teacher"] = watched.trainer.model.teacher_model.state_dict()
+        found["student"] = watched.trainer.model.student_model.state_dict()
 torch.save(found, folder / "found.pt")
 """
 
 
-@pytest.mark.parity
-def test_its_distillation_with_our_teacher_weights_and_schedule(
-    tmp_path: Path, config_file: Path
-) -> None:
+class Peer(NamedTuple):
+    """Four runs of its trainer, and what they were given."""
+
+    folder: Path  # of the runs
+    teacher: YOLO11
+    settings: dict[str, Any]  # the config
+    found: dict[str, Any]  # what the script above found
+
+    def compare(self, what: str, difference: Any, bound: float = 0.0, cases: int = 1) -> None:
+        witness(f"Competitor's run: {what}", self.found["version"], difference, bound, cases)
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Peer:
+    folder = tmp_path_factory.mktemp("peer")
+    config_file = folder / "config.yaml"
+    config_file.write_text(CONFIG.format(run=folder / "run", shapes=shapes, tiny=TINY))
     torch.manual_seed(8)
     teacher = YOLO11(NAMES, "n")
-    save_best(tmp_path / "best.pt", teacher, NAMES, 64, 0, 0.5)
+    save_best(folder / "best.pt", teacher, 64, 0, 0.5)
+    build = "kdmini.detection.yolo11.model:YOLO11"
     changes = [
         *CHANGES,
-        f"teacher={{build: kdmini.detection.yolo11.model:YOLO11, scale: n, weights: {tmp_path / 'best.pt'}}}",
+        f"teacher={{build: {build}, scale: n, weights: {folder / 'best.pt'}}}",
     ]
-    oracle(RUNS, ROOT, tmp_path, config_file, *changes, version="newest")
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    against = found["version"]
+    oracle(RUNS, ROOT, folder, config_file, *changes, version="newest")
+    found = torch.load(folder / "found.pt", weights_only=True)
+    return Peer(folder, teacher, config.load(config_file, changes), found)
 
-    # its student begins as ours does, and ends as another, which ours can be
+
+def largest_difference(state: dict[str, Tensor], model: YOLO11) -> float:
+    """Of the weights, by the names that the model has."""
+    largest = 0.0
+    for key, value in model.state_dict().items():
+        difference = (state[key] - value).abs().max().item()
+        assert not math.isnan(difference), key
+        largest = max(largest, difference)
+    return largest
+
+
+@pytest.mark.parity
+def test_its_student_begins_as_ours_does_and_ends_as_one_that_ours_can_be(peer: Peer) -> None:
     torch.manual_seed(3)
     student = YOLO11(NAMES, "n")
-    difference = max(
-        (found["begun"][key] - value).abs().max() for key, value in student.state_dict().items()
-    )
-    witness("Competitor's run: first weights of the student", against, difference, 0.0)
-    student.load_state_dict(found["first"])
-    key = "model.22.cv2.conv.weight"
-    assert found["first"][key].dtype == torch.float32
-    assert not torch.equal(found["first"][key], found["begun"][key])
-    assert not torch.equal(
-        found["first"][key], found["student"][key]
-    )  # the average, not what was averaged
+    begun = peer.found["begun"]
+    first = peer.found["first"]
+    peer.compare("first weights of the student", largest_difference(begun, student))
+    student.load_state_dict(first)
+    assert first[KEY].dtype == torch.float32
+    assert not torch.equal(first[KEY], begun[KEY])
+    # the average, not what was averaged
+    assert not torch.equal(first[KEY], peer.found["student"][KEY])
 
-    # its teacher is ours, to the end; and it teaches
-    file = weights.read(tmp_path / "first" / "teacher.pt")
+
+@pytest.mark.parity
+def test_its_teacher_is_ours_to_the_end_and_teaches(peer: Peer) -> None:
+    file = weights.read(peer.folder / "first" / "teacher.pt")
     assert file.sppf_act
-    for state in (file.state, found["teacher"]):
-        difference = max(
-            (state[key] - value).abs().max() for key, value in teacher.state_dict().items()
-        )
-        witness("Competitor's run: weights of the teacher", against, difference, 0.0)
-    with open(tmp_path / "first" / "run" / "results.csv") as table:
+    for state in (file.state, peer.found["teacher"]):
+        peer.compare("weights of the teacher", largest_difference(state, peer.teacher))
+    with open(peer.folder / "first" / "run" / "results.csv") as table:
         epochs = list(csv.DictReader(table))
-    assert len(epochs) == 3 and all(float(epoch["train/dis_loss"]) > 0.01 for epoch in epochs)
+    assert len(epochs) == 3
+    assert all(float(epoch["train/dis_loss"]) > 0.01 for epoch in epochs)
 
-    # its schedule is ours, batch by batch
-    settings = config.load(config_file, changes)
-    recipe = Recipe(**settings["train"])
-    assert [batch["images"] for batch in found["batches"]] == [
-        8,
-        8,
-        4,
-    ] * 3  # ours leaves the last four out
-    assert [batch["mosaic"] for batch in found["batches"]] == [1.0] * 6 + [0.0] * 3
-    ours = [recipe.at(step, 3) for step in range(9)]
+
+@pytest.mark.parity
+def test_its_schedule_is_ours_batch_by_batch(peer: Peer) -> None:
+    batches = peer.found["batches"]
+    recipe = Recipe(**peer.settings["train"])
+    assert [batch["images"] for batch in batches] == [8, 8, 4] * 3  # ours leaves the four out
+    assert [batch["mosaic"] for batch in batches] == [1.0] * 6 + [0.0] * 3
+    ours = [recipe.at(step, STEPS) for step in range(3 * STEPS)]
     assert {setting.accumulate for setting in ours} == {1, 2}
     decay = recipe.weight_decay  # stated for a batch of nbs, which accumulation reaches here
-    rows = {
+    columns = {  # of weights, norms and biases
         "lr": [[setting.lr, setting.lr, setting.bias_lr] for setting in ours],
         "momentum": [[setting.momentum] * 3 for setting in ours],
-        "weight_decay": [[decay, 0.0, 0.0]] * 9,
+        "weight_decay": [[decay, 0.0, 0.0] for _ in ours],
         "accumulate": [setting.accumulate for setting in ours],
     }
-    for name, values in rows.items():
-        difference = np.abs(
-            np.array(values) - np.array([batch[name] for batch in found["batches"]])
-        ).max()
-        witness(f"Competitor's run: {name}", against, difference, 1e-12, 9)
-    told = {
+    for name, expected in columns.items():
+        theirs = [batch[name] for batch in batches]
+        difference = np.abs(np.array(expected) - np.array(theirs)).max()
+        peer.compare(name, difference, 1e-12, 9)
+
+
+@pytest.mark.parity
+def test_its_settings_are_those_of_the_config(peer: Peer) -> None:
+    expected = {
         "seed": 3,
         "translate": 0.2,
         "hsv_h": 0.02,
@@ -146,27 +186,34 @@ def test_its_distillation_with_our_teacher_weights_and_schedule(
         "mixup": 0.0,
         "amp": False,
     }
-    assert {name: found["args"][name] for name in told} == told
+    assert {name: peer.found["args"][name] for name in expected} == expected
 
-    # without a teacher it trains alone
-    assert "dis_loss" not in (tmp_path / "alone" / "run" / "results.csv").read_text()
-    assert not torch.equal(found["alone"][key], found["begun"][key])
 
-    # the seed decides
-    assert all(torch.equal(found["again"][key], value) for key, value in found["first"].items())
-    assert not torch.equal(found["other"][key], found["first"][key])
-    assert not torch.equal(found["alone"][key], found["first"][key])
+@pytest.mark.parity
+def test_without_a_teacher_it_trains_alone(peer: Peer) -> None:
+    assert "dis_loss" not in (peer.folder / "alone" / "run" / "results.csv").read_text()
+    alone = peer.found["alone"]
+    assert not torch.equal(alone[KEY], peer.found["begun"][KEY])
+    assert not torch.equal(alone[KEY], peer.found["first"][KEY])
+
+
+@pytest.mark.parity
+def test_the_seed_decides(peer: Peer) -> None:
+    first = peer.found["first"]
+    assert all(torch.equal(peer.found["again"][key], value) for key, value in first.items())
+    assert not torch.equal(peer.found["other"][KEY], first[KEY])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reason"),
     [("clip=1.0", "train.clip: ultralytics has 10"), ("ema_tau=9", "train.ema_tau")],
 )
 def test_a_recipe_that_it_cannot_follow(
-    tmp_path: Path, config_file: Path, change: str, told: str
+    tmp_path: Path, config_file: Path, change: str, reason: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
-        distil(config.load(config_file, ["train.ema_tau=2000", f"train.{change}"]), tmp_path)
+    settings = config.load(config_file, ["train.ema_tau=2000", f"train.{change}"])
+    with pytest.raises(UserError, match=reason):
+        distil(settings, tmp_path)
 
 
 def test_images_are_written_as_a_store_has_them(tmp_path: Path, shapes: Path) -> None:
@@ -179,15 +226,14 @@ def test_images_are_written_as_a_store_has_them(tmp_path: Path, shapes: Path) ->
         picture, target = dataset[index]
         height, width = picture.shape[:2]
         ratio = 32 / max(height, width)
-        small = round(width * ratio), round(height * ratio)
-        expected = Image.fromarray(picture).resize(small, Image.Resampling.BILINEAR)
+        size = (round(width * ratio), round(height * ratio))
+        expected = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(expected))
+
         rows = np.loadtxt(tmp_path / "labels" / f"{file.stem}.txt", ndmin=2)
-        centre, sides = rows[:, 1:3] * [width, height], rows[:, 3:] * [width, height]
+        centre = rows[:, 1:3] * [width, height]
+        sides = rows[:, 3:] * [width, height]
+        boxes_xyxy = np.hstack([centre - sides / 2, centre + sides / 2])
         easy = ~target["difficult"]
-        assert np.allclose(
-            np.hstack([centre - sides / 2, centre + sides / 2]),
-            target["boxes_xyxy"][easy],
-            atol=1e-3,
-        )
+        assert np.allclose(boxes_xyxy, target["boxes_xyxy"][easy], atol=1e-3)
         assert (rows[:, 0] == target["labels"][easy]).all()

@@ -1,5 +1,5 @@
-"""The same photographs and weights give the same detections as the reference's predictor, in pixels
-of the files.
+"""The same photographs and weights give the same detections as the reference's predictor, in
+pixels of the files.
 """
 
 from pathlib import Path
@@ -12,9 +12,9 @@ import torch
 from oracle import oracle
 from witness import witness
 
+from kdmini.data.layout import letterbox
 from kdmini.data.loader import ValLoader
 from kdmini.data.pictures import shrink
-from kdmini.data.render import letterbox
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC, VOC_NAMES
 from kdmini.detection.yolo11.model import YOLO11
@@ -25,8 +25,12 @@ pytestmark = pytest.mark.parity
 AGAINST = "ultralytics 8.3.250"
 PHOTOGRAPHS = ROOT / ".." / "shared" / "data" / "voc-original"
 SIDE = 320
+SCORE = 0.001
+IOU = 0.7
+MAX_DET = 300
 
-# argv: folder, side, photographs. Writes folder/model.pt as the trainer does, and folder/found.pt.
+# argv: folder, side, photographs. Writes folder/model.pt as the trainer does, and
+# folder/found.pt.
 PREDICT = """
 import sys
 from pathlib import Path
@@ -50,31 +54,31 @@ predictor.pre_transform = lambda images: [shape(image=image) for image in images
 images = BasePredictor.preprocess(predictor, files)
 for module in model.modules():
     if isinstance(module, torch.nn.BatchNorm2d):
-        module.momentum = 1.0  # its statistics become those of a few photographs, so that every layer is alive
+        module.momentum = 1.0  # statistics of a few photographs keep every layer alive
 with torch.no_grad():
     model.train()(images[:8])
 for boxes, classes in zip(model.model[-1].cv2, model.model[-1].cv3):
     torch.nn.init.normal_(boxes[-1].weight, 0, 0.3)
     torch.nn.init.normal_(classes[-1].weight, 0, 0.1)
     torch.nn.init.normal_(classes[-1].bias, -8.7, 1)
-torch.save({
-    "date": "", "version": __version__, "license": "AGPL-3.0", "docs": "", "epoch": -1, "best_fitness": None,
-    "model": model.half(), "ema": None, "updates": None, "optimizer": None, "train_args": {},
-}, folder / "model.pt")
+about = {"date": "", "version": __version__, "license": "AGPL-3.0", "docs": "", "train_args": {}}
+state = {"epoch": -1, "best_fitness": None, "updates": None, "optimizer": None}
+torch.save({**about, **state, "model": model.half(), "ema": None}, folder / "model.pt")
 model.float().eval()
 with torch.no_grad():
     output = model(images)[0]
     candidates = (output[:, 4:] > 0.001).sum((1, 2))
-    output = output.double()  # in float32 the offset of 7,680 pixels a class rounds boxes to 1/128, and IoU by 1e-5
+    # in float32 the offset of 7,680 pixels a class rounds boxes to 1/128, and IoU by 1e-5
+    output = output.double()
     placed = non_max_suppression(output, 0.001, 0.7, multi_label=True, max_det=300)
 native = [found.clone() for found in placed]
 for found, file in zip(native, files):
     scale_boxes((side, side), found[:, :4], file.shape)
-torch.save({"images": images, "placed": placed, "native": native, "candidates": candidates}, folder / "found.pt")
+found = {"images": images, "placed": placed, "native": native, "candidates": candidates}
+torch.save(found, folder / "found.pt")
 """
 
-# argv: folder. For each size in folder/sizes.pt, where a white picture of it comes to lie, and a
-# box of it goes.
+# argv: folder. For each size in folder/sizes.pt, where a white picture of it comes to lie.
 PLACE = """
 import sys
 import numpy as np, torch
@@ -96,78 +100,76 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip(f"no photographs in {PHOTOGRAPHS}")
     folder = tmp_path_factory.mktemp("predictor")
     dataset = VOC(str(PHOTOGRAPHS), ["all"])
-    loader = ValLoader(Store(dataset, SIDE, workers=1), batch=len(dataset))
-    [(images, targets, to_native)] = loader
-    files = [
-        PHOTOGRAPHS / "JPEGImages" / f"{target['id'].split('/')[-1]}.jpg" for target in targets
-    ]
-    assert len(files) > 30 and all(file.is_file() for file in files)
+    store = Store(dataset, SIDE, workers=1)
+    [(images, targets, to_file)] = ValLoader(store, batch=len(dataset))
+    names = [target["id"].split("/")[-1] for target in targets]
+    files = [PHOTOGRAPHS / "JPEGImages" / f"{name}.jpg" for name in names]
+    assert len(files) > 30
+    assert all(file.is_file() for file in files)
+
     oracle(PREDICT, folder, SIDE, *files)
+    weights = {"path": str(folder / "model.pt"), "classes": "keep"}
     return {
-        "model": YOLO11(
-            VOC_NAMES, "n", weights={"path": str(folder / "model.pt"), "classes": "keep"}
-        ).eval(),
+        "model": YOLO11(VOC_NAMES, "n", weights=weights).eval(),
         "ours": images,
-        "to_native": to_native,
+        "to_file": to_file,
+        "sizes": store.native,
         **torch.load(folder / "found.pt", weights_only=True),
     }
 
 
 def test_detections_of_the_same_pixels(both: dict[str, Any]) -> None:
-    images = both["images"]
-    assert min(map(len, both["placed"])) > 0 and both["candidates"].max() < 30_000
-    assert any(len(found) < 300 for found in both["placed"]) and both["candidates"].max() > 1000
+    placed = both["placed"]
+    assert min(map(len, placed)) > 0
+    assert min(map(len, placed)) < MAX_DET
+    assert 1000 < both["candidates"].max() < 30_000
     with torch.no_grad():
-        found = both["model"].decode(both["model"](images), 0.001, 0.7, 300)
-    boxes, scores = [], []
-    for ours, theirs in zip(found, both["placed"], strict=True):
+        preds = both["model"](both["images"])
+        found = both["model"].decode(preds, SCORE, IOU, MAX_DET)
+
+    boxes = []
+    scores = []
+    for ours, theirs in zip(found, placed, strict=True):
         # paired by place and class, for scores that differ by rounding alone may change places
         apart = torch.cdist(ours["boxes_xyxy"].double(), theirs[:, :4], p=torch.inf)
         apart += 1e6 * (ours["labels"][:, None] != theirs[:, 5])
         distance, match = apart.min(1)
         assert torch.equal(match.sort().values, torch.arange(len(theirs)))
         boxes.append(distance.max().item())
-        scores.append((ours["scores"] / theirs[match, 4] - 1).abs().max().item())
-    cases = sum(map(len, both["placed"]))
+        ratios = ours["scores"] / theirs[match, 4]
+        scores.append((ratios - 1).abs().max().item())
+    cases = sum(map(len, placed))
     witness("Detections of photographs: boxes, pixels", AGAINST, max(boxes), 1e-3, cases)
     witness("Detections of photographs: scores, relative", AGAINST, max(scores), 1e-4, cases)
 
 
 def test_the_way_back_to_the_files(both: dict[str, Any]) -> None:
-    """The reference divides both sides by one ratio, kdmini each by its own, for the sides were
-    rounded to pixels: up to half a pixel of the letterbox apart, and one more where the rounding
-    moves the reference's corner.
+    """The reference divides both sides by one ratio, kdmini each by its own, for the sides
+    were rounded to pixels: up to half a pixel of the letterbox apart, and one more where the
+    rounding moves the reference's corner.
     """
-    to_native = both["to_native"]
-    given = [
-        {"boxes_xyxy": found[:, :4], "scores": found[:, 4], "labels": found[:, 5]}
-        for found in both["placed"]
-    ]
-    exact: list[float] = []
-    apart: list[float] = []
-    for ours, theirs, (width, height) in zip(
-        to_native(given), both["native"], to_native.native, strict=True
-    ):
+    given = []
+    for rows in both["placed"]:
+        given.append({"boxes_xyxy": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5]})
+    exact: list[float] = []  # where both sides are whole pixels of the letterbox
+    rounded: list[float] = []
+    images = zip(both["to_file"](given), both["native"], both["sizes"], strict=True)
+    for ours, theirs, (height, width) in images:
         ratio = max(width, height) / SIDE
-        whole = all((side / ratio).is_integer() for side in (width, height))
-        (exact if whole else apart).append(
-            (ours["boxes_xyxy"] - theirs[:, :4]).abs().max().item() / ratio
-        )
+        difference = (ours["boxes_xyxy"] - theirs[:, :4]).abs().max().item() / ratio
+        whole = (width / ratio).is_integer() and (height / ratio).is_integer()
+        (exact if whole else rounded).append(difference)
     what = "Detections of photographs: mapped back, pixels of the letterbox"
     witness(f"{what}, sides that divide", AGAINST, max(exact), 1e-3, len(exact))
-    witness(f"{what}, others", AGAINST, max(apart), 1.5, len(apart))
+    witness(f"{what}, others", AGAINST, max(rounded), 1.5, len(rounded))
 
 
 def test_pixels(both: dict[str, Any]) -> None:
     """Another interpolation: kdmini averages where it reduces, the reference does not."""
     grey = 255 * (both["ours"] - both["images"]).abs()
-    witness(
-        "Letterbox of photographs: mean over an image, grey levels",
-        AGAINST,
-        grey.mean((1, 2, 3)).max().item(),
-        5,
-        len(grey),
-    )
+    means = grey.mean((1, 2, 3))
+    what = "Letterbox of photographs: mean over an image, grey levels"
+    witness(what, AGAINST, means.max().item(), 5, len(means))
 
 
 def test_where_pictures_are_placed(tmp_path: Path) -> None:
@@ -175,12 +177,14 @@ def test_where_pictures_are_placed(tmp_path: Path) -> None:
     torch.save((torch.from_numpy(sizes), SIDE), tmp_path / "sizes.pt")
     oracle(PLACE, tmp_path)
     theirs = torch.load(tmp_path / "found.pt", weights_only=True).numpy()
-    stored = np.array(
-        [shrink(np.empty((height, width, 3), np.uint8), SIDE).shape[:2] for width, height in sizes]
-    )
+    margins = theirs[:, :2] + SIDE - theirs[:, 2:]
+    assert (margins % 2).any()  # odd ones too
+
+    pictures = [np.empty((height, width, 3), np.uint8) for width, height in sizes]
+    stored = np.array([shrink(picture, SIDE).shape[:2] for picture in pictures])
     store: Any = SimpleNamespace(sizes=stored)
     layout = letterbox(store, np.arange(len(sizes)), SIDE)
-    low, high = layout.b[:, 0], layout.b[:, 0] + layout.a[:, 0] * stored[:, ::-1]
-    assert ((SIDE - theirs[:, 2:] + theirs[:, :2]) % 2).any()  # odd margins too
+    low = layout.b[:, 0]
+    high = low + layout.a[:, 0] * stored[:, ::-1]
     difference = np.abs(np.concatenate([low, high], 1) - theirs).max()
     witness("Letterbox: corners, pixels", AGAINST, difference, 1e-9, len(sizes))

@@ -1,20 +1,25 @@
 """What is exported is the detector: read back by readers that are not the writer."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from kdmini.checkpoint import save_best
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.tools import export as tool
 from kdmini.tools.export import main, to_onnx, to_safetensors
-from train import save_best
+from tests.conftest import ROOT
 
 NAMES = ["cup", "잔", 'a "b"']
+IMGSZ = 64
+ANCHORS = 8 * 8 + 4 * 4 + 2 * 2  # of IMGSZ
 
 
 @pytest.fixture(scope="module")
@@ -38,44 +43,62 @@ def model() -> YOLO11:
 @pytest.fixture(scope="module")
 def weights(model: YOLO11, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "best.pt"
-    save_best(path, model, NAMES, 64, 0, 0.5)
+    save_best(path, model, IMGSZ, 0, 0.5)
     return path
+
+
+@pytest.fixture(scope="module")
+def safetensors(weights: Path) -> bytes:
+    main([str(weights), "--to", "safetensors"])
+    return weights.with_suffix(".safetensors").read_bytes()
 
 
 def read_safetensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """By the specification: every byte of the file belongs to the header or to one tensor."""
     length = int.from_bytes(content[:8], "little")
-    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
-    about = header.pop("__metadata__")
-    at, tensors = 0, {}
+    header = json.loads(content[8 : 8 + length])
+    body = content[8 + length :]
+    metadata = header.pop("__metadata__")
+    position = 0
+    tensors = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
-        assert start == at <= end
-        array = np.frombuffer(body[start:end], {"F32": "<f4", "I64": "<i8"}[entry["dtype"]])
-        tensors[key], at = torch.tensor(array).reshape(entry["shape"]), end
-    assert at == len(body)
-    return tensors, about
+        assert start == position <= end
+        layout = {"F32": "<f4", "I64": "<i8"}[entry["dtype"]]
+        array = np.frombuffer(body[start:end], layout)
+        tensors[key] = torch.tensor(array).reshape(entry["shape"])
+        position = end
+    assert position == len(body)
+    return tensors, metadata
 
 
-def test_safetensors_hold_the_state_under_its_own_keys(model: YOLO11, weights: Path) -> None:
-    main([str(weights), "--to", "safetensors"])
-    tensors, about = read_safetensors(weights.with_suffix(".safetensors").read_bytes())
+def test_safetensors_hold_the_state_under_its_own_keys(model: YOLO11, safetensors: bytes) -> None:
+    tensors, _ = read_safetensors(safetensors)
     other = YOLO11(NAMES, model.scale).eval()
     other.load_state_dict(tensors, strict=True)
-    assert all(tensors[key].dtype == value.dtype for key, value in model.state_dict().items())
+    for key, value in model.state_dict().items():
+        assert tensors[key].dtype == value.dtype
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         assert all(map(torch.equal, other(images), model(images)))
-    assert json.loads(about["names"]) == NAMES
-    assert json.loads(about["scale"]) == model.scale and about["sppf_act"] == "true"
-    assert (about["license"], about["imgsz"]) == ("AGPL-3.0", "64")
-    assert {type(value) for value in about.values()} == {str}
+
+
+def test_safetensors_say_what_the_detector_is(model: YOLO11, safetensors: bytes) -> None:
+    _, metadata = read_safetensors(safetensors)
+    assert json.loads(metadata["names"]) == NAMES
+    assert json.loads(metadata["scale"]) == model.scale
+    assert metadata["sppf_act"] == "true"
+    assert metadata["license"] == "AGPL-3.0"
+    assert metadata["imgsz"] == str(IMGSZ)
+    assert {type(value) for value in metadata.values()} == {str}
 
 
 def test_safetensors_are_laid_out_as_specified() -> None:
-    content = to_safetensors({"a": torch.tensor([[1.0, -2.0]]).T, "n": torch.tensor(3)}, {"k": "v"})
+    state = {"a": torch.tensor([[1.0, -2.0]]).T, "n": torch.tensor(3)}
+    content = to_safetensors(state, {"k": "v"})
     length = int.from_bytes(content[:8], "little")
-    assert length % 8 == 0 and content[8:9] == b"{"
+    assert length % 8 == 0
+    assert content[8:9] == b"{"
     assert json.loads(content[8 : 8 + length]) == {
         "__metadata__": {"format": "pt", "k": "v"},
         "a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
@@ -84,72 +107,103 @@ def test_safetensors_are_laid_out_as_specified() -> None:
     assert content[8 + length :] == bytes.fromhex("0000803f 000000c0 0300000000000000")
 
 
-def test_onnx_gives_the_outputs_of_the_detector_at_any_batch(
-    model: YOLO11, weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("onnxscript", reason="kdmini[export] is not installed")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="kdmini[export] is not installed")
-    path = tmp_path / "new" / "model.onnx"
-    main([str(weights), "--to", "onnx", "--out", str(path)])
-    told = capfd.readouterr()
-    assert (
-        told.err == "" and len(told.out.splitlines()) == 3
-    )  # the weights, the comparison, the file
-    assert "largest difference" in told.out and [p.name for p in path.parent.iterdir()] == [
-        "model.onnx"
-    ]
+class Exported(NamedTuple):
+    path: Path
+    out: str  # what was printed
+    err: str
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    about = session.get_modelmeta().custom_metadata_map
-    assert (
-        json.loads(about["names"]) == NAMES
-        and about["imgsz"] == "64"
-        and about["license"] == "AGPL-3.0"
-    )
-    anchors = 8 * 8 + 4 * 4 + 2 * 2
+
+@pytest.fixture(scope="module")
+def onnx(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """In a process of its own, so that all is caught that libraries print."""
+    pytest.importorskip("onnxscript", reason="kdmini[export] is not installed")
+    pytest.importorskip("onnxruntime", reason="kdmini[export] is not installed")
+    path = tmp_path_factory.mktemp("onnx") / "new" / "model.onnx"
+    command = [sys.executable, "-m", "kdmini.tools.export", weights, "--to", "onnx", "--out", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return Exported(path, done.stdout, done.stderr)
+
+
+def onnx_session(path: Path):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_onnx_gives_the_outputs_of_the_detector_at_any_batch(model: YOLO11, onnx: Exported) -> None:
+    session = onnx_session(onnx.path)
     for count in (1, 3):
-        images = torch.rand(count, 3, 64, 64)
+        images = torch.rand(count, 3, IMGSZ, IMGSZ)
         boxes_xyxy, scores = session.run(["boxes_xyxy", "scores"], {"images": images.numpy()})
         with torch.no_grad():
-            wanted_boxes, wanted_scores = decode_maps(model(images))
-        assert boxes_xyxy.shape == (count, anchors, 4) and scores.shape == (count, anchors, 3)
-        np.testing.assert_allclose(boxes_xyxy, wanted_boxes, atol=1e-3)
-        np.testing.assert_allclose(scores, wanted_scores, atol=1e-5)
+            expected_boxes, expected_scores = decode_maps(model(images))
+        assert boxes_xyxy.shape == (count, ANCHORS, 4)
+        assert scores.shape == (count, ANCHORS, len(NAMES))
+        np.testing.assert_allclose(boxes_xyxy, expected_boxes, atol=1e-3)
+        np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
 
+
+def test_onnx_says_what_the_detector_is(onnx: Exported) -> None:
+    metadata = onnx_session(onnx.path).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["names"]) == NAMES
+    assert metadata["imgsz"] == str(IMGSZ)
+    assert metadata["license"] == "AGPL-3.0"
+
+
+def test_of_the_exporter_nothing_is_heard_or_left_behind(onnx: Exported) -> None:
+    assert onnx.err == ""
+    of_weights, comparison, of_file = onnx.out.splitlines()
+    assert "best.pt: " in of_weights
+    assert comparison.startswith("largest difference")
+    assert of_file.startswith(f"{onnx.path}: ")
+    assert [path.name for path in onnx.path.parent.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("spoil_boxes, spoil_scores", [(1.0, 0.01), (torch.nan, 0.0)])
+def test_a_model_that_is_not_the_detector_is_refused(
+    model: YOLO11, onnx: Exported, spoil_boxes: float, spoil_scores: float
+) -> None:
+    images = torch.rand(3, 3, IMGSZ, IMGSZ)
+    with torch.no_grad():
+        boxes_xyxy, scores = decode_maps(model(images))
+    content = onnx.path.read_bytes()
     with pytest.raises(UserError, match="not the detector"):
-        tool.compare(path.read_bytes(), images, (wanted_boxes, wanted_scores + 0.01))
-    with pytest.raises(UserError, match="not the detector"):
-        tool.compare(path.read_bytes(), images, (wanted_boxes * torch.nan, wanted_scores))
+        tool.compare(content, images, boxes_xyxy * spoil_boxes, scores + spoil_scores)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_package_that_is_missing_is_named(
     model: YOLO11, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, "onnx", sys
-    )  # so that the test does not depend on what is installed
-    monkeypatch.setitem(sys.modules, "onnxscript", sys)
+    for name in ("onnx", "onnxscript"):  # whatever is installed, the other one is there
+        monkeypatch.setitem(sys.modules, name, sys)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package}: pip install 'kdmini\[export\]'"):
-        to_onnx(model, 64, {})
+        to_onnx(model, IMGSZ, {})
 
 
-def test_wrong_input_is_told_in_one_line(weights: Path, tmp_path: Path) -> None:
-    def refused(*args: object) -> str:
-        with pytest.raises(SystemExit) as left:
-            main([*map(str, args), "--to", "safetensors"])
-        assert isinstance(left.value.code, str) and left.value.code.startswith("error: ")
-        assert "\n" not in left.value.code
-        return left.value.code
+def refusal(*args: object) -> str:
+    """The line that an export to safetensors ends with."""
+    with pytest.raises(SystemExit) as left:
+        main([*map(str, args), "--to", "safetensors"])
+    line = left.value.code
+    assert isinstance(line, str)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
 
+
+def test_weights_are_not_written_over(weights: Path) -> None:
     before = weights.read_bytes()
-    assert ".safetensors" in refused(weights, "--out", weights)
+    assert "name a file that ends in .safetensors" in refusal(weights, "--out", weights)
     assert weights.read_bytes() == before
+
+
+def test_wrong_input_is_one_line(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    assert "cannot be made" in refused(weights, "--out", tmp_path / "file" / "a.safetensors")
     (tmp_path / "taken.safetensors").mkdir()
-    assert "cannot write" in refused(weights, "--out", tmp_path / "taken.safetensors")
-    assert "missing.pt" in refused(tmp_path / "missing.pt")
-    assert "--imgsz: 100" in refused(weights, "--imgsz", 100)
+    assert "cannot be made" in refusal(weights, "--out", tmp_path / "file" / "a.safetensors")
+    assert "cannot write" in refusal(weights, "--out", tmp_path / "taken.safetensors")
+    assert "missing.pt" in refusal(tmp_path / "missing.pt")
+    assert "--imgsz: 100" in refusal(weights, "--imgsz", 100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.safetensors"]

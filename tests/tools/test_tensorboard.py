@@ -14,31 +14,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kdmini.tools import tensorboard
 
-SCALARS = {
-    "loss/box": "box",
-    "loss/attention": "attention",
-    "score/AP50-95": "AP50-95",
-    "score/VOC07": "VOC07",
-    "lambda/attention": "lambda/attention",
-    "distance/raw": "distance/raw",
-    "distance/aligned/model.6": "distance/aligned/model.6",
-    "lr": "lr",
-    "images/s": "images/s",
-    "skipped": "skipped",
-}
+OF_TRAINING = ["loss/box", "loss/attention", "lambda/attention", "lr", "images/s", "skipped"]
+SCORES = ["score/AP50-95", "score/VOC07"]
+DISTANCES = ["distance/raw", "distance/aligned/model.6"]
+KEYS = [*OF_TRAINING, *SCORES, *DISTANCES]
+EPOCHS = range(-1, 6)
 
 
 def record(epoch: int) -> dict:
     """A line of metrics.jsonl; validated every second epoch, and before training."""
-    lines = {name: 0.5 + epoch + number / 8 for number, name in enumerate(SCALARS.values())}
-    every = {"distance/raw", "distance/aligned/model.6"}
     if epoch < 0:
-        lines = {name: lines[name] for name in every}
+        keys = DISTANCES
     elif epoch % 2:
-        lines = {
-            name: value for name, value in lines.items() if name not in every | {"AP50-95", "VOC07"}
-        }
-    return {"epoch": epoch, **lines}
+        keys = OF_TRAINING
+    else:
+        keys = KEYS
+    return {"epoch": epoch, **{key: 0.5 + epoch + KEYS.index(key) / 8 for key in keys}}
 
 
 def write(run: Path, records: list[dict]) -> None:
@@ -50,7 +41,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     (folder / "pictures").mkdir(parents=True)
     (folder / "config.yaml").write_text("run: run\n")
-    write(folder, [record(epoch) for epoch in range(-1, 6)])
+    write(folder, [record(epoch) for epoch in EPOCHS])
     Image.new("RGB", (40, 30), "red").save(folder / "pictures" / "curves.png")
     return folder
 
@@ -64,17 +55,17 @@ def points(reader: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in reader.Scalars(tag)]
 
 
-def expected(name: str, epochs: range) -> list[tuple[int, float]]:
-    return [(epoch + 1, record(epoch)[name]) for epoch in epochs if name in record(epoch)]
+def expected(key: str, epochs: range) -> list[tuple[int, float]]:
+    return [(epoch + 1, record(epoch)[key]) for epoch in epochs if key in record(epoch)]
 
 
-def test_every_number_is_there_once_at_its_epoch_in_its_group(run: Path) -> None:
+def test_every_number_is_there_once_at_its_epoch_under_its_key(run: Path) -> None:
     tensorboard.main([str(run)])
     tensorboard.main([str(run)])
     reader = read(run)
-    assert set(reader.Tags()["scalars"]) == set(SCALARS)
-    for tag, name in SCALARS.items():
-        assert points(reader, tag) == expected(name, range(-1, 6)), tag
+    assert set(reader.Tags()["scalars"]) == set(KEYS)
+    for key in KEYS:
+        assert points(reader, key) == expected(key, EPOCHS), key
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
@@ -83,7 +74,8 @@ def test_pictures_are_shown_as_they_are(run: Path) -> None:
     reader = read(run)
     assert reader.Tags()["images"] == ["pictures/curves"]
     (image,) = reader.Images("pictures/curves")
-    assert (image.step, image.width, image.height) == (6, 40, 30)
+    assert image.step == 6
+    assert (image.width, image.height) == (40, 30)
     assert image.encoded_image_string == (run / "pictures" / "curves.png").read_bytes()
 
 
@@ -94,9 +86,10 @@ def test_a_resumed_run_takes_back_what_it_forgot_also_where_tensorboard_is_open(
         write(run, [record(epoch) for epoch in epochs])
         tensorboard.main([str(run)])
         for reader in (opened.Reload(), read(run)):
-            assert points(reader, "loss/box") == expected("box", epochs)
-            assert [image.step for image in reader.Images("pictures/curves")][-1] == epochs[-1] + 1
-        assert sum(path.stat().st_size > 0 for path in (run / "tensorboard").iterdir()) == 1
+            assert points(reader, "loss/box") == expected("loss/box", epochs)
+            assert reader.Images("pictures/curves")[-1].step == epochs[-1] + 1
+        sizes = [path.stat().st_size for path in (run / "tensorboard").iterdir()]
+        assert sum(size > 0 for size in sizes) == 1
 
 
 def test_follow_looks_again_until_it_is_interrupted(run: Path) -> None:
@@ -104,23 +97,22 @@ def test_follow_looks_again_until_it_is_interrupted(run: Path) -> None:
     (run / "pictures" / "curves.png").unlink()
     code = "from kdmini.tools import tensorboard\ntensorboard.SECONDS = 0.05\ntensorboard.main()"
     command = [sys.executable, "-c", code, str(run), "--follow"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout and process.stderr
-        told = [process.stdout.readline() for _ in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert "tensorboard --logdir" in process.stdout.readline()
+        assert "no epoch to show yet" in process.stdout.readline()
         write(run, [record(0)])
-        told.append(process.stdout.readline())
+        assert "tfevents" in process.stdout.readline()
         time.sleep(0.2)  # looks that find nothing new say nothing
         process.terminate()
-        assert (process.stdout.read(), process.stderr.read(), process.wait()) == ("", "", 143)
-    assert "no epoch to show yet" in told[1]
-    assert "tfevents" in told[2]
-    assert points(read(run), "loss/box") == expected("box", range(1))
+        assert process.stdout.read() == ""
+        assert process.stderr.read() == ""
+        assert process.wait() == 143
+    assert points(read(run), "loss/box") == expected("loss/box", range(1))
 
 
 def test_nothing_half_written_stays_where_the_disk_is_full(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensorboard.main([str(run)])
     before = sorted((run / "tensorboard").iterdir())
@@ -134,39 +126,43 @@ def test_nothing_half_written_stays_where_the_disk_is_full(
     with pytest.raises(SystemExit, match="No space left on device"):
         tensorboard.main([str(run)])
     assert sorted((run / "tensorboard").iterdir()) == before
-    assert points(read(run), "loss/box") == expected("box", range(6))
+    assert points(read(run), "loss/box") == expected("loss/box", EPOCHS)
+
+
+def refusal(run: Path) -> str:
+    """The one line that the tool ends with."""
+    with pytest.raises(SystemExit) as left:
+        tensorboard.main([str(run)])
+    line = str(left.value)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
 
 
 @pytest.mark.parametrize(
-    "damage, told",
+    "name, content, message",
     [
-        (lambda run: (run / "config.yaml").unlink(), "it is no run"),
-        (
-            lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"),
-            "metrics.jsonl: cannot be read",
-        ),
-        (
-            lambda run: (run / "metrics.jsonl").write_text('{"box": 1}\n'),
-            "metrics.jsonl: cannot be read",
-        ),
-        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl: cannot be read"),
-        (lambda run: (run / "pictures" / "curves.png").write_text("half"), "curves.png: is no PNG"),
-        (lambda run: (run / "tensorboard").write_text(""), "cannot write"),
+        ("metrics.jsonl", b"\xff\n", "metrics.jsonl: cannot be read"),
+        ("metrics.jsonl", b'{"loss/box": 1}\n', "metrics.jsonl: cannot be read"),
+        ("metrics.jsonl", b"[1]\n", "metrics.jsonl: cannot be read"),
+        ("pictures/curves.png", b"half", "curves.png: is no PNG"),
+        ("pictures/curves.png", tensorboard.PNG_SIGNATURE + b"half", "curves.png: is no PNG"),
+        ("tensorboard", b"", "cannot write"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(run: Path, damage, told: str) -> None:
-    damage(run)
-    with pytest.raises(SystemExit) as raised:
-        tensorboard.main([str(run)])
-    assert (
-        told in str(raised.value)
-        and str(raised.value).startswith("error: ")
-        and "\n" not in str(raised.value)
-    )
+def test_a_file_that_is_wrong_is_named(run: Path, name: str, content: bytes, message: str) -> None:
+    (run / name).write_bytes(content)
+    assert message in refusal(run)
+
+
+def test_a_folder_that_is_no_run_is_named(run: Path) -> None:
+    (run / "config.yaml").unlink()
+    assert f"{run}: has no config.yaml, so it is no run" in refusal(run)
 
 
 def test_without_the_package_it_is_named(tmp_path: Path) -> None:
     code = "import sys\nsys.modules['tensorboard'] = None\nimport kdmini.tools.tensorboard"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "pip install 'kdmini[tb]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'kdmini[tb]'" in done.stderr

@@ -4,8 +4,9 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,29 +15,34 @@ import yaml
 from PIL import Image
 
 import train
+from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
-from kdmini.detection.average_precision import DetectionMetric
 from kdmini.detection.voc import VOC
 from kdmini.detection.yolo11.model import YOLO11
 from tests.conftest import CONFIG, TINY
 
 pytest.importorskip("matplotlib")
 from kdmini.tools import visualize
+from kdmini.tools.draw import Figure
+from kdmini.tools.scenes import Material, feats_at
 
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
 TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]
 IMAGES = 3
+SEED = 3  # of the config
+HALF_A_DIGIT = 0.0006  # of the three decimals under the maps
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, shapes) -> Path:
     """A run of one epoch with a teacher, on three images of each set."""
     folder = tmp_path_factory.mktemp("visualize")
-    (folder / "config.yaml").write_text(CONFIG.format(run=folder / "run", shapes=shapes, tiny=TINY))
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(run=folder / "run", shapes=shapes, tiny=TINY))
+    settings = [f"data.limit={IMAGES}", "train.batch=3", "train.epochs=1"]
     before = sys.argv
-    sys.argv = ["train", "--config", str(folder / "config.yaml"), f"data.limit={IMAGES}"]
-    sys.argv += ["train.batch=3", "train.epochs=1"]
+    sys.argv = ["train", "--config", str(config), *settings]
     try:
         train.main()
     finally:
@@ -45,8 +51,16 @@ def run(tmp_path_factory, shapes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def figures(run: Path) -> dict:
+def figures(run: Path) -> dict[str, Figure]:
     return dict(visualize.figures_of(run, []))
+
+
+def copy_of(run: Path, folder: Path, **sections: Any) -> Path:
+    """The run with other sections in its config."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("ckpt", "pictures"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, **sections}))
+    return folder
 
 
 def records(run: Path) -> list[dict]:
@@ -57,252 +71,195 @@ def stored(shapes: Path, split: str) -> Store:
     return Store(VOC(str(shapes), [split], NAMES), 64, limit=IMAGES)
 
 
+def detector(**settings: Any) -> YOLO11:
+    return YOLO11(NAMES, yaml.safe_load(TINY), **settings)
+
+
 def tapped(model: torch.nn.Module, images: torch.Tensor) -> list[np.ndarray]:
-    """Attention maps in float64 by hooks of our own: at each tap (N, h, w)."""
+    """Attention maps in float64 by hooks of our own: at each tap (N, H, W)."""
     feats: dict[str, np.ndarray] = {}
+
+    def keep(tap: str, output: torch.Tensor) -> None:
+        feats[tap] = output.double().numpy()
+
     for tap in TAPS:
-        hook = lambda module, args, output, tap=tap: feats.update({tap: output.double().numpy()})  # noqa: E731
-        model.get_submodule(tap).register_forward_hook(hook)
+        module = model.get_submodule(tap)
+        module.register_forward_hook(lambda module, args, output, tap=tap: keep(tap, output))
     with torch.no_grad():
         model.eval()(images)
-    energy = [(feats[tap] ** 2).sum(1) for tap in TAPS]
-    return [e / (np.sqrt((e**2).sum((1, 2), keepdims=True)) + 1e-8) for e in energy]
+    maps = []
+    for tap in TAPS:
+        energy = (feats[tap] ** 2).sum(1)
+        norm = np.sqrt((energy**2).sum((1, 2), keepdims=True))
+        maps.append(energy / (norm + 1e-8))
+    return maps
 
 
-def cells(figure) -> np.ndarray:
-    """The axes of a figure of attention maps: image by image and tap, without the first column."""
-    return np.array(figure.axes[: IMAGES * 7]).reshape(IMAGES, 7)[:, 1:]
+def distances(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> np.ndarray:
+    """Maps at each tap, (N, H, W) -> (image, tap)."""
+    of_taps = [np.sqrt(((a - b) ** 2).sum((1, 2))) for a, b in zip(one, other, strict=True)]
+    return np.stack(of_taps, 1)
 
 
-def numbers(figure) -> np.ndarray:
+def cells(figure: Figure) -> np.ndarray:
+    """The axes of attention maps: by image and tap, without the first column."""
+    columns = 1 + len(TAPS)
+    return np.array(figure.axes[: IMAGES * columns]).reshape(IMAGES, columns)[:, 1:]
+
+
+def numbers(figure: Figure) -> np.ndarray:
     """What is written under each pair: (image, tap, number)."""
-    texts = [[axis.get_xlabel() for axis in row] for row in cells(figure)]
-    return np.array(
-        [[[float(n) for n in re.findall(r"\d\.\d{3}", text)] for text in row] for row in texts]
-    )
+    rows = []
+    for row in cells(figure):
+        texts = [axis.get_xlabel() for axis in row]
+        rows.append([[float(n) for n in re.findall(r"\d\.\d{3}", text)] for text in texts])
+    return np.array(rows)
 
 
 def rectangles(axis) -> list[list[float]]:
     boxes = [patch.get_bbox().extents.tolist() for patch in axis.patches]
-    return sorted([round(x, 3) for x in box] for box in boxes)
+    return sorted([round(side, 3) for side in box] for box in boxes)
 
 
 # --- attention maps
 
 
 def test_the_distances_under_the_maps_are_those_of_the_two_networks(
-    run: Path, shapes: Path, figures: dict
+    run: Path, shapes: Path, figures: dict[str, Figure]
 ) -> None:
-    images = next(iter(ValLoader(stored(shapes, "val"), IMAGES)))[0]
-    torch.manual_seed(3)  # of the config
-    scale = yaml.safe_load(TINY)
-    was, theirs = tapped(YOLO11(NAMES, scale), images), tapped(YOLO11(NAMES, scale), images)
-    now = tapped(YOLO11(NAMES, scale, weights=str(run / "best.pt")), images)
+    images, _, _ = next(iter(ValLoader(stored(shapes, "val"), IMAGES)))
+    torch.manual_seed(SEED)
+    before = tapped(detector(), images)
+    teacher = tapped(detector(), images)
+    after = tapped(detector(weights=str(run / "best.pt")), images)
 
-    def distances(
-        one: Sequence[np.ndarray], other: Sequence[np.ndarray]
-    ) -> np.ndarray:  # (image, tap)
-        return np.stack(
-            [np.sqrt(((a - b) ** 2).sum((1, 2))) for a, b in zip(one, other, strict=True)], 1
-        )
-
-    bound = 0.0006  # three decimals
-    np.testing.assert_allclose(
-        numbers(figures["attention"])[..., 0], distances(theirs, now), atol=bound
-    )
-    moved = np.stack([distances(was, now), distances(was, theirs), distances(now, theirs)], -1)
-    np.testing.assert_allclose(numbers(figures["before_after"]), moved, atol=bound)
-    assert moved[..., 0].min() > bound  # there is something to see
+    apart = numbers(figures["attention"])[..., 0]
+    np.testing.assert_allclose(apart, distances(teacher, after), atol=HALF_A_DIGIT)
+    moved = [distances(before, after), distances(before, teacher), distances(after, teacher)]
+    expected = np.stack(moved, -1)
+    np.testing.assert_allclose(numbers(figures["before_after"]), expected, atol=HALF_A_DIGIT)
+    assert moved[0].min() > HALF_A_DIGIT  # there is something to see
 
     for row, column in [(0, 0), (2, 3)]:
         layers = cells(figures["attention"])[row, column].images
-        for layer, maps in zip(layers[1::2], (theirs, now), strict=True):  # above the image in grey
-            np.testing.assert_allclose(layer.get_array(), maps[column][row], atol=1e-5)
-            largest = max(theirs[column][row].max(), now[column][row].max())
+        of_teacher = teacher[column][row]
+        of_student = after[column][row]
+        largest = max(of_teacher.max(), of_student.max())
+        # every second layer is the image in grey
+        for layer, values in zip(layers[1::2], (of_teacher, of_student), strict=True):
+            np.testing.assert_allclose(layer.get_array(), values, atol=1e-5)
             np.testing.assert_allclose(layer.get_clim(), (0, largest), rtol=1e-4)
 
 
-def test_before_is_what_the_run_began_with(run: Path, figures: dict) -> None:
+def test_before_is_what_the_run_began_with(run: Path, figures: dict[str, Figure]) -> None:
     """The run measured the same distance itself, before its first step."""
     began = records(run)[0]
     assert began["epoch"] == -1
     to_teacher = numbers(figures["before_after"])[..., 1]  # (image, tap)
-    assert to_teacher.sum(1).mean() == pytest.approx(began["distance/raw"], abs=len(TAPS) * 0.0005)
+    rounding = len(TAPS) * 0.0005
+    assert to_teacher.sum(1).mean() == pytest.approx(began["distance/raw"], abs=rounding)
 
 
-def test_no_hook_is_left_behind(shapes: Path) -> None:
-    model = YOLO11(NAMES, yaml.safe_load(TINY))
-    visualize.look(model, TAPS, torch.rand(1, 3, 64, 64))
+def test_no_hook_is_left_behind() -> None:
+    model = detector()
+    feats_at(TAPS, model, torch.rand(1, 3, 64, 64))
     assert not any(module._forward_hooks for module in model.modules())
 
 
-# --- boxes
+# --- what the run's own pieces show
 
 
-class Fixed:
-    """A detector that finds the same boxes in every image: rows of box_xyxy in input pixels, score,
-    label.
-    """
-
-    names = ("circle", "square")
-
-    def __init__(self, rows: list[list[float]]):
-        self.rows = torch.tensor(rows).reshape(-1, 6)
-
-    def eval(self) -> "Fixed":
-        return self
-
-    def __call__(self, images: torch.Tensor) -> int:
-        return len(images)
-
-    def decode(self, preds: int, score: float, iou: float, max_det: int) -> list[dict]:
-        kept = self.rows[self.rows[:, 4] > score]
-        return [
-            {"boxes_xyxy": kept[:, :4], "scores": kept[:, 4], "labels": kept[:, 5].long()}
-        ] * preds
-
-
-def target(*rows: tuple[list[float], int, bool]) -> dict:
-    boxes, labels, difficult = zip(*rows, strict=True) if rows else ([], [], [])
-    boxes_xyxy = np.array(boxes, np.float32).reshape(-1, 4)
-    return {
-        "boxes_xyxy": boxes_xyxy,
-        "labels": np.array(labels, int),
-        "difficult": np.array(difficult, bool),
-        "id": "a",
-    }
-
-
-def test_hits_misses_and_false_alarms_are_told_apart() -> None:
-    objects = target(
-        ([0, 0, 10, 10], 0, False),
-        ([20, 0, 30, 10], 0, True),
-        ([40, 0, 50, 10], 1, False),
-        ([60, 0, 70, 10], 1, False),
-    )
-    rows = [
-        ([0, 0, 10, 9], 0, "hit"),
-        ([0, 0, 10, 10], 0, "false alarm"),  # that object is found already
-        ([20, 0, 30, 10], 0, "difficult"),
-        ([21, 0, 30, 10], 0, "difficult"),  # as often as it likes
-        ([40, 0, 50, 10], 0, "false alarm"),  # another class
-        ([44, 0, 54, 10], 1, "false alarm"),  # IoU 0.43
-        ([63, 0, 73, 10], 1, "hit"),  # 0.54
-    ]
-    boxes, labels, kinds = zip(*rows, strict=True)
-    found = {"boxes_xyxy": torch.tensor(boxes, dtype=torch.float32), "labels": torch.tensor(labels)}
-    of_found, of_objects = visualize.judge(
-        {**found, "scores": torch.linspace(0.9, 0.3, len(rows))}, objects
-    )
-    assert of_found == list(kinds)
-    assert of_objects == ["hit", "difficult", "missed", "hit"]
-
-
-def test_nothing_found_and_nothing_there() -> None:
-    none = Fixed([]).decode(1, 0, 0, 0)[0]
-    one = Fixed([[0, 0, 9, 9, 0.9, 0]]).decode(1, 0, 0, 0)[0]
-    assert visualize.judge(none, target()) == ([], [])
-    assert visualize.judge(one, target()) == (["false alarm"], [])
-    assert visualize.judge(none, target(([0, 0, 9, 9], 0, False))) == ([], ["missed"])
-
-
-def test_detections_lie_where_they_are_in_the_file(tmp_path: Path) -> None:
-    """A picture of 100 x 50 is letterboxed to 64 x 32, 16 below the top of the square."""
-    Image.new("RGB", (100, 50)).save(tmp_path / "wide.png")
-    scenes = visualize.look_at(Store(visualize.Photographs([tmp_path / "wide.png"]), 64), 1)
-    scenes = scenes._replace(
-        targets=[target(([0, 0, 50, 50], 0, False), ([60, 0, 99, 50], 0, False))]
-    )
-    detector = Fixed([[0, 16, 32, 48, 0.91, 0], [0, 16, 16, 32, 0.4, 1], [0, 0, 9, 9, 0.2, 0]])
-    truth, found, *_ = visualize.detections(detector, scenes, "x", judged=True).axes
-    assert rectangles(truth) == [[0, 0, 50, 50], [60, 0, 99, 50]]
-    assert rectangles(found) == [
-        [0, 0, 25, 25],
-        [0, 0, 50, 50],
-    ]  # the score of the third is too low
-    assert {text.get_text() for text in found.texts} == {"circle 0.91", "square 0.40"}
-    looks = {
-        (p.get_edgecolor(), p.get_linestyle()) for axis in (truth, found) for p in axis.patches
-    }
-    assert (
-        len(looks)
-        == len({colour for colour, _ in looks})
-        == len({style for _, style in looks})
-        == 3
-    )
-    assert found.get_xlim() == (0, 100) and found.get_ylim() == (50, 0)
-    assert found.images[0].get_extent() == [0, 100, 75, -25]
-
-    alone = visualize.detections(detector, scenes, "x", judged=False).axes[0]
-    assert rectangles(alone) == rectangles(found)
-
-
-def test_the_batch_has_the_boxes_and_pixels_of_the_loader(shapes: Path, figures: dict) -> None:
-    loader = TrainLoader(stored(shapes, "train"), IMAGES, 1, Augment(), seed=3)
+def test_the_batch_has_the_boxes_and_pixels_of_the_loader(
+    shapes: Path, figures: dict[str, Figure]
+) -> None:
+    loader = TrainLoader(stored(shapes, "train"), IMAGES, 1, Augment(), seed=SEED)
     images, targets = next(loader.epoch(0))
     for n, axis in enumerate(figures["batch"].axes[:IMAGES]):
         real = targets["labels"][n] >= 0
         boxes = targets["boxes_xyxy"][n][real].tolist()
-        assert rectangles(axis) == sorted([round(x, 3) for x in box] for box in boxes)
+        assert rectangles(axis) == sorted([round(side, 3) for side in box] for box in boxes)
         names = [NAMES[label] for label in targets["labels"][n][real].tolist()]
         assert sorted(text.get_text() for text in axis.texts) == sorted(names)
-        assert np.array_equal(axis.images[0].get_array(), images[n].permute(1, 2, 0).numpy())
+        drawn = axis.images[0].get_array()
+        assert np.array_equal(drawn, images[n].permute(1, 2, 0).numpy())
 
 
-# --- curves
-
-
-def test_the_curves_are_the_lines_of_metrics_jsonl(run: Path, figures: dict) -> None:
+def test_the_curves_are_the_lines_of_metrics_jsonl(run: Path, figures: dict[str, Figure]) -> None:
     logged = records(run)
-    expected = {
-        name: [(r["epoch"] + 1, r[name]) for r in logged if name in r]
-        for name in {name for r in logged for name in r} - {"epoch", "skipped"}
-    }
-    drawn = {
-        a.get_title(): {line.get_label(): list(map(tuple, line.get_xydata())) for line in a.lines}
-        for a in figures["curves"].axes
-    }
-    assert sorted(points for lines in drawn.values() for points in lines.values()) == sorted(
-        expected.values()
-    )
-    of = {frozenset(lines): lines for lines in drawn.values()}
-    assert of[frozenset({"aligned", "raw"})]["raw"] == expected["distance/raw"]
-    assert of[frozenset({"box", "cls", "dfl"})]["cls"] == expected["cls"]
-    by_tap = [lines for lines in drawn.values() if set(lines) == set(TAPS)]
-    assert sorted(lines[TAPS[1]] for lines in by_tap) == sorted(
-        expected[f"distance/{k}/model.8"] for k in ("raw", "aligned")
-    )
-
-
-def test_the_area_under_a_curve_is_the_average_precision() -> None:
-    rng = np.random.default_rng(0)
-    metric = DetectionMetric([*NAMES[:3], "nothing"])
-    for n in range(20):
-        corners = rng.uniform(0, 50, (6, 2))
-        boxes = np.hstack([corners, corners + rng.uniform(10, 30, (6, 2))]).astype(np.float32)
-        labels = rng.integers(0, 3, 6)
-        truth = {
-            "boxes_xyxy": boxes,
-            "labels": labels,
-            "difficult": rng.uniform(size=6) < 0.2,
-            "id": str(n),
-        }
-        moved = torch.from_numpy(boxes + rng.normal(0, 2.5, (6, 4)).astype(np.float32))
-        scores = torch.from_numpy(rng.uniform(size=6)).sort(descending=True).values
-        metric.update(
-            [{"boxes_xyxy": moved, "scores": scores, "labels": torch.from_numpy(labels)}], [truth]
+    expected: dict[str, list[tuple]] = {}
+    for record in logged:
+        for key in record.keys() - {"epoch", "skipped"}:
+            expected.setdefault(key, []).append((record["epoch"] + 1, record[key]))
+    panels = []
+    for axis in figures["curves"].axes:
+        panels.append(
+            {line.get_label(): list(map(tuple, line.get_xydata())) for line in axis.lines}
         )
-    figure = visualize.precision_recall(metric)
-    assert f"{metric.compute()['VOC']:.3f}" in figure.get_suptitle()
-    for axis, (name, scores) in zip(figure.axes, metric.per_class().items(), strict=False):
-        if name == "nothing":
-            assert axis.get_title() == "nothing: no objects" and not axis.lines
-            continue
-        x, y = axis.lines[0].get_data()
-        assert (np.diff(x) * y[1:]).sum() == pytest.approx(scores["VOC"]) and 0.2 < scores[
-            "VOC"
-        ] < 0.95
-        assert axis.get_title() == f"{name}: AP {scores['VOC']:.2f}, {scores['objects']} objects"
+    drawn = [points for panel in panels for points in panel.values()]
+    assert sorted(drawn) == sorted(expected.values())
+
+    by_labels = {frozenset(panel): panel for panel in panels}
+    assert by_labels[frozenset({"aligned", "raw"})]["raw"] == expected["distance/raw"]
+    assert by_labels[frozenset({"box", "cls", "dfl"})]["cls"] == expected["loss/cls"]
+    assert by_labels[frozenset({"attention"})]["attention"]
+    by_tap = [panel for panel in panels if set(panel) == set(TAPS)]
+    of_second = [expected[f"distance/{kind}/{TAPS[1]}"] for kind in ("raw", "aligned")]
+    assert sorted(panel[TAPS[1]] for panel in by_tap) == sorted(of_second)
+
+
+# --- the metric names what draws the task
+
+
+class Undrawn:
+    """A metric without `figures`."""
+
+    fitness = "count"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def update(self, predictions: list, targets: list) -> None:
+        self.count += len(targets)
+
+    def compute(self) -> dict[str, float]:
+        return {"count": self.count}
+
+
+class Drawn(Undrawn):
+    figures = "tests.tools.test_visualize:figures_of_count"
+
+
+class Misnamed(Undrawn):
+    figures = "tests.tools.test_visualize:nothing"
+
+
+def figures_of_count(material: Material) -> Iterator[tuple[str, Figure]]:
+    if material.metric is not None:
+        yield f"count_{material.metric.count}", Figure()
+
+
+def test_a_metric_without_figures_gets_the_curves_and_the_maps_alone(
+    run: Path, tmp_path: Path
+) -> None:
+    metric = {"build": "tests.tools.test_visualize:Undrawn"}
+    other = copy_of(run, tmp_path / "other", metric=metric)
+    assert list(dict(visualize.figures_of(other, []))) == ["curves", "attention", "before_after"]
+
+
+def test_the_figures_of_a_metric_are_drawn_after_the_whole_validation_set(
+    run: Path, tmp_path: Path
+) -> None:
+    metric = {"build": "tests.tools.test_visualize:Drawn"}
+    other = copy_of(run, tmp_path / "other", metric=metric)
+    names = list(dict(visualize.figures_of(other, [])))
+    assert names == ["curves", f"count_{IMAGES}", "attention", "before_after"]
+
+
+def test_figures_that_do_not_exist_are_a_mistake_that_is_named(run: Path, tmp_path: Path) -> None:
+    metric = {"build": "tests.tools.test_visualize:Misnamed"}
+    other = copy_of(run, tmp_path / "other", metric=metric)
+    with pytest.raises(UserError, match=r"figures.*nothing"):
+        dict(visualize.figures_of(other, []))
 
 
 # --- the command
@@ -318,24 +275,25 @@ def pictures(folder: Path) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def test_a_run_leaves_its_pictures(run: Path, capsys) -> None:
+def test_a_run_leaves_its_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     visualize.main([str(run)])
-    left = pictures(run / "pictures")
-    names = {"curves", "batch", "detections", "precision_recall", "attention", "before_after"}
-    assert set(left) == {f"{name}.png" for name in names}
-    assert all(600 < width <= 2000 and height > 300 for width, height in left.values())
-    assert capsys.readouterr().out.count("picture: ") == 6
+    sizes = pictures(run / "pictures")
+    names = ["curves", "batch", "detections", "precision_recall", "attention", "before_after"]
+    assert set(sizes) == {f"{name}.png" for name in names}
+    for width, height in sizes.values():
+        assert 600 < width <= 2000
+        assert height > 300
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("picture: ")]
+    assert [Path(line).stem for line in lines] == names
 
 
-def test_a_run_without_a_teacher_has_no_pair_of_networks(run: Path, tmp_path: Path, capsys) -> None:
-    alone = tmp_path / "alone"
-    shutil.copytree(run, alone, ignore=shutil.ignore_patterns("ckpt", "pictures"))
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    (alone / "config.yaml").write_text(
-        yaml.safe_dump({**settings, "teacher": None, "distill": None})
-    )
+def test_a_run_without_a_teacher_has_no_pair_of_networks(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = copy_of(run, tmp_path / "alone", teacher=None, distill=None)
     figures = dict(visualize.figures_of(alone, []))
-    assert "attention" not in figures and "no teacher" in capsys.readouterr().out
+    assert "attention" not in figures
+    assert "no teacher" in capsys.readouterr().out
     assert numbers(figures["before_after"]).shape == (IMAGES, len(TAPS), 1)
 
     (alone / "best.pt").unlink()  # of a run that has only begun
@@ -347,12 +305,20 @@ def test_weights_alone_have_detections_and_their_own_maps(
     run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     image = next((shapes / "JPEGImages").iterdir())
-    visualize.main([str(run / "best.pt"), str(image), "--out", str(tmp_path / "a" / "b")])
-    assert set(pictures(tmp_path / "a" / "b")) == {"detections.png", "attention.png"}
+    out = tmp_path / "a" / "b"
+    visualize.main([str(run / "best.pt"), str(image), "--out", str(out)])
+    assert set(pictures(out)) == {"detections.png", "attention.png"}
+
+
+def test_a_run_is_looked_at_on_images_that_are_named(run: Path, shapes: Path) -> None:
+    image = next((shapes / "JPEGImages").iterdir())
+    figures = dict(visualize.figures_of(run, [image]))
+    titles = [axis.get_title() for axis in figures["detections"].axes]
+    assert titles == [f"{image.stem}: detections"]  # nobody knows what is there
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    "arguments, named",
     [
         (["{run}/best.pt"], "name images"),
         (["{run}/nothing.pt", "x.jpg"], "nothing.pt"),
@@ -361,13 +327,16 @@ def test_weights_alone_have_detections_and_their_own_maps(
             ["{run}/best.pt", "{run}/config.yaml", "--out", "{tmp}"],
             "config.yaml: not a usable image",
         ),
+        (["{run}", "{run}/config.yaml", "--out", "{tmp}"], "config.yaml: not a usable image"),
         (["{run}", "--out", "{run}/config.yaml"], "config.yaml"),
         (["{run}", *["x.jpg"] * 25], "25 images"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], told: str, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_mistakes_are_one_line(arguments: list[str], named: str, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
         visualize.main([text.format(run=run, tmp=tmp_path) for text in arguments])
-    message = str(left.value.code)
-    assert message.startswith("error: ") and told in message and "\n" not in message
+    message = str(stopped.value.code)
+    assert message.startswith("error: ")
+    assert named in message
+    assert "\n" not in message
     assert not list(tmp_path.iterdir())

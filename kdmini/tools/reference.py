@@ -1,0 +1,160 @@
+"""Every key of a config, in a page: `python -m kdmini.tools.reference > docs/config.md`.
+
+Keys, types and defaults are those of the signatures, and the meanings are those of the
+docstrings: the constructor is the schema.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kdmini.config import locate
+from kdmini.typed import title
+
+HEAD = """\
+# Every key of a config
+
+A config is YAML. A section `{build: package.module:Name, key: value, ...}` is the call
+`Name(key=value, ...)`: the path can be opened, and its keys are checked against its
+signature before anything is read. Any key can be set on the command line, as in
+`train.epochs=2 data.limit=400`; `section=null` removes a section. A mapping takes over
+another's keys with `<<`, by YAML's own rule: its own keys win.
+
+This page is written by `python -m kdmini.tools.reference > docs/config.md`, from the
+signatures and docstrings, and a test holds it to them. A key without a default has to be
+given.
+"""
+
+
+class Section(NamedTuple):
+    """A heading of the page."""
+
+    title: str
+    target: str  # package.module:Name
+    about: str
+    given: tuple[str, ...] = ()  # parameters that a config does not set
+    doc: str = ""  # where the keys are described, if not in the target's own docstring
+
+
+SECTIONS = [
+    Section("The sections", "kdmini.assemble:Sections", "The keys at the top."),
+    Section("data", "kdmini.assemble:make_sets", "Images and their ground truth."),
+    Section("data.augment", "kdmini.data.loader:Augment", "What training images go through."),
+    Section(
+        "data.train, data.val: VOC",
+        "kdmini.detection.voc:VOC",
+        "A folder laid out like PASCAL VOC. Other layouts: [own.md](own.md).",
+    ),
+    Section("student, teacher: YOLO11", "kdmini.detection.yolo11.model:YOLO11", "", ("names",)),
+    Section("student, teacher: ATSS", "kdmini.detection.atss:ATSS", "", ("names",)),
+    Section(
+        "metric: DetectionMetric",
+        "kdmini.detection.average_precision:DetectionMetric",
+        "AP50-95, AP50 and AP75 as COCO has them, VOC07 and VOC.",
+        ("names",),
+    ),
+    Section("train", "kdmini.optim:Recipe", "How a run is trained."),
+    Section(
+        "distill",
+        "kdmini.assemble:make_distillation",
+        "What is imitated. Every other key is a term.",
+        ("student", "teacher", "imgsz", "terms"),
+    ),
+    Section(
+        "distill.TERM",
+        "kdmini.distill.step:Weighted",
+        "Beside the keys of its constructor, below.",
+        ("term",),
+    ),
+]
+TERMS = [
+    "kdmini.distill.attention:AttentionTransfer",
+    "kdmini.terms.affinity:AffinityDistillation",
+    "kdmini.terms.channelwise:ChannelWise",
+    "kdmini.terms.frequency:FrequencyAttention",
+    "kdmini.terms.localisation:LocalisationDistillation",
+    "kdmini.terms.logits:LogitDistillation",
+    "kdmini.terms.masked:MaskedGeneration",
+    "kdmini.terms.pearson:PearsonDistillation",
+    "kdmini.terms.score_weighted:ScoreWeighted",
+    "kdmini.terms.self_teacher:SelfTeacher",
+    "kdmini.terms.spatial:SpatialImitation",
+]
+# what nn.Module's own constructor has, of a term that takes no settings
+UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+OFFERED = ("shapes", "names", "student")  # to a term, by kdmini.assemble
+
+
+def page() -> str:
+    sections = [
+        *SECTIONS,
+        *(Section(f"Term: {spec.split(':')[1]}", spec, "", OFFERED) for spec in TERMS),
+    ]
+    return HEAD + "".join(map(chapter, sections))
+
+
+def chapter(section: Section) -> str:
+    target = locate(section.target, "reference")
+    parameters = [
+        parameter
+        for parameter in inspect.signature(target, eval_str=True).parameters.values()
+        if parameter.name not in section.given and parameter.kind not in UNNAMED
+    ]
+    lines = [f"\n## {section.title}\n", f"`{section.target}`. {section.about}".rstrip() + "\n"]
+    if not parameters:
+        return "\n".join([*lines, "No keys.\n"])
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    meanings = described(target)
+    for parameter in parameters:
+        cells = (
+            f"`{parameter.name}`",
+            kind_of(parameter),
+            default_of(parameter),
+            meanings.get(parameter.name, ""),
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def described(target: Callable[..., Any]) -> dict[str, str]:
+    """Key -> meaning, from the entries `key: meaning` or `key, key: meaning` of a docstring."""
+    entries: dict[str, str] = {}
+    keys: list[str] = []
+    for line in (inspect.getdoc(target) or "").splitlines():
+        entry = re.fullmatch(r"(\w+(?:, \w+)*): (.+)", line)
+        if entry:
+            keys = entry[1].split(", ")
+            entries |= dict.fromkeys(keys, entry[2])
+        elif keys and line.startswith(" "):
+            for key in keys:
+                entries[key] += " " + line.strip()
+        else:
+            keys = []
+    return entries
+
+
+def kind_of(parameter: inspect.Parameter) -> str:
+    annotation = parameter.annotation
+    if annotation in (parameter.empty, Any):
+        return "section"
+    text = title(annotation).replace("typing.", "").replace("collections.abc.", "")
+    text = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " or "), text)
+    return text.replace("'", "").replace(" | ", " or ").replace("None", "null")
+
+
+def default_of(parameter: inspect.Parameter) -> str:
+    default = parameter.default
+    if default is parameter.empty:
+        return "-"
+    if default is None:
+        return "`null`"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, tuple):
+        return "`" + str([list(item) for item in default]).replace("inf", ".inf") + "`"
+    return f"`{default}`"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

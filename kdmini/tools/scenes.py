@@ -1,0 +1,78 @@
+"""What pictures are drawn from: a few images, and what else of a run a task needs.
+
+A task draws its own pictures: its metric names a function, `figures =
+"package.module:name"`, that takes a Material and yields the name and the Figure of each
+picture that can be drawn from it.
+
+Legend: N images, S image size, C channels, H W cells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdmini.contracts import Target
+from kdmini.data.layout import Frame, letterbox
+from kdmini.data.loader import TrainLoader, ValLoader, frames_of
+from kdmini.data.store import Store
+from kdmini.distill.taps import Taps
+
+
+class Scenes(NamedTuple):
+    """Images to look at."""
+
+    images: Tensor  # (N, 3, S, S) RGB 0..1, letterboxed
+    targets: list[Target]  # N, in pixels of the files
+    frames: list[Frame]  # N, how the images lie over their files
+    annotated: bool = True  # whether the targets are known
+
+    @property
+    def pictures(self) -> np.ndarray:
+        """(N, S, S, 3), for matplotlib."""
+        return self.images.permute(0, 2, 3, 1).cpu().numpy()
+
+    @property
+    def ids(self) -> list[str]:
+        return [target["id"] for target in self.targets]
+
+
+def first_scenes(store: Store, count: int, annotated: bool = True) -> Scenes:
+    """The first images of a store, `count` at most."""
+    images, targets, _ = next(iter(ValLoader(store, count)))
+    indices = np.arange(len(images))
+    frames = frames_of(store, indices, letterbox(store, indices, store.imgsz))
+    return Scenes(images, targets, frames, annotated)
+
+
+@torch.no_grad()
+def feats_at(taps: Sequence[str], model: nn.Module, images: Tensor) -> list[Tensor]:
+    """-> the output of each tap, (N, C, H, W). Leaves no hook behind."""
+    hooks = Taps(model, taps)
+    model.eval()(images)
+    feats = hooks.take()
+    hooks.remove()
+    return [feats[tap] for tap in taps]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a task has to draw from.
+
+    Of a run, `figures` is called with the loader, with the student, and with the metric, each
+    as soon as it is there; of weights alone, with the student.
+    """
+
+    # the training images as they are rendered
+    train_loader: TrainLoader | None = None
+
+    # the trained student, on the device of the scenes
+    student: Any = None
+    weights: str = ""  # names its weights in a title
+    scenes: Scenes | None = None
+
+    # the metric of the run, after the whole validation set
+    metric: Any = None

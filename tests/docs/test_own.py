@@ -1,0 +1,255 @@
+"""docs/own.md: its files are copied into a folder, and trained with."""
+
+import csv
+import importlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import eval as eval_script
+import train as train_script
+from examples.shapes import SHAPE_NAMES as NAMES
+from kdmini import assemble, config
+from kdmini.detection.voc import VOC
+from tests.commands import newest, records, run
+from tests.conftest import ROOT, write_config
+
+PAGE = (ROOT / "docs" / "own.md").read_text()
+FILES = {"csv_boxes", "centres", "cosine", "recall", "adamw"}
+Scenes = dict[str, list[tuple[np.ndarray, Any]]]  # split -> image and target of each scene
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def fragment(text: str) -> dict[str, Any]:
+    """The one block of YAML that has this text in it."""
+    found = [block for block in blocks("yaml") if text in block]
+    assert len(found) == 1, text
+    return config.parse(found[0], "own.md")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the page's files, which is that of the process."""
+    for block in blocks("python"):
+        name = block.partition(".py\n")[0].removeprefix("# ")
+        (tmp_path / f"{name}.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in FILES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def scenes(shapes: Path) -> Scenes:
+    """Those of the usual set."""
+    pairs = {}
+    for split in ("train", "val"):
+        dataset = VOC(str(shapes), [split], NAMES)
+        pairs[split] = [dataset[i] for i in range(len(dataset))]
+    return pairs
+
+
+def objects(target: Any) -> Iterator[tuple[int, list[float]]]:
+    """Label and corners of each object."""
+    labels = target["labels"].tolist()
+    boxes = target["boxes_xyxy"].tolist()
+    yield from zip(labels, boxes, strict=True)
+
+
+def write_table(folder: Path, scenes: Scenes) -> None:
+    folder.mkdir(parents=True)
+    for split, pairs in scenes.items():
+        rows: list[list[Any]] = [["file", "class", "xmin", "ymin", "xmax", "ymax"]]
+        for number, (image, target) in enumerate(pairs):
+            name = f"{split}-{number:02}.png"
+            Image.fromarray(image).save(folder / name)
+            for label, box in objects(target):
+                rows.append([name, NAMES[label], *box])
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+def write_yolo(folder: Path, scenes: Scenes) -> None:
+    for split, pairs in scenes.items():
+        images = folder / "images" / split
+        labels = folder / "labels" / split
+        images.mkdir(parents=True)
+        labels.mkdir(parents=True)
+        for number, (image, target) in enumerate(pairs):
+            name = f"{number:02}"
+            Image.fromarray(image).save(images / f"{name}.png")
+            height, width = image.shape[:2]
+            lines = []
+            for label, (x1, y1, x2, y2) in objects(target):
+                cx = (x1 + x2) / 2 / width
+                cy = (y1 + y2) / 2 / height
+                w = (x2 - x1) / width
+                h = (y2 - y1) / height
+                lines.append(f"{label} {cx} {cy} {w} {h}")
+            (labels / f"{name}.txt").write_text("\n".join(lines))
+    (folder / "data.yaml").write_text(f"names: {NAMES}")
+
+
+def write_coco(folder: Path, scenes: Scenes) -> None:
+    """Category ids with gaps."""
+    categories = []
+    for label, name in enumerate(NAMES):
+        categories.append({"id": 10 * label, "name": name})
+    for split, pairs in scenes.items():
+        (folder / split).mkdir(parents=True)
+        images = []
+        annotations: list[dict[str, Any]] = []
+        for number, (image, target) in enumerate(pairs):
+            name = f"{number:02}.png"
+            Image.fromarray(image).save(folder / split / name)
+            images.append({"id": number, "file_name": name})
+            for label, (x1, y1, x2, y2) in objects(target):
+                annotation = {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "category_id": 10 * label,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                }
+                annotations.append(annotation)
+        content = {"images": images, "categories": categories, "annotations": annotations}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+
+
+WRITERS = {"YoloTxt": write_yolo, "CocoJson": write_coco, "CsvBoxes": write_table}
+
+
+def with_names(data: dict[str, Any]) -> dict[str, Any]:
+    """The page's section `data`, for the generated shapes."""
+    for split in ("train", "val"):
+        if isinstance(data[split].get("names"), list):
+            data[split]["names"] = NAMES
+    return data
+
+
+def write_settings(folder: Path, shapes: Path, *fragments: dict[str, Any]) -> Path:
+    """A config of one epoch with the page's sections in the place of the usual ones."""
+    path = write_config(folder, shapes)
+    settings = config.load(path)
+    for sections in fragments:
+        settings |= sections
+    settings["train"]["epochs"] = 1
+    settings["data"]["imgsz"] = 64
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_every_block_is_used() -> None:
+    names = {block.partition(".py\n")[0].removeprefix("# ") for block in blocks("python")}
+    assert names == FILES
+    assert len(blocks("yaml")) == 7
+
+
+@pytest.mark.parametrize("kind", ["VOC", "YoloTxt", "CocoJson", "CsvBoxes"])
+def test_a_set_is_read_in_each_layout(kind: str, here: Path, shapes: Path, scenes: Scenes) -> None:
+    section = with_names(fragment(f":{kind}")["data"])
+    root = here / section["root"]
+    if kind == "VOC":
+        shutil.copytree(shapes, root)
+    else:
+        WRITERS[kind](root, scenes)
+    sets = config.call(assemble.make_sets, section, "data")
+    for split, dataset in (("train", sets.train), ("val", sets.val)):
+        assert dataset.names == NAMES
+        assert len(dataset) == len(scenes[split])
+        for i, (image, target) in enumerate(scenes[split]):
+            read_image, read_target = dataset[i]
+            assert np.array_equal(read_image, image)
+            assert np.array_equal(read_target["labels"], target["labels"])
+            np.testing.assert_allclose(read_target["boxes_xyxy"], target["boxes_xyxy"], atol=1e-4)
+
+
+def test_this_much_xml_is_enough(here: Path) -> None:
+    [xml] = blocks("xml")
+    for folder, name, content in (
+        ("Annotations", "a.xml", xml),
+        ("ImageSets/Main", "train.txt", "a"),
+    ):
+        (here / folder).mkdir(parents=True)
+        (here / folder / name).write_text(content)
+    (here / "JPEGImages").mkdir()
+    Image.new("RGB", (64, 64)).save(here / "JPEGImages" / "a.jpg")
+    _, target = VOC(str(here), ["train"], ["cat"])[0]
+    assert target["boxes_xyxy"].tolist() == [[0, 0, 32, 48]]
+    assert not target["difficult"].any()
+
+
+def test_data_term_and_metric_of_ones_own(here: Path, shapes: Path, scenes: Scenes) -> None:
+    data = with_names(fragment(":CsvBoxes")["data"])
+    write_table(here / data["root"], scenes)
+    sections = ({"data": data}, fragment(":Cosine"), fragment(":Recall"))
+    path = write_settings(here, shapes, *sections)
+    run(train_script, "--config", path)
+    last = records(here / "run")[-1]
+    assert last["lambda/cosine"] == 2.0
+    assert 0 < last["loss/cosine"] < 3 * 2 * 0.5 * 2.0  # taps, the largest, weight, lambda
+    assert 0 <= last["score/recall"] <= 1
+    assert (here / "run" / "best.pt").exists()
+
+
+def test_recall_counts_what_is_found(here: Path, scenes: Scenes) -> None:
+    recall = importlib.import_module("recall").Recall()
+    targets = [target for _, target in scenes["val"]]
+    exact = [
+        {
+            "boxes_xyxy": torch.from_numpy(target["boxes_xyxy"]),
+            "labels": torch.from_numpy(target["labels"]),
+            "scores": torch.ones(len(target["labels"])),
+        }
+        for target in targets
+    ]
+    nothing = [{name: value[:0] for name, value in one.items()} for one in exact]
+    recall.update(exact, targets)
+    assert recall.compute() == {"recall": 1.0}
+    recall.update(nothing, targets)
+    assert recall.compute() == {"recall": 0.5}
+
+
+def test_a_model_of_ones_own_learns_and_is_evaluated(
+    here: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_settings(here, shapes, fragment(":Centres"))
+    run(train_script, "--config", path, "train.epochs=30", "train.val_every=30")
+    lines = records(here / "run")
+    assert lines[-1]["loss/box"] < 0.7 * lines[1]["loss/box"]
+    assert lines[-1]["loss/cls"] < lines[1]["loss/cls"]
+    run(eval_script, "--config", path, "--weights", here / "run" / "best.pt")
+    assert "all classes" in capsys.readouterr().out
+
+
+def test_adamw_in_the_place_of_sgd_resumes(
+    here: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adamw = importlib.import_module("adamw").make_adamw
+    monkeypatch.setattr(assemble, "make_sgd", make_adamw)
+    path = write_settings(here, shapes)
+    changes = ["train.epochs=2", "train.lr0=0.001", "train.warmup_bias_lr=0"]
+    run(train_script, "--config", path, *changes)
+    whole = newest(here / "run")
+    assert "exp_avg" in whole["optimizer"]["state"][0]
+
+    for checkpoint in sorted((here / "run" / "ckpt").glob("*.pt"))[1:]:
+        checkpoint.unlink()
+    run(train_script, "--resume", here / "run")
+    again = newest(here / "run")
+    for name, value in whole["student"].items():
+        assert np.array_equal(value.numpy(), again["student"][name].numpy()), name

@@ -1,0 +1,246 @@
+"""What each of two ranks does, and leaves for tests/test_distributed.py to look at.
+
+torchrun --standalone --nproc-per-node 2 tests/ranks.py DATA FOLDER
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdmini import distributed, engine
+from kdmini.data.loader import Augment, TrainLoader, ValLoader
+from kdmini.data.store import Store
+from kdmini.detection.average_precision import DetectionMetric
+from kdmini.detection.voc import VOC
+from kdmini.detection.yolo11.model import YOLO11
+from kdmini.device import precision
+from kdmini.distill.attention import AttentionTransfer
+from kdmini.distill.step import Distillation, Weighted, tap_shapes
+from kdmini.engine import Training
+from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.progress import Progress
+from kdmini.signals import Stop
+
+CPU = torch.device("cpu")
+NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
+SCALE = [0.5, 0.0625, 1024]  # a YOLO11 of 0.2 M parameters
+TAPS = ["model.6", "model.13", "model.22"]
+IMGSZ = 64
+
+BATCH = 4  # of both ranks
+EPOCHS = 2
+STEPS = 10  # an epoch of the 24 images has six
+LR = 1e-3  # at ten times as much, every step multiplies a difference by fifty
+CLIP = 5.0
+WEIGHT = 75.0
+SIGTERM = 15
+
+
+class Case(NamedTuple):
+    reduction: Any
+    accumulate: int = 1
+    kd_scale: Any = 1.0
+    schedule: Any = ((0, 2.0, 2, 1.0),)
+
+
+CASES = {
+    "notes": Case("notes"),
+    "notes, accumulated": Case("notes", accumulate=2),
+    "sample": Case("sample", kd_scale="batch"),
+    "mean_square, accumulated, lambda 0 in the second epoch": Case(
+        "mean_square", accumulate=2, kd_scale=100.0, schedule=((0, 2.0, 1, 2.0),)
+    ),
+}
+
+SINGLE = Tensor.float
+
+
+def float_or_double(tensor: Tensor) -> Tensor:
+    """In place of Tensor.float, which would take the detection loss back to float32."""
+    return tensor if tensor.dtype == torch.float64 else SINGLE(tensor)
+
+
+# --- what all ranks build alike, and the process that stands for them
+
+
+class DoubleLoader(TrainLoader):
+    """In float64, as all else here.
+
+    After ten steps, float32's rounding alone would be worth more than 1e-5.
+    """
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
+        for images, targets in super().epoch(epoch, start):
+            yield images.double(), targets
+
+
+def store_of(root: Path, split: str) -> Store:
+    dataset = VOC(str(root), [split], NAMES)
+    return Store(dataset, IMGSZ, workers=0, storage="resident", name=split)
+
+
+def make_training(case: Case, loader: Any) -> Training:
+    torch.manual_seed(5)
+    student = YOLO11(NAMES, SCALE)
+    teacher = YOLO11(NAMES, SCALE)
+    taps = {tap: tap for tap in TAPS}
+    shapes = tap_shapes(student, teacher, taps, IMGSZ)
+    student.double()
+    teacher.double()
+    ema = EMA(student, 0.9, 5.0)
+    term = Weighted(AttentionTransfer(case.reduction), WEIGHT, case.schedule)
+    distillation = Distillation(
+        student, teacher, {"attention": term}, taps, shapes, kd_scale=case.kd_scale
+    )
+    distillation.double()
+    recipe = Recipe(
+        EPOCHS,
+        BATCH,
+        nbs=BATCH * case.accumulate,
+        lr0=LR,
+        warmup_bias_lr=2 * LR,
+        warmup_epochs=0.5,
+        warmup_steps=3,
+        clip=CLIP,
+        save_every=1,
+    )
+    autocast, scaler = precision(False, CPU)
+    return Training(
+        loader=loader,
+        student=student.train(),
+        distillation=distillation.train(),
+        optimizer=make_sgd([student, distillation], recipe),
+        scaler=scaler,
+        ema=ema,
+        recipe=recipe,
+        autocast=autocast,
+        progress=Progress(),
+    )
+
+
+def parameters(training: Training) -> list[nn.Parameter]:
+    return [*training.student.parameters(), *training.distillation.parameters()]
+
+
+def weights(training: Training) -> dict[str, Tensor]:
+    """All that a run learns, and BatchNorm's statistics."""
+    parts = {
+        "student": training.student,
+        "distillation": training.distillation,
+        "ema": training.ema.average,
+    }
+    copied = {}
+    for part, module in parts.items():
+        for name, value in module.state_dict().items():
+            copied[f"{part} {name}"] = value.clone()
+    return copied
+
+
+# --- what a rank does
+
+
+def train(case: Case, data: Store) -> list[dict[str, Any]]:
+    """-> after each update: steps done, sums of the losses, weights."""
+    share = {"rank": distributed.rank(), "world": distributed.world()}
+    loader = DoubleLoader(data, BATCH, EPOCHS, Augment(), seed=1, **share)
+    training = make_training(case, loader)
+    training.replica = distributed.replicate(training.student)
+    progress = training.progress
+    states: list[dict[str, Any]] = []
+    done = 0
+    while done < STEPS:
+        engine.train_one_epoch(training, Stop())
+        done = progress.epoch * len(loader) + progress.step
+        states.append({"done": done, "sums": dict(progress.sums), "weights": weights(training)})
+        if progress.step == len(loader):
+            progress.next_epoch()
+    return states
+
+
+def stopped(data: Store) -> list[int]:
+    """A signal to rank 1 alone, in step 3.
+
+    -> step at which this rank left, and the signal it knows of.
+    """
+    stop = Stop()
+
+    class Signalled(DoubleLoader):
+        def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
+            for step, batch in enumerate(super().epoch(epoch, start)):
+                if step == 2 and distributed.rank() == 1:
+                    stop.signum = SIGTERM
+                yield batch
+
+    share = {"rank": distributed.rank(), "world": distributed.world()}
+    training = make_training(Case("notes"), Signalled(data, 2, 1, Augment(), seed=0, **share))
+    training.recipe = Recipe(1, 2, nbs=2)
+    training.replica = distributed.replicate(training.student)
+    engine.train_one_epoch(training, stop)
+    return [training.progress.step, stop.agreed]
+
+
+class Watched(DetectionMetric):
+    """Keeps what it is given: (id of the image, detections)."""
+
+    def __init__(self) -> None:
+        super().__init__(NAMES)
+        self.updates: list[tuple[str, dict[str, Tensor]]] = []
+
+    def update(self, detections: Any, targets: Any) -> None:
+        super().update(detections, targets)
+        for detected, target in zip(detections, targets, strict=True):
+            self.updates.append((target["id"], detected))
+
+
+def evaluate(data: Store, batch: int) -> dict[str, Any]:
+    metric = Watched()
+    torch.manual_seed(2)
+    model = YOLO11(NAMES, SCALE)
+    loader = ValLoader(data, batch, distributed.rank(), distributed.world())
+    autocast, _ = precision(False, CPU)
+    scores = engine.evaluate(model, loader, metric, autocast)
+    return {"scores": scores, "updates": metric.updates, "batches": len(loader)}
+
+
+def uneven() -> dict[str, Any]:
+    """Gradients of parameters that some ranks lack, and lists of unequal length."""
+    rank = distributed.rank()
+    both, one, none, fixed = (nn.Parameter(torch.zeros(2)) for _ in range(4))
+    fixed.requires_grad_(False)
+    both.grad = torch.tensor([1.0, 2.0]) * (rank + 1)
+    if rank == 1:
+        one.grad = torch.tensor([3.0, 5.0])
+    distributed.average_gradients_([both, one, none, fixed])
+    broadcast = torch.tensor([rank + 7])
+    distributed.broadcast_([broadcast])
+    return {
+        "gradients": [p.grad for p in (both, one, none, fixed)],
+        "dealt": distributed.deal([[0, 2, 4], [1]][rank]),
+        "largest": distributed.largest([3, 9][rank], CPU),
+        "broadcast": broadcast,
+    }
+
+
+def work(root: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.start(CPU, 1.0)
+    data = store_of(root, "train")
+    held_out = store_of(root, "val")
+    results: dict[str, Any] = {
+        "evaluate": {batch: evaluate(held_out, batch) for batch in (6, 4, 16)},
+        "uneven": uneven(),
+    }
+    Tensor.float = float_or_double  # type: ignore[method-assign]
+    results["train"] = {name: train(case, data) for name, case in CASES.items()}
+    results["stopped"] = stopped(data)
+    print(f"only rank {distributed.rank()} speaks")
+    torch.save(results, out / f"{distributed.rank()}.pt")
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    work(*map(Path, sys.argv[1:]))
