@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from kdmini.data.layout import Frame, Layout
-    from kdmini.data.store import Store
-
 # name -> scalar, already multiplied by its own gain or weight
 Losses: TypeAlias = "Mapping[str, Tensor]"
 # tap -> (N, C, H, W)
@@ -39,18 +36,24 @@ class UserError(Exception):
 
 class Truth(Protocol):
     """How the ground truth of a task travels with its images. One is made of every store
-    that is trained from.
+    (kdmini/data/store.py) that is trained from.
     """
 
-    def __init__(self, store: Store): ...
+    def __init__(self, store: Any): ...
 
-    def rendered(self, layout: Layout) -> dict[str, Any]:
-        """-> the targets of a rendered batch, on the store's device; the loader adds `ids`."""
+    def rendered(self, layout: Any) -> dict[str, Any]:
+        """-> the targets of a rendered batch, on the store's device; the loader adds `ids`.
+
+        layout: where each image of the batch comes from and lies (kdmini/data/layout.py).
+        """
         ...
 
     @staticmethod
-    def to_file(predictions: list[Prediction], frames: list[Frame]) -> list[Prediction]:
-        """From pixels of the letterboxed images to pixels of the files."""
+    def to_file(predictions: list[Prediction], frames: list[Any]) -> list[Prediction]:
+        """From pixels of the letterboxed images to pixels of the files.
+
+        frames: how each of them lies over its file (Frame in kdmini/data/layout.py).
+        """
         ...
 
 

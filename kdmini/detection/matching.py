@@ -61,7 +61,7 @@ def match_coco(
     limit of detections is ignored.
     """
     shape = (len(IOU_THRESHOLDS), len(image))
-    beyond_limit = rank_in_image(image) >= MAX_DETECTIONS  # (D,)
+    beyond_limit = index_in_image(image) >= MAX_DETECTIONS  # (D,)
     hit = np.zeros(shape, bool)
     ignored = np.broadcast_to(beyond_limit, shape).copy()
 
@@ -76,13 +76,13 @@ def match_coco(
     return hit, ignored
 
 
-def rank_in_image(image: np.ndarray) -> np.ndarray:
+def index_in_image(image: np.ndarray) -> np.ndarray:
     """image (D,) -> (D,): how many earlier detections are of the same image."""
     by_image = np.argsort(image, kind="stable")
     first = np.searchsorted(image[by_image], image[by_image])
-    rank = np.empty(len(image), np.int64)
-    rank[by_image] = np.arange(len(image)) - first
-    return rank
+    index = np.empty(len(image), np.int64)
+    index[by_image] = np.arange(len(image)) - first
+    return index
 
 
 def claim(detections: list[int], objects: list[int]) -> tuple[list[int], list[int]]:

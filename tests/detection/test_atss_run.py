@@ -1,9 +1,7 @@
 """Whole runs of ATSS with a teacher, and the weights that it begins from."""
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import train as train_script
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.detection.atss import ATSS
+from tests.commands import run
 
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
 
@@ -40,15 +39,6 @@ distill:
 metric: {{build: kdmini.detection.average_precision:DetectionMetric}}
 train: {{epochs: 2, batch: 8, nbs: 8, loss_scale: none, warmup_epochs: 0, ema_tau: 2}}
 """
-
-
-def run(script: ModuleType, *arguments: object) -> None:
-    before = sys.argv
-    sys.argv = [script.__name__, *map(str, arguments)]
-    try:
-        script.main()
-    finally:
-        sys.argv = before
 
 
 @pytest.fixture(scope="module")

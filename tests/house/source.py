@@ -48,14 +48,10 @@ def text_files() -> list[Path]:
 
 
 def imports(source: str, module: str) -> Iterator[str]:
-    """Dotted names that a module imports, wherever in it, except for the eyes of a type checker
-    alone: `from a import b` gives both "a" and "a.b".
+    """Dotted names that a module imports, wherever in it: `from a import b` gives both "a" and
+    "a.b".
     """
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if not for_type_checkers(node)] + [
-        node for guard in tree.body if for_type_checkers(guard) for node in guard.orelse
-    ]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -63,10 +59,6 @@ def imports(source: str, module: str) -> Iterator[str]:
             origin = ".".join([*parts, *([node.module] if node.module else [])])
             yield origin
             yield from (f"{origin}.{alias.name}" for alias in node.names)
-
-
-def for_type_checkers(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING"
 
 
 def imported_modules(name: str) -> set[str]:

@@ -162,14 +162,6 @@ def test_a_trespass_would_be_seen(module: str, line: str, named: str) -> None:
     assert named in trespasses(line, module)
 
 
-def test_what_only_a_type_checker_reads_is_no_import() -> None:
-    guarded = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import kdmini.engine\n"
-    assert trespasses(guarded, "kdmini.optim") == []
-    assert trespasses(guarded + "else:\n    import kdmini.check\n", "kdmini.optim") == [
-        "kdmini.check"
-    ]
-
-
 def test_nobody_imports_a_tool() -> None:
     for module in MODULES:
         tools = {name for name in imported_modules(module) if is_in(name, "kdmini.tools")}
