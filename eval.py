@@ -105,33 +105,35 @@ def table(scored: list[Scored]) -> str:
     """One row for all classes, the means, and one for each class; a count, and the scores that
     every row has, network by network.
     """
-    rows: dict[str, dict[str, dict[str, float]]] = {"all classes": {}}  # row -> network -> values
-    for one in scored:
-        rows["all classes"][one.name] = one.scores
-        per_class = getattr(one.metric, "per_class", dict)
-        for label, values in per_class().items():
-            rows.setdefault(label, {})[one.name] = values
+    tables = [rows_of(one) for one in scored]
+    first = tables[0]
+    columns = list(scored[0].scores)
+    count = ""
+    for rows in tables:
+        for values in rows.values():
+            columns = [column for column in columns if column in values]
+            count = next((key for key in values if key not in scored[0].scores), count)
 
-    every = [values for row in rows.values() for values in row.values()]
-    scores = list(scored[0].scores)
-    columns = [score for score in scores if all(score in values for values in every)]
-    counts = [key for values in every for key in values if key not in scores]
-    count = counts[0] if counts else ""
-
-    width = max(len(label) for label in rows)
-    names = [f"{one.name:^{WIDTH * len(columns)}}" for one in scored]
-    heads = ["".join(f"{column:>{WIDTH}}" for column in columns)] * len(scored)
+    width = max(len(label) for label in first)
+    titles = [f"{one.name:^{WIDTH * len(columns)}}" for one in scored]
+    heads = ["".join(f"{column:>{WIDTH}}" for column in columns) for _ in scored]
     lines = [
-        " " * (width + WIDTH) + " |".join(names),
+        " " * (width + WIDTH) + " |".join(titles),
         f"{'':{width}}{count:>{WIDTH}}" + " |".join(heads),
     ]
-    for label, row in rows.items():
-        number = next(iter(row.values())).get(count, math.nan)
-        cells = [
-            "".join(in_cell(row[one.name][column], ".3f") for column in columns) for one in scored
-        ]
-        lines.append(f"{label:{width}}{in_cell(number, '.0f', '')}" + " |".join(cells))
+    for label, values in first.items():
+        number = in_cell(values.get(count, math.nan), ".0f", "")
+        cells = []
+        for rows in tables:
+            cells.append("".join(in_cell(rows[label][column], ".3f") for column in columns))
+        lines.append(f"{label:{width}}{number}" + " |".join(cells))
     return "\n".join(lines)
+
+
+def rows_of(one: Scored) -> dict[str, dict[str, float]]:
+    """Label of a row -> scores and counts of one network."""
+    per_class = getattr(one.metric, "per_class", dict)
+    return {"all classes": one.scores, **per_class()}
 
 
 def in_cell(value: float, form: str, nothing: str = "-") -> str:

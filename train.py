@@ -112,7 +112,8 @@ def train_epoch(run: Run, folder: RunFolder, save: Callable[[], None]) -> None:
     """
     progress = run.training.progress
     while progress.step < len(run.training.loader):
-        with signals.delayed(repeats=distributed.launched()) as stop:  # leaves at its end
+        # a signal that comes within it ends the program at its end
+        with signals.delayed(repeats=distributed.launched()) as stop:
             engine.train_one_epoch(run.training, stop)
             save()
             if stop.agreed or stop.signum:
@@ -120,7 +121,8 @@ def train_epoch(run: Run, folder: RunFolder, save: Callable[[], None]) -> None:
                     f"stopped after step {progress.step} of epoch {progress.epoch + 1}; "
                     f"to go on: train.py --resume {folder.path}"
                 )
-            if stop.agreed:  # a rank that alone knows of its signal does not wait for the others
+            # all ranks leave together; one that alone knows of its signal waits for nobody
+            if stop.agreed:
                 distributed.finish()
 
 
@@ -136,7 +138,7 @@ def record_of_epoch(run: Run) -> dict[str, Any]:
     for name, value in progress.means().items():
         record[f"loss/{name}"] = value
     record["lr"] = training.recipe.at(last_step, steps).lr
-    record["skipped"] = progress.left_out
+    record["skipped"] = progress.skipped
     record["images/s"] = steps * training.recipe.batch / progress.seconds
     return record
 
@@ -185,8 +187,8 @@ def line_of_epoch(record: dict[str, Any], progress: Progress) -> str:
         if name.startswith("distance/raw"):
             values[name] = value
     text = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-    if progress.left_out:
-        text += f" skipped {progress.left_out}"
+    if progress.skipped:
+        text += f" skipped {progress.skipped}"
     is_new = any(name.startswith("score/") for name in record)
     if is_new and progress.best_epoch == progress.epoch and not math.isinf(progress.best):
         text += " best"

@@ -1,6 +1,6 @@
 """From the sections of a config to the pieces of a run, for train.py, eval.py, --check, tools
-and benchmarks alike. What a section names is imported by kdmini/config.py; nothing here
-names a model, a data set or a term.
+and benchmarks alike. What a section names is imported by kdmini/config.py: nothing here
+imports a model, a data set or a term.
 """
 
 from collections.abc import Mapping

@@ -77,8 +77,8 @@ class Model(Protocol):
     """An nn.Module. Its constructor may name `names` (given by the data set) and `weights`
     (a file, which `eval.py --weights` fills in).
 
-    Optional: `features(images)` runs as much of the network as has taps in it and returns
-    nothing; `fold()` merges BatchNorm into the convolutions of a frozen copy; `card` is a
+    Optional: `features(images)` runs all of the network but its head, for the hooks on it, and
+    returns nothing; `fold()` merges BatchNorm into the convolutions of a frozen copy; `card` is a
     dict of plain values that `best.pt` carries, so that the weights can be loaded without
     the config; `make_head(channels)` makes a fresh head for maps of these channels, whose output
     `loss` understands.
@@ -91,7 +91,9 @@ class Model(Protocol):
         ...
 
     def loss(self, preds: Any, targets: Targets) -> Losses:
-        """-> named means over the batch, each multiplied by its gain, not by the batch size."""
+        """-> named scalars, each normalised and multiplied by its gain, not by the batch
+        size, which is the loop's affair.
+        """
         ...
 
     def decode(self, preds: Any) -> list[Prediction]:
@@ -111,7 +113,7 @@ class View(NamedTuple):
     """What a term sees of one network."""
 
     feats: Feats  # tap -> (N, C, H, W); the student's are aligned to the teacher's
-    preds: Any  # whatever the model's forward returns; None where no term reads it
+    preds: Any  # what forward returns; None of a teacher that ran without its head
     images: Tensor  # (N, 3, S, S) RGB, 0..1
 
 

@@ -1,5 +1,5 @@
 """One epoch of training and one pass of evaluation, spelt out. Everything arrives as an
-argument: nothing here names a model, a data set or a term.
+argument: nothing here imports a model, a data set or a term.
 
 Legend: N images, S image size.
 """
@@ -142,7 +142,8 @@ def leave_is_due(training: Training, stop: Stop) -> bool:
 def clip_gradients(optimizer: torch.optim.SGD, largest: float) -> Tensor:
     """Bounds the norm of all gradients -> 1.0 where it is not finite, else 0.0, on the device.
 
-    The fused step of the optimiser obeys `found_inf` there, so that the host does not wait.
+    A fused step of the optimiser leaves itself out where the attribute `found_inf` is 1, and
+    the host need not wait to know. In fp16 the GradScaler puts an answer of its own there.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, largest, foreach=True)

@@ -171,23 +171,23 @@ class EMA:
         """Moves the average towards the model. skipped: scalar, 1.0 where the update did not
         happen.
 
-        Only the weights are safe from a step that was skipped: where a forward pass has left
-        BatchNorm statistics that are not finite, the model gets those of the average back.
+        A step that was skipped has not touched the weights, but its forward pass may have left
+        BatchNorm statistics that are not finite: the model gets those of the average back.
         """
         self.updates += 1
         decay = self.decay * (1 - math.exp(-self.updates / self.tau))
-        step: float | Tensor = 1 - decay  # towards the model
+        share: float | Tensor = 1 - decay  # of the way to the model
         if skipped is not None:
-            step = step * (1 - skipped)
+            share = share * (1 - skipped)
             mend(list(model.buffers()), list(self.average.buffers()))
 
         average = self.average.state_dict()
         state = model.state_dict()
         floating = [name for name, value in state.items() if value.is_floating_point()]
-        ours = [average[name] for name in floating]
-        difference = torch._foreach_sub([state[name] for name in floating], ours)
-        torch._foreach_mul_(difference, step)
-        torch._foreach_add_(ours, difference)
+        averages = [average[name] for name in floating]
+        difference = torch._foreach_sub([state[name] for name in floating], averages)
+        torch._foreach_mul_(difference, share)
+        torch._foreach_add_(averages, difference)
         for name in state.keys() - set(floating):
             average[name].copy_(state[name])
 

@@ -29,11 +29,11 @@ class Progress:
     step: int = 0  # batches done of the epoch in hand
     best: float = -math.inf
     best_epoch: int = 0
-    skipped: int = 0  # updates without a finite gradient, in a row until now
+    skipped_in_a_row: int = 0  # updates without a finite gradient, until now
     # of the epoch in hand
     sums: dict[str, float] = field(default_factory=dict)  # of each loss, where finite
     counts: dict[str, int] = field(default_factory=dict)
-    left_out: int = 0  # updates without a finite gradient
+    skipped: int = 0  # updates without a finite gradient
     seconds: float = 0.0
 
     def means(self) -> dict[str, float]:
@@ -44,7 +44,7 @@ class Progress:
         self.step = 0
         self.sums = {}
         self.counts = {}
-        self.left_out = 0
+        self.skipped = 0
         self.seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,8 +104,8 @@ class Tally:
 
         self._refuse_to_go_on(scaler)
         text = " ".join(f"{name} {value:.3f}" for name, value in self.progress.means().items())
-        if self.progress.left_out:
-            text += f" | skipped {self.progress.left_out}"
+        if self.progress.skipped:
+            text += f" | skipped {self.progress.skipped}"
         return text
 
     def _count(self, waiting: Waiting, value: float) -> None:
@@ -118,10 +118,10 @@ class Tally:
             else:
                 self.broken[name] = waiting.ids
         elif value:
-            progress.left_out += 1
             progress.skipped += 1
+            progress.skipped_in_a_row += 1
         else:
-            progress.skipped = 0
+            progress.skipped_in_a_row = 0
             self.broken = {}
 
     def _refuse_to_go_on(self, scaler: GradScaler) -> None:
@@ -129,9 +129,10 @@ class Tally:
             f"{name} not finite, last on {', '.join(ids)}" for name, ids in self.broken.items()
         ]
         cause = "; ".join(faults) or "all losses finite"
-        if self.progress.skipped >= MAX_SKIPPED:
+        in_a_row = self.progress.skipped_in_a_row
+        if in_a_row >= MAX_SKIPPED:
             raise UserError(
-                f"{self.progress.skipped} updates in a row had no finite gradient ({cause}): "
+                f"{in_a_row} updates in a row had no finite gradient ({cause}): "
                 "lower train.lr0, or train.amp=false"
             )
         if scaler.is_enabled() and scaler.get_scale() < 1:

@@ -173,7 +173,7 @@ def test_the_gradient_is_clipped_by_its_norm() -> None:
 def test_an_update_that_is_not_finite_is_left_out_and_counted(bad: float) -> None:
     trained = train(Batches(1.0, bad, 1.0))
     assert trained.weight == pytest.approx(1 - 4 - 4)
-    assert trained.progress.left_out == 1
+    assert trained.progress.skipped == 1
     assert math.isfinite(trained.progress.means()["line"])
     assert torch.isfinite(trained.ema.average.weight).all()
 

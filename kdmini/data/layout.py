@@ -104,7 +104,10 @@ def mirror(layout: Layout, which: np.ndarray, imgsz: int) -> Layout:
 
 
 def where(which: np.ndarray, one: Layout, other: Layout) -> Layout:
-    """`one` for the images named by `which`, (N,) bool, `other` for the rest."""
+    """`one` for the images named by `which`, (N,) bool, `other` for the rest.
+
+    Colour is drawn after this, for an image whatever its layout.
+    """
 
     def mixed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         condition = which.reshape(-1, *(1,) * (x.ndim - 1))

@@ -50,7 +50,7 @@ class Draws(NamedTuple):
     centre: np.ndarray  # (N, 2) where the tiles of a mosaic meet
     zoom: np.ndarray  # (N,)
     shift: np.ndarray  # (N, 2)
-    mosaic: np.ndarray  # (N,) whether there is one
+    mosaic: np.ndarray  # (N,) for whether there is one
     flip: np.ndarray  # (N,)
     colour: np.ndarray  # (N, 3)
 
@@ -132,7 +132,7 @@ class TrainLoader:
         partners = (draws.partners * len(self.store)).astype(np.int64)
         four_images = np.column_stack([indices, partners])
         four = mosaic(self.store, four_images, size, (0.5 + draws.centre) * size)
-        four = zoom(four, factor, size, to)
+        four = zoom(four, factor, size, to)  # the canvas is twice the size: this is its middle
         one = zoom(letterbox(self.store, indices, size), factor, size / 2, to)
         closed = epoch >= self.epochs - augment.close_mosaic
         layout = where(draws.mosaic < (0.0 if closed else augment.mosaic), four, one)

@@ -50,7 +50,9 @@ class Axis(NamedTuple):
     """
 
     second: Tensor  # (N, S) bool: right of the centre, or below it
-    low: Tensor  # (N, 2, S) source pixel: a column's in its row, a row's first one in the store
+    # (N, 2, S) where the source is: of a column, its pixel's place in the row; of a row, its
+    # first pixel's place in the store
+    low: Tensor
     high: Tensor  # (N, 2, S) the next one
     share: Tensor  # (N, 2, S) of the pixel at `high`
     filled: Tensor  # (N, 2, S) bool: the tile reaches here
@@ -105,16 +107,16 @@ def gather(
     """Fills the planes of red, green and blue, (N, S, S) each. Planes, as a compiler then
     fetches a pixel only once.
     """
-    right = columns.second.unsqueeze(1)
-    below = rows.second.unsqueeze(2)
+    second_column = columns.second.unsqueeze(1)
+    second_row = rows.second.unsqueeze(2)
 
     def at_column(x: Tensor) -> Tensor:
         """(N, 2, S) -> (N, S, S): each pixel takes the answer of its row's side."""
-        return torch.where(below, x[:, 1:2], x[:, :1])
+        return torch.where(second_row, x[:, 1:2], x[:, :1])
 
     def at_row(y: Tensor) -> Tensor:
         """(N, 2, S) -> (N, S, S): each pixel takes the answer of its column's side."""
-        return torch.where(right, y[:, 1].unsqueeze(2), y[:, 0].unsqueeze(2))
+        return torch.where(second_column, y[:, 1].unsqueeze(2), y[:, 0].unsqueeze(2))
 
     left_x = at_column(columns.low)
     right_x = at_column(columns.high)

@@ -83,17 +83,17 @@ class Store:
             fits = expected < free_bytes(self.device) / 2
             storage = "resident" if fits else "mapped"
 
-        decoded: list[Picture] = []  # without their pixels
+        decoded: list[Picture] = []  # without their pixels, which go elsewhere meanwhile
 
-        def pixels() -> Iterator[np.ndarray]:
+        def parts() -> Iterator[np.ndarray]:
             for picture in chain([first], pictures):
                 decoded.append(picture._replace(pixels=np.empty(0, np.int32)))
                 yield picture.pixels
 
         if storage == "resident":
-            self.pixels = resident(list(pixels()), self.device)
+            self.pixels = resident(list(parts()), self.device)
         else:
-            self.pixels = mapped(pixels())
+            self.pixels = mapped(parts())
         self.sizes = np.array([picture.size for picture in decoded])  # (M, 2) H, W
         self.native = np.array([picture.native for picture in decoded])  # (M, 2) H, W
         counts = self.sizes.prod(1, dtype=np.int64)

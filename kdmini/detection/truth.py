@@ -112,7 +112,8 @@ def render_boxes(objects: Objects, layout: Layout, imgsz: int) -> list[Rendered]
     MAX_ASPECT and more than MIN_AREA of its area (of the part on the mosaic's canvas, as in
     the public recipe).
     """
-    # the tiles of all images in a row, and in turn the objects of each tile
+    # All tiles of all images stand in a row, tile 0 to 3 of the first image, then those of the
+    # second, and so on; below, each object of each tile has a place in a row of its own.
     used = np.isfinite(layout.centre[:, :1]) | (np.arange(4) == 0)  # (N, 4)
     counts = np.where(used, np.diff(objects.first)[layout.image], 0).ravel()
     tile = np.repeat(np.arange(counts.size), counts)  # (B',) of each object
@@ -122,9 +123,9 @@ def render_boxes(objects: Objects, layout: Layout, imgsz: int) -> list[Rendered]
 
     a = layout.a.reshape(-1, 1, 2)[tile]
     b = layout.b.reshape(-1, 1, 2)[tile]
-    low, high = layout.shown.reshape(-1, 1, 2, 2)[tile].transpose(3, 0, 1, 2)
+    shown = layout.shown.reshape(-1, 1, 2, 2)[tile]  # (B', 1, xy, [low, high])
     corners = np.sort(objects.corners[row] * a + b, 1)  # sorted, as mirrored ones swap
-    on_canvas = corners.clip(low, high)
+    on_canvas = corners.clip(shown[..., 0], shown[..., 1])
     visible = on_canvas.clip(0, imgsz)
     keep = remains(on_canvas, visible)
 

@@ -32,13 +32,17 @@ class Align(nn.Module):
         self.requires_grad_(mode != "frozen")
 
     def forward(self, feats: Feats) -> Feats:
+        """-> the student's maps, with the teacher's channels."""
+        self.mend_statistics()
+        return {tap: layer(feats[tap]) for tap, layer in zip(self.taps, self.layers, strict=True)}
+
+    def mend_statistics(self) -> None:
         """Running statistics that a step has left not finite begin anew: else they would
         spoil every evaluation.
         """
         for name, value in self.named_buffers():
             start = 1.0 if name.endswith("running_var") else 0.0
             value.nan_to_num_(start, start, start)
-        return {tap: layer(feats[tap]) for tap, layer in zip(self.taps, self.layers, strict=True)}
 
 
 def align_layer(cs: int, ct: int, mode: Mode) -> nn.Module:

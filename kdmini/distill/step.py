@@ -37,7 +37,7 @@ class Teacher(NamedTuple):
     it, so that nothing saves it, optimises it or sets it to train().
     """
 
-    run: Callable[[Tensor], Any]  # the whole network, or as much of it as has taps in it
+    run: Callable[[Tensor], Any]  # the whole network, or all of it but the head
     taps: Taps
 
 

@@ -44,13 +44,13 @@ def test_a_spoilt_update_changes_nothing_and_the_next_goes_on(
             hits = bench.hits
             bench.update(place, value)
             assert bench.hits > hits, (place, value)
-            assert bench.progress.skipped == 1, (place, value)
+            assert bench.progress.skipped_in_a_row == 1, (place, value)
             after = bench.state()
             lost = changed(before, after) + broken(after) + broken(bench.statistics())
             survived(NOT_FINITE, len(lost), of="tensors")
 
             bench.update()
-            assert bench.progress.skipped == 0, (place, value)
+            assert bench.progress.skipped_in_a_row == 0, (place, value)
             assert not broken(bench.state()), (place, value)
             # the update was a real one: everything that learns has moved
             assert len(changed(before, bench.state())) > 0.9 * len(before), (place, value)
@@ -97,7 +97,7 @@ def test_one_bad_batch_among_those_of_an_update_skips_all_of_it(
     bench.epoch = first_is_bad
     bench.update()
     assert bench.hits == 1
-    assert bench.progress.skipped == 1
+    assert bench.progress.skipped_in_a_row == 1
     assert bench.steps() - begun == batches
     assert not changed(before, bench.state())
     assert not broken(bench.statistics())
@@ -106,7 +106,7 @@ def test_one_bad_batch_among_those_of_an_update_skips_all_of_it(
 
     bench.epoch = whole_epoch
     bench.update()
-    assert bench.progress.skipped == 0
+    assert bench.progress.skipped_in_a_row == 0
     assert changed(before, bench.state())
     assert not broken(bench.state())
 
@@ -120,7 +120,7 @@ def test_the_very_first_update_may_be_the_bad_one(shapes: Path, settings: dict) 
     momenta = [value for name, value in before.items() if name.startswith("momentum")]
     assert not any(momentum.any() for momentum in momenta)
     bench.update("box")
-    assert bench.progress.skipped == 1
+    assert bench.progress.skipped_in_a_row == 1
     assert not changed(before, bench.state())
 
     for _ in range(2):
@@ -201,7 +201,7 @@ def test_skipped_updates_are_counted_in_the_log_epoch_by_epoch(
 def test_twenty_bad_updates_in_a_row_stop_the_run_with_the_names(shapes: Path, place: str) -> None:
     bench = Bench(shapes)
     bench.update()
-    bench.progress.skipped = MAX_SKIPPED - 2  # some of them before
+    bench.progress.skipped_in_a_row = MAX_SKIPPED - 2  # some of them before
     bench.update(place)
     with pytest.raises(UserError) as error:
         bench.update(place)
@@ -257,7 +257,7 @@ def test_a_run_that_is_all_nan_ends_with_one_line_and_keeps_its_checkpoints(
 def test_the_term_is_named_though_it_failed_long_before_its_update_was_due() -> None:
     """The numbers are read every ten steps, an update may take sixteen."""
     _, scaler = precision(False, CPU)
-    tally = Tally(Progress(skipped=MAX_SKIPPED - 1))
+    tally = Tally(Progress(skipped_in_a_row=MAX_SKIPPED - 1))
     one = torch.tensor(1.0)
     bad = torch.tensor(math.nan)
     tally.add({"box": bad, "cls": one}, None, ["early"])
@@ -271,13 +271,13 @@ def test_the_term_is_named_though_it_failed_long_before_its_update_was_due() -> 
 
 def test_a_term_is_not_named_for_an_update_that_was_made_before() -> None:
     _, scaler = precision(False, CPU)
-    tally = Tally(Progress(skipped=MAX_SKIPPED - 1))
+    tally = Tally(Progress(skipped_in_a_row=MAX_SKIPPED - 1))
     one = torch.tensor(1.0)
     bad = torch.tensor(math.nan)
     tally.add({"box": bad}, torch.tensor(0.0), ["of an update that was made"])
     tally.read(scaler, Stop())
-    assert tally.progress.skipped == 0
-    tally.progress.skipped = MAX_SKIPPED - 1
+    assert tally.progress.skipped_in_a_row == 0
+    tally.progress.skipped_in_a_row = MAX_SKIPPED - 1
     tally.add({"box": one}, one, ["late"])
     with pytest.raises(UserError, match=r"\(all losses finite\)"):
         tally.read(scaler, Stop())

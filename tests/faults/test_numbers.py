@@ -51,7 +51,7 @@ def test_an_overflow_in_float16_halves_the_scale_and_the_schedule_goes_on(shapes
         with overflow(bench):
             bench.update()
         assert bench.scaler.get_scale() == scale / 2
-        assert bench.progress.skipped == 1
+        assert bench.progress.skipped_in_a_row == 1
         assert bench.optimizer.param_groups[0]["lr"] == lr
         after = bench.state()
         lost = changed(before, after) + broken(after) + broken(bench.statistics())
@@ -59,7 +59,7 @@ def test_an_overflow_in_float16_halves_the_scale_and_the_schedule_goes_on(shapes
 
         bench.update()  # in the scale that was halved
         assert bench.scaler.get_scale() == scale / 2
-        assert bench.progress.skipped == 0
+        assert bench.progress.skipped_in_a_row == 0
         assert bench.optimizer.param_groups[0]["lr"] == next_lr
         assert changed(before, bench.state())
         assert not broken(bench.state())

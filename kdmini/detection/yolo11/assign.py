@@ -78,7 +78,8 @@ def top_candidates(alignment: Tensor) -> Tensor:
 def best_object(candidate: Tensor, overlap: Tensor) -> Tensor:
     """(N, G, A) -> (N, G, A) bool: one object for each anchor, or none.
 
-    An anchor that several objects claim goes to the one it overlaps most.
+    An anchor that several objects claim goes to the object that its box overlaps most of
+    all.
     """
     contested = candidate.sum(1, keepdim=True) > 1
     closest = overlap.argmax(1, keepdim=True)  # (N, 1, A)

@@ -106,10 +106,11 @@ class YOLO11(nn.Module):
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         """-> the maps that the head reads."""
         outputs: list[Tensor] = []
-        x = images
+        x: Any = images
         for number, layer in enumerate(self.model[:HEAD]):
-            second = CONCAT_WITH.get(number)
-            x = layer(x) if second is None else layer([x, outputs[second]])
+            if number in CONCAT_WITH:  # it takes two maps
+                x = [x, outputs[CONCAT_WITH[number]]]
+            x = layer(x)
             outputs.append(x)
         return [outputs[number] for number in HEAD_INPUTS]
 
