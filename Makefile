@@ -1,4 +1,5 @@
-# Everything a user needs: set-up, the demo, the tests. `make demo` works on a bare machine with Python 3.11.
+# Everything a user needs: set-up, the demo, the tests. `make demo` works on a bare machine with
+# Python 3.11.
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
@@ -7,13 +8,16 @@ RUN = $(VENV)/bin/python
 # the versions with which everything passed; `make test-newest` does without
 CONSTRAINTS ?= --constraint constraints.txt
 NEWEST = .venv-newest
+# the release of ultralytics that `make parity` compares with beside three older ones, and that the
+# benchmarks measure; raise it once `make parity PEER=...` has passed
+PEER ?= 8.4.190
 
 .PHONY: setup demo test test-newest constraints faults long parity bench lint
 
 setup: $(VENV)/.installed
 
-# torch comes unpinned, in its CUDA build, which runs on CPUs too: torchvision's compiled operators do not load
-# beside a CPU-only torch
+# torch comes in its CUDA build, which runs on CPUs too: torchvision's compiled operators do not
+# load beside a CPU-only torch
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
@@ -22,12 +26,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		$(RUN) -m pip install --quiet --editable '.[dev,plots,tb,export,sweep]'; }
 	touch $@
 
-# generated shapes, a teacher (YOLO11s), a student distilled from it (YOLO11n), one table of both, and pictures
+# generated shapes, a teacher (YOLO11s), a student distilled from it (YOLO11n), one table of both,
+# and pictures
 demo: setup
 	$(RUN) -m examples.shapes --root data/shapes
 	rm -rf $(RUNS)/demo_teacher $(RUNS)/demo
-	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo_teacher student.scale=s teacher=null distill=null
-	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo teacher.weights=$(RUNS)/demo_teacher/best.pt
+	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo_teacher \
+		student.scale=s teacher=null distill=null
+	$(RUN) train.py --config configs/demo.yaml run=$(RUNS)/demo \
+		teacher.weights=$(RUNS)/demo_teacher/best.pt
 	$(RUN) eval.py --config $(RUNS)/demo/config.yaml --weights $(RUNS)/demo/best.pt --teacher
 	$(RUN) -m kdmini.tools.visualize $(RUNS)/demo
 
@@ -39,7 +46,8 @@ test-newest:
 	rm -rf $(NEWEST)
 	$(MAKE) test VENV=$(NEWEST) CONSTRAINTS=
 
-# what `make test-newest` has just passed with becomes constraints.txt; wheels of one platform alone are left out
+# what `make test-newest` has just passed with becomes constraints.txt; wheels of one platform alone
+# are left out
 constraints: test-newest
 	$(NEWEST)/bin/python -m pip install --quiet --editable '.[parity]'
 	$(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' > constraints.txt
@@ -63,7 +71,8 @@ $(ORACLE)/.installed: pyproject.toml Makefile
 		$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/$$version --no-deps \
 			ultralytics==$$version ultralytics-thop py-cpuinfo || exit 1; \
 	done
-	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/newest --no-deps ultralytics ultralytics-thop py-cpuinfo
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/newest --no-deps \
+		ultralytics==$(PEER) ultralytics-thop py-cpuinfo
 	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/torchdistill --no-deps torchdistill==1.1.5
 	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/object-detection-metrics --no-deps \
 		object-detection-metrics==0.4.post1 shapely
@@ -71,7 +80,9 @@ $(ORACLE)/.installed: pyproject.toml Makefile
 
 # what things cost, beside the references if `make parity` has installed them: a quarter of an hour
 bench: setup
-	for part in complexity loader evaluation terms full step; do PYTHONPATH=$(ORACLE)/newest $(RUN) -m bench.$$part || exit 1; done
+	for part in complexity loader evaluation terms full step; do \
+		PYTHONPATH=$(ORACLE)/newest $(RUN) -m bench.$$part || exit 1; \
+	done
 
 lint: setup
 	$(VENV)/bin/ruff check .

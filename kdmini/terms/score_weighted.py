@@ -2,9 +2,8 @@
 
 Source: the distillation built into the `ultralytics` package (8.4.77 and later), from
 its description, not from its code: one loss, the squared distance of the features of
-layers 16, 19 and 22, weighted by the teacher's scores. On the same maps the two agree
-to 8e-8, so the weights are comparable too: `weight: 6` with `kd_scale: batch` is its
-`dis=6`.
+layers 16, 19 and 22, weighted by the teacher's scores. The formula is the same, so the
+weights are comparable too: `weight: 6` with `kd_scale: batch` is its `dis=6`.
 Legend: N images, C channels, H W cells, K classes (k one of them), R bins of a box side
 (`reg_max`), l a tap, n an image, h w a cell, c a channel, S and T the aligned maps of
 student and teacher.
