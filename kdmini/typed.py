@@ -150,7 +150,8 @@ def title(kind: Any) -> str:
     """An annotation as a person would write it."""
     # Union[bool, Literal["bf16"]] is what Python makes of a `|`
     members = get_args(kind) if get_origin(kind) is Union else [kind]
-    return " | ".join(map(inspect.formatannotation, members))
+    text = " | ".join(map(inspect.formatannotation, members))
+    return text.replace("pathlib._local.", "pathlib.")  # where Python 3.13 keeps it
 
 
 def hint(value: Any, kind: Any) -> str:
