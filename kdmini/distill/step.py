@@ -14,7 +14,7 @@ from kdmini.contracts import Feats, Losses, Targets, Term, UserError, View
 from kdmini.distill.align import Align, Mode, Shapes
 from kdmini.distill.attention import map_distance
 from kdmini.distill.schedule import check_segments, piecewise_linear
-from kdmini.distill.taps import Taps
+from kdmini.distill.taps import Taps, feats_of
 
 ALWAYS = ((0.0, 1.0, float("inf"), 1.0),)
 
@@ -198,13 +198,10 @@ def tap_shapes(
     return shapes
 
 
-@torch.no_grad()
 def feats_of_nothing(model: nn.Module, taps: Sequence[str], imgsz: int) -> Feats:
     """The taps of one empty image; leaves the model as it was."""
     device = next(model.parameters()).device
     training = model.training
-    hooks = Taps(model, taps)
-    model.eval()(torch.zeros(1, 3, imgsz, imgsz, device=device))
+    feats = feats_of(model, taps, torch.zeros(1, 3, imgsz, imgsz, device=device))
     model.train(training)
-    hooks.remove()
-    return hooks.take()
+    return feats

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kdmini.contracts import Feats, UserError
@@ -58,6 +59,17 @@ class Taps:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+@torch.no_grad()
+def feats_of(model: nn.Module, names: Sequence[str], images: Tensor) -> Feats:
+    """The taps of one forward pass in evaluation mode, (N, C, H, W) each; leaves no hook
+    behind.
+    """
+    taps = Taps(model, names)
+    model.eval()(images)
+    taps.remove()
+    return taps.take()
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from kdmini.contracts import Target
 from kdmini.data.layout import Frame, letterbox
 from kdmini.data.loader import TrainLoader, ValLoader, frames_of
 from kdmini.data.store import Store
-from kdmini.distill.taps import Taps
+from kdmini.distill.taps import feats_of
 
 
 class Scenes(NamedTuple):
@@ -48,13 +47,9 @@ def first_scenes(store: Store, count: int, annotated: bool = True) -> Scenes:
     return Scenes(images, targets, frames, annotated)
 
 
-@torch.no_grad()
 def feats_at(taps: Sequence[str], model: nn.Module, images: Tensor) -> list[Tensor]:
-    """-> the output of each tap, (N, C, H, W). Leaves no hook behind."""
-    hooks = Taps(model, taps)
-    model.eval()(images)
-    feats = hooks.take()
-    hooks.remove()
+    """-> the output of each tap, (N, C, H, W), in their order."""
+    feats = feats_of(model, taps, images)
     return [feats[tap] for tap in taps]
 
 

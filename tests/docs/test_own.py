@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,19 +22,16 @@ from kdmini import assemble, config
 from kdmini.detection.voc import VOC
 from tests.commands import newest, records, run
 from tests.conftest import ROOT, write_config
+from tests.docs.pages import blocks
 
 PAGE = (ROOT / "docs" / "own.md").read_text()
 FILES = {"csv_boxes", "centres", "cosine", "recall", "adamw"}
 Scenes = dict[str, list[tuple[np.ndarray, Any]]]  # split -> image and target of each scene
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-
-
 def fragment(text: str) -> dict[str, Any]:
     """The one block of YAML that has this text in it."""
-    found = [block for block in blocks("yaml") if text in block]
+    found = [block for block in blocks(PAGE, "yaml") if text in block]
     assert len(found) == 1, text
     return config.parse(found[0], "own.md")
 
@@ -43,7 +39,7 @@ def fragment(text: str) -> dict[str, Any]:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the page's files, which is that of the process."""
-    for block in blocks("python"):
+    for block in blocks(PAGE, "python"):
         name = block.partition(".py\n")[0].removeprefix("# ")
         (tmp_path / f"{name}.py").write_text(block)
     monkeypatch.chdir(tmp_path)
@@ -154,9 +150,9 @@ def write_settings(folder: Path, shapes: Path, *fragments: dict[str, Any]) -> Pa
 
 
 def test_every_block_is_used() -> None:
-    names = {block.partition(".py\n")[0].removeprefix("# ") for block in blocks("python")}
+    names = {block.partition(".py\n")[0].removeprefix("# ") for block in blocks(PAGE, "python")}
     assert names == FILES
-    assert len(blocks("yaml")) == 7
+    assert len(blocks(PAGE, "yaml")) == 7
 
 
 @pytest.mark.parametrize("kind", ["VOC", "YoloTxt", "CocoJson", "CsvBoxes"])
@@ -179,7 +175,7 @@ def test_a_set_is_read_in_each_layout(kind: str, here: Path, shapes: Path, scene
 
 
 def test_this_much_xml_is_enough(here: Path) -> None:
-    [xml] = blocks("xml")
+    [xml] = blocks(PAGE, "xml")
     for folder, name, content in (
         ("Annotations", "a.xml", xml),
         ("ImageSets/Main", "train.txt", "a"),

@@ -14,6 +14,7 @@ from kdmini.assemble import Sections, make_run
 from kdmini.engine import train_one_epoch
 from kdmini.progress import Progress
 from kdmini.signals import Stop
+from tests.docs.pages import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "step.md").read_text()
@@ -44,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def program(data: Path) -> dict[str, Any]:
     """What the page's program leaves behind."""
-    source = PAGE.split("```python\n")[1].split("```")[0]
+    source = blocks(PAGE, "python")[0]
     assert source.count('"data/shapes"') == 1
     names: dict[str, Any] = {}
     source = source.replace("data/shapes", data.as_posix())
@@ -53,7 +54,7 @@ def program(data: Path) -> dict[str, Any]:
 
 
 def test_it_is_as_long_as_it_says(program: dict[str, Any]) -> None:
-    source = PAGE.split("```python\n")[1].split("```")[0]
+    source = blocks(PAGE, "python")[0]
     lines = [line for line in source.splitlines() if line.strip()]
     assert 80 <= len(lines) <= 130
 
@@ -94,7 +95,7 @@ def test_a_step_that_differs_would_be_seen(program: dict[str, Any]) -> None:
 
 
 def test_the_picture_has_the_shapes_of_the_program(program: dict[str, Any]) -> None:
-    picture = PAGE.split("```text\n")[1].split("```")[0]
+    picture = blocks(PAGE, "text")[0]
     shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(r"\(([\d, ]+)\)", picture)]
     maps = {}
     for tap in program["TAPS"]:

@@ -63,13 +63,15 @@ def imports(source: str, module: str) -> Iterator[str]:
 
 def imported_modules(name: str) -> set[str]:
     """The modules of this project that one of them imports."""
-    targets = set()
-    for target in imports(MODULES[name].read_text(), name):
-        while target not in MODULES and "." in target:  # a name in a module: look at the module
-            target = target.rpartition(".")[0]
-        if target in MODULES and target not in (name, "kdmini"):
-            targets.add(target)
-    return targets
+    targets = {module_of(target) for target in imports(MODULES[name].read_text(), name)}
+    return (targets & MODULES.keys()) - {name, "kdmini"}
+
+
+def module_of(name: str) -> str:
+    """The module that a dotted name is, or is in; the first part of one from elsewhere."""
+    while name not in MODULES and "." in name:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def dotted(node: ast.AST) -> str:

@@ -5,7 +5,16 @@ import sys
 
 import pytest
 
-from tests.house.source import CORE, MODULES, SCRIPTS, imported_modules, imports, is_in, text_files
+from tests.house.source import (
+    CORE,
+    MODULES,
+    SCRIPTS,
+    imported_modules,
+    imports,
+    is_in,
+    module_of,
+    text_files,
+)
 
 # room -> what it may import from kdmini besides itself and contracts; what is not named here
 # is forbidden
@@ -68,11 +77,8 @@ def trespasses(source: str, module: str) -> list[str]:
     allowed = [f"kdmini.{name}" for name in (*MAY_IMPORT[room], room, "contracts")]
     wrong = []
     for name in imports(source, module):
-        module_name = name
-        while module_name not in MODULES and "." in module_name:  # a name in a module
-            module_name = module_name.rpartition(".")[0]
-        if module_name != "kdmini":  # else it is of a room that is not there
-            name = module_name
+        if module_of(name) != "kdmini":  # else it is of a room that is not there
+            name = module_of(name)
         inside = name.startswith(("kdmini.", "examples.")) or name in SCRIPTS
         if inside and not any(is_in(name, room) for room in allowed):
             wrong.append(name)
