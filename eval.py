@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdmini import config, engine
+from kdmini import config, engine, output, signals
 from kdmini.assemble import Sections, make_model, with_weights
+from kdmini.classes import refuse_other_classes
 from kdmini.contracts import UserError
 from kdmini.data.loader import ValLoader
 from kdmini.data.store import Store
+from kdmini.defaults import no_option
 from kdmini.device import pick_device, precision
+from kdmini.outset import unread_classes
 
 WIDTH = 9  # columns of a number in the table
 
@@ -57,6 +60,7 @@ def evaluate(
             raise UserError(f"{name}: no weights to evaluate; give --weights FILE")
 
     sets = sections.sets()
+    metrics = {name: sections.make_metric(sets.val.names) for name in models}
     networks = {
         name: folded(make_model(section, name, sets.val.names, device), name, sets.val.names)
         for name, section in models.items()
@@ -65,7 +69,7 @@ def evaluate(
     loader = ValLoader(store, recipe.batch)
     scored = []
     for name, network in networks.items():
-        metric = sections.make_metric(sets.val.names)
+        metric = metrics[name]
         started = time.perf_counter()
         scores = engine.evaluate(network, loader, metric, autocast)
         seconds = (time.perf_counter() - started) / len(store)
@@ -75,10 +79,14 @@ def evaluate(
 
 def folded(network: Any, name: str, names: list[str]) -> Any:
     """Ready to evaluate, BatchNorm merged where it knows how. Raises UserError where its
-    classes are not those of the data.
+    classes are not those of the data, or it has never learned them.
     """
-    if network.names != names:
-        raise UserError(f"{name}: its classes are not the data set's; it cannot be scored on it")
+    refuse_other_classes(network.names, names, f"the {name}")
+    if unread := unread_classes(network):
+        raise UserError(
+            f"the {name}: its weights know nothing of {unread}, so scores would be those of "
+            "chance; train it on them first"
+        )
     network.eval()
     if hasattr(network, "fold"):
         network.fold()
@@ -157,6 +165,7 @@ def show(scored: list[Scored], save: str | None) -> None:
 
 
 def main() -> None:
+    output.guard(needed=True)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -171,14 +180,15 @@ def main() -> None:
         "--save", metavar="FOLDER", help="write the predictions there, as NAME.json"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = parser.parse_intermixed_args()  # overrides may stand anywhere
+    args, unknown = parser.parse_known_intermixed_args()  # overrides may stand anywhere
+    if unknown:
+        parser.error(no_option(unknown, sys.argv))
+    signals.exit_on_signals()
     try:
         settings = config.load(args.config, args.overrides)
         show(evaluate(settings, args.config, args.weights, args.teacher), args.save)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,25 @@ from typing import Any
 
 import torch
 
-from kdmini import checkpoint, config, distributed, engine, signals
-from kdmini.assemble import Run, Sections, describe, make_run
+from kdmini import checkpoint, config, distributed, engine, output, signals
+from kdmini.assemble import Run, Sections, make_run
 from kdmini.check import STEPS, examine, report
 from kdmini.contracts import UserError
 from kdmini.data.loader import check_batch
+from kdmini.defaults import defaults, filled, no_option
 from kdmini.device import choose_algorithms, pick_device
 from kdmini.optim import Recipe
+from kdmini.outset import describe
 from kdmini.progress import Progress
-from kdmini.resume import check_resumable, with_processes
-from kdmini.runlog import RunFolder
+from kdmini.resume import check_inputs, check_resumable, run_of, with_processes
+from kdmini.runlog import FolderLost, RunFolder
 
 
 def train(settings: dict[str, Any], source: str, resume: bool = False, check: bool = False) -> None:
     """One run. settings: the config. source: the file it is from, for messages."""
     sections = config.call(Sections, settings, source)
     recipe = sections.recipe()
+    settings = filled(settings, defaults(settings))
     torch.manual_seed(sections.seed)
     choose_algorithms(sections.deterministic)
     device = distributed.start(pick_device(sections.device), sections.timeout)
@@ -37,7 +40,7 @@ def train(settings: dict[str, Any], source: str, resume: bool = False, check: bo
     folder = RunFolder(sections.run, resume, lead=distributed.rank() == 0 and not check)
     if check:
         run = make_run(sections, recipe, device, Progress(), limit=STEPS * recipe.batch)
-        describe(run)
+        describe(run.training, run.teacher)
         return report(examine(run, sections.make_metric(run.names)))
 
     progress = Progress()
@@ -50,24 +53,44 @@ def train(settings: dict[str, Any], source: str, resume: bool = False, check: bo
         if finished(progress, recipe):
             return conclude(folder, progress)
     run = make_run(sections, recipe, device, progress)
-    describe(run)
+    describe(run.training, run.teacher)
     if saved_at:
+        check_inputs(saved_at, saved, run.inputs, sections.allow_changed)
         go_on_from(saved_at, saved, run, folder)
     run.training.replica = distributed.replicate(run.training.student)
 
-    def save() -> None:
-        if folder.lead:
+    def save(to: RunFolder = folder) -> None:
+        if to.lead:
+            to.check()
             step = progress.epoch * len(run.training.loader) + progress.step
-            parts = run.training.parts()
-            checkpoint.save(folder.checkpoints, step, parts, with_processes(settings))
+            parts = {**run.training.parts(), "inputs": run.inputs}
+            checkpoint.save(to.checkpoints, step, parts, with_processes(settings))
 
     if not resume:
         folder.begin(config.dump(settings))
         save()  # so that a run can be resumed from its first moment
-    if run.teacher and folder.lead and not folder.records():
+    is_begun = progress.epoch + progress.step > 0
+    if run.teacher and folder.lead and not is_begun and not folder.records():
         # what training has to improve on
         folder.log({"epoch": -1, **attention_distances(run)})
 
+    try:
+        train_epochs(run, folder, sections, save)
+    except FolderLost as error:
+        other = folder.beside()
+        other.begin(config.dump(settings))
+        save(other)
+        raise UserError(
+            f"{error}; the run is saved as it stands in {other.path}; "
+            f"to go on: train.py --resume {other.path}"
+        ) from error
+    conclude(folder, progress)
+
+
+def train_epochs(run: Run, folder: RunFolder, sections: Sections, save: Callable[[], None]) -> None:
+    """The epochs that are left: each trained, saved, evaluated and logged."""
+    recipe = run.training.recipe
+    progress = run.training.progress
     while not finished(progress, recipe):
         train_epoch(run, folder, save)
         # The epoch is on the disk: an evaluation that is cut off, or not yet in a checkpoint,
@@ -80,12 +103,13 @@ def train(settings: dict[str, Any], source: str, resume: bool = False, check: bo
         progress.next_epoch()
         if finished(progress, recipe):
             save()
-    conclude(folder, progress)
 
 
 def finished(progress: Progress, recipe: Recipe) -> bool:
     since_best = progress.epoch - 1 - progress.best_epoch
-    return progress.epoch >= recipe.epochs or since_best >= recipe.patience
+    if recipe.patience and since_best >= recipe.patience:
+        return True
+    return progress.epoch >= recipe.epochs
 
 
 def is_evaluated(progress: Progress, recipe: Recipe) -> bool:
@@ -98,11 +122,17 @@ def go_on_from(path: Path, saved: dict[str, Any], run: Run, folder: RunFolder) -
     training = run.training
     checkpoint.restore(saved, training.parts(), path)
     progress = training.progress
+    steps = len(training.loader)
+    if progress.step > steps:
+        raise UserError(f"{path} is at step {progress.step} of an epoch of {steps}; delete it")
     print(
         f"resumed from {path}: {progress.epoch} of {training.recipe.epochs} epochs and "
         f"{progress.step} steps done"
     )
     folder.rewind(progress.epoch)
+    if not folder.best.exists() and not math.isinf(progress.best):
+        print(f"{folder.best} is not there any more: the next score counts as the best")
+        progress.best = -math.inf
 
 
 def train_epoch(run: Run, folder: RunFolder, save: Callable[[], None]) -> None:
@@ -165,6 +195,7 @@ def evaluate_epoch(run: Run, folder: RunFolder, sections: Sections) -> dict[str,
         progress.best = fitness
         progress.best_epoch = progress.epoch
         if folder.lead:
+            folder.check()
             checkpoint.save_best(folder.best, average, run.imgsz, progress.epoch, fitness)
     return record
 
@@ -199,10 +230,10 @@ def conclude(folder: RunFolder, progress: Progress) -> None:
     distributed.finish()
     if math.isinf(progress.best):
         return print("finished: the metric was never a number, so there is no best.pt")
-    print(
-        f"finished: best epoch {progress.best_epoch + 1}, {progress.best:.4f}; "
-        f"weights in {folder.best}"
-    )
+    best = f"best epoch {progress.best_epoch + 1}, {progress.best:.4f}"
+    if not folder.best.exists():
+        return print(f"finished: {best}, but its weights in {folder.best} were deleted")
+    print(f"finished: {best}; weights in {folder.best}")
     print(f"evaluate: python eval.py --config {folder.config} --weights {folder.best}")
     print(f"look:     python -m kdmini.tools.visualize {folder.path}")
 
@@ -227,6 +258,7 @@ def in_one_line(error: BaseException, settings: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    output.guard()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -239,16 +271,19 @@ def main() -> None:
         help="two steps and a table that proves that distillation is on",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = parser.parse_intermixed_args()  # overrides may stand anywhere
+    args, unknown = parser.parse_known_intermixed_args()  # overrides may stand anywhere
+    if unknown:
+        parser.error(no_option(unknown, sys.argv))
     if args.check and args.resume:
         parser.error("--check goes with --config")
     signals.exit_on_signals()
     settings: dict[str, Any] = {}
     try:
-        path = str(Path(args.resume) / "config.yaml" if args.resume else args.config)
+        folder = run_of(args.resume) if args.resume else ""
+        path = str(Path(folder) / "config.yaml" if folder else args.config)
         settings = config.load(path, args.overrides)
         if args.resume:
-            settings["run"] = args.resume
+            settings["run"] = folder
         train(settings, path, resume=bool(args.resume), check=args.check)
     except (UserError, RuntimeError, SystemExit) as error:
         line = in_one_line(error, settings)

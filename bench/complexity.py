@@ -21,8 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.memory import sizing
 from bench.meta import TAPS, detector, image, parameters, table
+from kdmini.bounds import ImageSize
 from kdmini.distill.align import Align
 from kdmini.distill.step import tap_shapes
+from kdmini.typed import argument
 
 
 class Noted(NamedTuple):
@@ -162,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--imgsz", type=argument(ImageSize), default=640)
     imgsz = parser.parse_args().imgsz
     print(f"{imgsz} pixels, torch {torch.__version__}")
     maps = f"Attention maps of one network, N = {NOTES_BATCH}, beside the notes"

@@ -31,10 +31,12 @@ from torch import Tensor
 
 from bench import measure
 from bench.peer import PeerMetric, PeerNMS
+from kdmini.bounds import Count
 from kdmini.detection.average_precision import AT_50, AT_75, DetectionMetric
 from kdmini.detection.boxes import select
 from kdmini.detection.truth import Detections, Target
 from kdmini.detection.voc import VOC_NAMES
+from kdmini.typed import argument
 
 K = len(VOC_NAMES)
 ANCHORS = 8400
@@ -255,8 +257,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--images", type=argument(Count), default=500)
+    parser.add_argument("--rounds", type=argument(Count), default=9)
     args = parser.parse_args()
 
     bench = Bench(args.images)

@@ -32,6 +32,7 @@ from bench.peer_training import distil
 from bench.protocol import BASELINE, PEER, ROOT, TEACHER, Run, protocol_of, records_of
 from kdmini import checkpoint, config, engine, signals
 from kdmini.assemble import Sections, make_model, with_weights
+from kdmini.bounds import Seed
 from kdmini.contracts import UserError
 from kdmini.data.loader import ValLoader
 from kdmini.data.voc import Entry
@@ -40,6 +41,7 @@ from kdmini.detection.voc import VOC
 from kdmini.device import pick_device, precision
 from kdmini.files import write_whole
 from kdmini.runlog import RunFolder
+from kdmini.typed import argument
 
 LEAST_OBJECTS = 50  # of a class, for its AP to say anything
 
@@ -196,7 +198,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds",
         nargs="+",
-        type=int,
+        type=argument(Seed),
         help="those to run (default: all of the protocol)",
     )
     parser.add_argument(

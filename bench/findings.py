@@ -22,7 +22,6 @@ RATIO = re.compile(r"KD / task gradient +([\d.]+)%")  # in what --check says
 class Result(NamedTuple):
     """What is kept of a finished run."""
 
-    first: dict[str, float]  # the record from before training
     last: dict[str, float]  # of the last epoch; of the best, it would be chosen
     speed: float  # images/s, median over the epochs
     ratio: float | None  # KD / task gradient, where it was measured
@@ -52,7 +51,7 @@ def read_run(path: Path) -> Result:
     check = path.with_name("check.txt")
     match = RATIO.search(check.read_text()) if check.exists() else None
     ratio = float(match[1]) / 100 if match else None
-    return Result(records[0], records[-1], statistics.median(speeds), ratio)
+    return Result(records[-1], statistics.median(speeds), ratio)
 
 
 def points_of(runs: Mapping[int, Result]) -> list[float]:

@@ -21,6 +21,7 @@ import torch
 from bench import measure
 from bench.step import TAPS, Ours, Student
 from kdmini import engine
+from kdmini.bounds import Count, ImageSize
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
 from kdmini.detection.average_precision import DetectionMetric
@@ -31,6 +32,7 @@ from kdmini.engine import Training
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.progress import Progress
 from kdmini.signals import Stop
+from kdmini.typed import argument
 
 # images/s at ROOFLINE_SIZE with the teacher folded and without its head, all fused:
 # bytes moved per image over peak bandwidth
@@ -117,10 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--imgsz", type=int, default=320)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--imgsz", type=argument(ImageSize), default=320)
+    parser.add_argument("--batch", type=argument(Count), default=4)
+    parser.add_argument("--steps", type=argument(Count), default=6)
+    parser.add_argument("--rounds", type=argument(Count), default=9)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

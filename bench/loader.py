@@ -1,6 +1,6 @@
 """What a training sample costs: decoding and rendering, beside ultralytics' loader.
 
-python -m bench.loader [--root ../shared/data/voc-original] [--imgsz 640] [--rounds 9]
+python -m bench.loader [--root data] [--imgsz 640] [--rounds 9]
     [--save FOLDER]
 
 Both take the same photographs, with the public recipe's augmentation, to float batches
@@ -27,9 +27,11 @@ from torchvision.utils import save_image
 
 from bench import measure
 from bench.peer import peer_loaders
+from kdmini.bounds import Count, ImageSize
 from kdmini.data.loader import Augment, TrainLoader
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
+from kdmini.typed import argument
 
 Epoch = Callable[[], Iterator[Tensor]]  # images (N, 3, S, S), batch by batch
 
@@ -78,12 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", default="../shared/data/voc-original", help="a VOC-layout folder")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--limit", type=int, default=40, help="photographs, at most")
-    parser.add_argument("--imgsz", type=int, default=640)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--root", default="data", help="a folder in VOC layout")
+    parser.add_argument("--split", default="VOC2007/test")
+    parser.add_argument("--limit", type=argument(Count), default=40, help="photographs, at most")
+    parser.add_argument("--imgsz", type=argument(ImageSize), default=640)
+    parser.add_argument("--batch", type=argument(Count), default=8)
+    parser.add_argument("--rounds", type=argument(Count), default=9)
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="a picture of one batch of each, to look at"
     )

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from examples.shapes import Thing, to_xml
 from kdmini.contracts import UserError
 from kdmini.data.pictures import decode
-from kdmini.detection.voc import read_annotation
+from kdmini.detection.voc_xml import read_annotation
 
 IDS = Path(__file__).with_name("voc320")
 YEARS = ("VOC2007", "VOC2012")
@@ -40,6 +40,8 @@ def reduced(voc: Path, name: str) -> tuple[Image.Image, str]:
     """-> the photograph and its annotation, boxes rounded to whole pixels."""
     folder = voc / year_of(name)
     annotation = read_annotation(folder / "Annotations" / f"{name}.xml")
+    if annotation.faults:
+        raise UserError(annotation.faults[0])
     native = Image.fromarray(decode(folder / "JPEGImages" / f"{name}.jpg"))
     ratio = SIDE / max(native.size)
     size = [round(side * ratio) for side in native.size]

@@ -36,9 +36,8 @@ HEADER = [
     "beyond alone",
     "verdict",
     "KD / task gradient",
-    "distance before",
-    "after",
-    "after, aligned",
+    "distance",
+    "aligned",
     "images/s",
     "command",
 ]
@@ -49,9 +48,9 @@ LEGEND = (
     "`ultralytics_alone`, whose detection loss it shares.\n"
     "`KD / task gradient` is `train.py --check` on the student trained alone, "
     "at the first lambda, which is the largest. The\n"
-    "distance is of the attention maps, summed over the taps, on held-out images: "
-    "before training and after it, the latter\n"
-    "without the align modules and with them."
+    "distance is of the attention maps, summed over the taps, on held-out images, "
+    "after training: without the align\n"
+    "modules and with them."
 )
 NOISE = (
     "The seeds of one row differ by {deviation:.2f} (standard deviation, all rows together); "
@@ -87,7 +86,6 @@ def cells_of(results: Results, row: str, deviation: float) -> list[str]:
         spread(gains, "+.2f"),
         verdict(gains, deviation),
         ratios[0] if ratios else "",
-        mean_of([run.first for run in runs], RAW),
         mean_of(last, RAW),
         mean_of(last, ALIGNED),
         speed,
@@ -126,7 +124,7 @@ def draw(results: Results, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no picture: it takes matplotlib, `pip install 'kdmini[plots]'`")
+        return print("no picture: it takes matplotlib, `pip install -e '.[plots]'`")
     gains = {row: gains_of(results, row) for row in results if row != BASELINE}
     drawn = {row: values for row, values in gains.items() if values}
     deviation = deviation_of(results)

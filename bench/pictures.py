@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from bench import complexity
-from bench.scene_pictures import align, assigner, attention
+from bench.scene_pictures import align, assigner, attention, distances_beside
 from kdmini import config
 from kdmini.assemble import Sections, make_model, with_weights
 from kdmini.contracts import UserError
@@ -94,6 +94,7 @@ def figures(run: Path, config_path: str) -> Iterator[tuple[str, Figure]]:
     yield "lambda", lambda_over_epochs(schedule, config_path)
     networks = {"teacher": teacher, "student": trained}
     yield "attention", attention(scenes, fullest, taps, networks)
+    print("\n".join(distances_beside(scenes.images, taps, trained, teacher)))
     yield "align", align(records, scenes.images, taps, student, teacher)
     yield "assigner", assigner(scenes, fullest, trained)
 

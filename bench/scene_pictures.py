@@ -19,7 +19,7 @@ from kdmini.detection.yolo11.assign import assign
 from kdmini.detection.yolo11.layers import BOX_CHANNELS, REG_MAX, STRIDES
 from kdmini.detection.yolo11.loss import expected_dist
 from kdmini.distill.align import Align
-from kdmini.distill.attention import attention_map, map_distance
+from kdmini.distill.attention import attention_map, map_distance, to_largest
 from kdmini.tools.draw import COLOURS, DPI, MARKERS, SMALL, Axes, Figure, style
 from kdmini.tools.scenes import Scenes, feats_at
 
@@ -58,11 +58,12 @@ def attention(
 
 def draw_tap(axes: Sequence[Axes], tap: str, feats: Sequence[Tensor]) -> None:
     """The maps of two networks at one tap, on one colour scale, and their distance."""
-    maps = [attention_map(feat)[0].numpy() for feat in feats]
+    of_unit_size = [to_largest(feat) for feat in feats]
+    maps = [attention_map(feat)[0].numpy() for feat in of_unit_size]
     largest = max(values.max() for values in maps)
     for axis, values in zip(axes, maps, strict=True):
         axis.imshow(values, "viridis", vmin=0, vmax=largest)
-    one, other = feats
+    one, other = of_unit_size
     distance = map_distance(one, other).item()
     height, width = maps[0].shape
     axes[0].set_title(f"{tap}\n{height}x{width}", fontsize=SMALL + 2)
@@ -148,6 +149,23 @@ def distances_frozen(
         loss.backward()
         optimizer.step()
     return {"raw": [raw] * len(aligned), "aligned": aligned}
+
+
+def distances_beside(images: Tensor, taps: Sequence[str], student: Any, teacher: Any) -> list[str]:
+    """Lines that say what the student's distance is worth: the teacher's maps beside the
+    student's, beside the student's of another image, and beside maps without any content.
+
+    Means over the images, summed over the taps, of maps of unit norm.
+    """
+    sums = {"the student's": 0.0, "the student's of another image": 0.0, "a constant map": 0.0}
+    sides = [feats_at(taps, network, images) for network in (student, teacher)]
+    for one, other in zip(*sides, strict=True):
+        ours = to_largest(one)
+        theirs = to_largest(other)
+        beside = (ours, ours.roll(1, 0), torch.ones_like(theirs))
+        for name, feat in zip(sums, beside, strict=True):
+            sums[name] += map_distance(feat, theirs).mean().item()
+    return [f"teacher's maps to {name}: {total:.2f}" for name, total in sums.items()]
 
 
 # --- assignment

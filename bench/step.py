@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bench import measure
 from bench.peer import PeerStep
+from kdmini.bounds import Count, ImageSize
 from kdmini.detection.truth import Targets
 from kdmini.detection.voc import VOC_NAMES
 from kdmini.detection.yolo11.model import YOLO11
@@ -31,6 +32,7 @@ from kdmini.distill.align import Shapes
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.distill.taps import Taps
+from kdmini.typed import argument
 
 TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]
 PAIRS = {tap: tap for tap in TAPS}
@@ -171,9 +173,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--imgsz", type=int, default=320)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--imgsz", type=argument(ImageSize), default=320)
+    parser.add_argument("--batch", type=argument(Count), default=16)
+    parser.add_argument("--rounds", type=argument(Count), default=9)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

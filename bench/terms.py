@@ -19,9 +19,11 @@ from bench import measure
 from bench.step import noise, precision
 from kdmini import config
 from kdmini.assemble import make_distillation
+from kdmini.bounds import Count, ImageSize
 from kdmini.detection.truth import Targets
 from kdmini.detection.voc import VOC_NAMES
 from kdmini.detection.yolo11.model import YOLO11
+from kdmini.typed import argument
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -77,9 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--imgsz", type=int, default=320)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--imgsz", type=argument(ImageSize), default=320)
+    parser.add_argument("--batch", type=argument(Count), default=4)
+    parser.add_argument("--rounds", type=argument(Count), default=9)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)

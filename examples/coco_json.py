@@ -11,13 +11,16 @@
 `names` lists the classes in the order of their labels; without it they are the file's,
 by category id. Ids, which may have gaps, become labels by name. `iscrowd: 1` counts as
 difficult: not trained on, neither hit nor miss. Boxes are used, masks are not. An image
-without annotations is background.
+without annotations is background. Where EXIF or `width` and `height` leave open which
+picture the boxes belong to, that is an error; `as_stored: true` says that they are for the
+pixels as stored.
 
 Legend: G objects of an image.
 """
 
 import json
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +28,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdmini.contracts import UserError
-from kdmini.data.pictures import decode
+from kdmini.data.folders import composed
+from kdmini.data.pictures import DEEP
 from kdmini.data.voc import nearest
+from kdmini.detection.samples import Bits, Marked, Samples
 from kdmini.detection.truth import Boxes, Target
+from kdmini.files import check_kind
+from kdmini.typed import short
 
-MIN_SIDE = 1  # pixels; a box with less inside the image is dropped
 LARGEST = 1e9  # pixels, of a number in a box; what is beyond is a mistake
 
 
@@ -54,7 +60,15 @@ class CocoJson:
 
     truth = Boxes
 
-    def __init__(self, root: str, annotations: str, images: str, names: list[str] | None = None):
+    def __init__(
+        self,
+        root: str,
+        annotations: str,
+        images: str,
+        names: list[str] | None = None,
+        bits: Bits = DEEP,
+        as_stored: bool = False,
+    ):
         base = Path(root).expanduser().absolute()
         self.path = base / annotations
         self.folder = os.path.realpath(base / images)
@@ -62,7 +76,7 @@ class CocoJson:
 
         categories = read_rows(self.path, content, "categories", id=int, name=str)
         check_unique(self.path, "categories", categories, "id")
-        name_of = {row["id"]: row["name"] for row in categories}
+        name_of = {row["id"]: composed(row["name"]) for row in categories}
         if names is None:
             names = list(dict.fromkeys(name_of[id] for id in sorted(name_of)))
         self.names = list(names)
@@ -74,19 +88,19 @@ class CocoJson:
         check_unique(self.path, "images", self.images, "file_name")
         self.objects = self._objects_by_image(content, name_of)
         self.photographs = {(self.folder, image["file_name"]) for image in self.images}
-        self.dropped: dict[int, int] = {}  # index -> boxes without a pixel inside the image
+        self.samples = Samples(bits, as_stored)
 
     def _objects_by_image(self, content: Any, name_of: dict[int, str]) -> Objects:
         """Image id -> annotations, which must fit images, categories and names."""
         objects: Objects = {image["id"]: [] for image in self.images}
-        label_of = {name: label for label, name in enumerate(self.names)}
+        label_of = {composed(name): label for label, name in enumerate(self.names)}
         fields = {"image_id": int | str, "category_id": int, "bbox": list}
         for row in read_rows(self.path, content, "annotations", **fields):
             id = row.get("id")
             where = self._where(id)
             if row["image_id"] not in objects:
                 raise UserError(
-                    f"{where}: there is no image {row['image_id']!r}; remove it or add the image"
+                    f"{where}: there is no image {short(row['image_id'])}; remove it or add it"
                 )
             if row["category_id"] not in name_of:
                 raise UserError(
@@ -96,80 +110,87 @@ class CocoJson:
             if name not in label_of:
                 near = nearest(name, self.names)
                 raise UserError(
-                    f"{where}: unknown class {name!r}, the nearest known is {near!r}; "
+                    f"{where}: unknown class {short(name)}, the nearest known is {near!r}; "
                     "add it to `names:`"
                 )
-            crowd = row.get("iscrowd") == 1
-            annotation = Annotation(id, label_of[name], row["bbox"], crowd)
+            crowd = row.get("iscrowd", 0)
+            if crowd not in (0, 1, None):
+                raise UserError(f"{where}: iscrowd is {short(crowd)}, not 0 or 1; correct it")
+            annotation = Annotation(id, label_of[name], row["bbox"], crowd == 1)
             objects[row["image_id"]].append(annotation)
         return objects
 
     def _where(self, id: Any) -> str:
-        return f"{self.path}: annotation {id!r}"
+        return f"{self.path}: annotation {short(id)}"
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        """-> image (H, W, 3) uint8 RGB, and its objects, clipped to the image.
-
-        Objects of which less than MIN_SIDE is left are dropped.
-        """
+        """-> image (H, W, 3) uint8 RGB, and its objects, clipped to the image."""
         about = self.images[index]
         name = about["file_name"]
         path = self.locate(name)
         if not path:
             raise UserError(
-                f"{self.path}: no file {name!r} in {self.folder}; put it there, not a link"
+                f"{self.path}: no file {short(name)} in {self.folder}; put it there, not a link"
             )
-        objects = self.objects[about["id"]]
-        boxes = [check_box(self._where(item.id), item.box) for item in objects]
-        boxes_xywh = np.array(boxes).reshape(-1, 4)
-
-        image = decode(path)
-        height, width = image.shape[:2]
-        stated_width = about.get("width") or width
-        stated_height = about.get("height") or height
-        if (stated_width, stated_height) != (width, height):
-            raise UserError(
-                f"{path}: {width}x{height} pixels, "
-                f"but {stated_width}x{stated_height} in {self.path.name}; "
-                "store it as it was annotated, turned if EXIF says so"
-            )
-
-        corners = np.hstack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]])
-        boxes_xyxy = corners.clip(0, [width, height, width, height]).astype(np.float32)
-        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-        keep = (sides >= MIN_SIDE).all(1)  # (G,)
-        if not keep.all():
-            self.dropped[index] = int((~keep).sum())  # by index, so that threads need no lock
-        labels = np.array([item.label for item in objects], np.int64)
-        crowd = np.array([item.crowd for item in objects], bool)
-        return image, {
-            "boxes_xyxy": boxes_xyxy[keep],
-            "labels": labels[keep],
-            "difficult": crowd[keep],
-            "id": name,
-        }
+        objects: list[Annotation] = []
+        boxes = []
+        faults = []
+        for item in self.objects[about["id"]]:
+            try:
+                boxes.append(check_box(self._where(item.id), item.box))
+                objects.append(item)
+            except UserError as error:
+                faults.append(str(error))
+        boxes_xywh = np.array(boxes, float).reshape(-1, 4)
+        marked = Marked(
+            id=name,
+            boxes_xyxy=np.hstack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]]),
+            labels=np.array([item.label for item in objects], np.int64),
+            difficult=np.array([item.crowd for item in objects], bool),
+            size=stated_size(about),
+            faults=faults,
+        )
+        return self.samples.sample(index, path, marked)
 
     def locate(self, name: str) -> str:
-        """The file of that name in the folder, "" if there is none.
+        """The file of that name in the folder, "" if there is none; macOS may have taken its
+        characters apart.
 
         A JSON from elsewhere must not name a file outside.
         """
-        try:
-            path = os.path.realpath(os.path.join(self.folder, name))
-        except ValueError:  # a zero byte, half a surrogate pair
-            return ""
-        inside = path.startswith(os.path.join(self.folder, ""))
-        return path if inside and os.path.isfile(path) else ""
+        for spelling in (name, composed(name), unicodedata.normalize("NFD", name)):
+            try:
+                path = os.path.realpath(os.path.join(self.folder, spelling))
+            except ValueError:  # a zero byte, half a surrogate pair
+                return ""
+            inside = path.startswith(os.path.join(self.folder, ""))
+            if inside and os.path.isfile(path):
+                return path
+        return ""
 
     def report(self) -> str:
-        dropped = sum(self.dropped.values())
-        return f"{dropped:,} boxes under 1 px dropped" if dropped else ""
+        """What was set right in the images read so far, in one line; empty if nothing was."""
+        return self.samples.report()
+
+
+def stated_size(about: dict) -> tuple[int, int] | None:
+    """width, height of an image; None where it does not say."""
+    width: Any = about.get("width")
+    height: Any = about.get("height")
+    if not is_side(width) or not is_side(height):
+        return None
+    return round(width), round(height)
+
+
+def is_side(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < LARGEST
 
 
 def read_json(path: Path) -> Any:
+    check_kind(path)
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -209,5 +230,7 @@ def check_box(where: str, box: list) -> list[float]:
     """A bbox, if it is x, y, width, height in pixels from the left top corner."""
     usable = [isinstance(side, int | float) and abs(side) < LARGEST for side in box]
     if len(box) != 4 or not all(usable) or min(box[2:]) < 0:
-        raise UserError(f"{where}: bbox {str(box)[:60]} is not x, y, width, height; correct it")
+        raise UserError(f"{where}: bbox {short(box)} is not x, y, width, height; correct it")
+    if all(0 <= side <= 1 for side in box) and any(side % 1 for side in box):
+        raise UserError(f"{where}: bbox {short(box)} is in parts of the sides, not in pixels")
     return box

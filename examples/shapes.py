@@ -14,13 +14,16 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from kdmini import output
+from kdmini.bounds import Count, Range, Seed
 from kdmini.contracts import UserError
+from kdmini.typed import argument
 
 SHAPE_NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
 FILLS = ["flat", "stripes", "dots", "checks"]
@@ -31,6 +34,8 @@ SIDE = (0.15, 0.45)  # lowest and highest of an object, in long sides of the ima
 HIDDEN = 0.6  # share of an object under others, above which it is difficult
 FINE = 4  # subpixels along a side, averaged away
 QUALITY = 92  # of the JPEGs
+
+Size = Annotated[int, Range(32, 8192)]
 
 
 class Thing(NamedTuple):
@@ -217,11 +222,6 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
 
     Raises UserError where another one is there, made with other settings or otherwise.
     """
-    if min(train, val) < 1 or size < 32 or seed < 0:
-        raise UserError(
-            "shapes: train and val are at least 1, size 32, seed 0; "
-            f"got {train}, {val}, {size}, {seed}"
-        )
     settings = json.dumps(
         {"train": train, "val": val, "size": size, "seed": seed, "names": SHAPE_NAMES}
     )
@@ -266,18 +266,19 @@ def write_scenes(root: Path, train: int, val: int, size: int, seed: int) -> None
 
 
 def main(argv: list[str] | None = None) -> None:
+    output.guard()
     parser = argparse.ArgumentParser(
         prog="python -m examples.shapes", description="Write a set of drawn shapes."
     )
     parser.add_argument("--root", type=Path, required=True, help="folder to write")
-    for name, default, what in [
-        ("train", 320, "scenes to train on"),
-        ("val", 80, "scenes to evaluate on"),
-        ("size", 128, "about the long side, in pixels"),
-        ("seed", 0, "another seed, another set"),
+    for name, kind, default, what in [
+        ("train", Count, 320, "scenes to train on"),
+        ("val", Count, 80, "scenes to evaluate on"),
+        ("size", Size, 128, "about the long side, in pixels"),
+        ("seed", Seed, 0, "another seed, another set"),
     ]:
         parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{what} (default: {default})"
+            f"--{name}", type=argument(kind), default=default, help=f"{what} (default: {default})"
         )
     try:
         write_set(**vars(parser.parse_args(argv)))

@@ -5,7 +5,7 @@ python -m examples.sweep configs/demo.yaml --trials 20 --out runs/sweep \\
 
 Ranges are searched by the logarithm. Each trial is a run of train.py in OUT/trial_NNN;
 the study is kept in OUT/study.db, and the same command goes on from there. It needs
-`pip install 'kdmini[sweep]'`.
+`pip install -e '.[sweep]'`.
 """
 
 import argparse
@@ -16,14 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdmini import config, signals
+from kdmini import config, output, signals
+from kdmini.bounds import Count
 from kdmini.contracts import UserError
+from kdmini.typed import argument
 from train import train
 
 try:
     import optuna
 except ImportError:
-    sys.exit("error: a sweep takes Optuna, which is not installed: pip install 'kdmini[sweep]'")
+    sys.exit("error: a sweep takes Optuna, which is not installed: pip install -e '.[sweep]'")
 
 RANGE = re.compile(r"([\w.]+)=([\d.eE+-]+?)\.\.([\d.eE+-]+)")
 
@@ -94,12 +96,13 @@ def sweep(path: str, ranges: list[Range], trials: int, out: Path) -> optuna.Stud
 
 
 def main(argv: list[str] | None = None) -> None:
+    output.guard()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config")
     parser.add_argument("ranges", nargs="+", metavar="key.path=low..high")
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=argument(Count), default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     args = parser.parse_intermixed_args(argv)
     signals.exit_on_signals()

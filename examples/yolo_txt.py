@@ -14,7 +14,8 @@ A line is `class cx cy w h`, an object, in parts of the image's sides.
 {0: cat, 1: dog}. Labels lie where the images do, in a folder `labels` in the place of
 `images` (train/images, too, has its labels in train/labels). Folders below that one and
 lists of files are not read, nor polygons and keypoints. An image without a label file,
-or with an empty one, is background.
+or with an empty one, is background. Where EXIF turns an image with labels, they may be for
+either, and it is an error; `as_stored: true` says that they are for the pixels as stored.
 
 Legend: G objects of an image.
 """
@@ -27,14 +28,14 @@ import numpy as np
 
 from kdmini import config
 from kdmini.contracts import UserError
-from kdmini.data.pictures import EXIF_ORIENTATION, decode, opened
-from kdmini.data.voc import IMAGES, files
+from kdmini.data.folders import files, find_file, has_ending, leads_out, one_of
+from kdmini.data.pictures import DEEP, IMAGES
+from kdmini.detection.samples import SLACK, Bits, Marked, Samples
 from kdmini.detection.truth import Boxes, Target
+from kdmini.files import check_kind
+from kdmini.typed import short
 
-ENDINGS = (*IMAGES, ".webp", ".bmp")
-MIN_SIDE = 1  # pixels; a box with less inside the image is dropped
-SLACK = 0.01  # of a side, what rounding and careless tools put outside; clipped
-UPRIGHT = (0, 1)  # EXIF's orientations that turn nothing
+LABELS = (".txt",)
 
 
 class YoloTxt:
@@ -47,7 +48,12 @@ class YoloTxt:
     truth = Boxes
 
     def __init__(
-        self, root: str, images: str = "images/train", names: list[str] | str = "data.yaml"
+        self,
+        root: str,
+        images: str = "images/train",
+        names: list[str] | str = "data.yaml",
+        bits: Bits = DEEP,
+        as_stored: bool = False,
     ):
         base = Path(root).expanduser().absolute()
         folder = base / images
@@ -60,72 +66,64 @@ class YoloTxt:
         if not self.names or len(set(self.names)) < len(self.names):
             raise UserError(f"`names` is empty or names a class twice: {self.names}")
 
-        # (name, path), where the path of a link that leads out is ""
-        self.images: list[tuple[str, str]] = []
-        for ending in ENDINGS:  # one by one, for a.jpg and a.png are two images
-            self.images += files(folder, (ending,)).items()
-        self.images.sort()
+        self.files = files(folder)
+        self.images: list[tuple[str, str]] = []  # name without ending, path
+        for name, paths in self.files.items():
+            self.images += [(name, path) for path in paths if has_ending(path, IMAGES)]
         if not self.images:
             raise UserError(
-                f"{folder}: holds no image ({', '.join(ENDINGS)}); correct `root` or `images`"
+                f"{folder}: holds no image ({', '.join(IMAGES)}); correct `root` or `images`"
             )
-        self.folder = os.path.realpath(folder)
-        self.photographs = {(self.folder, os.path.basename(path)) for _, path in self.images}
-        self.labels = files(label_folder, (".txt",))
-        self.dropped: dict[int, int] = {}  # index -> boxes without a pixel inside the image
+        self.folder = folder
+        self.label_folder = label_folder
+        self.photographs = {
+            (os.path.realpath(folder), os.path.basename(path)) for _, path in self.images
+        }
+        self.labels = files(label_folder)
+        self.not_read = sum(path.is_dir() for path in folder.iterdir())
+        self.samples = Samples(bits, as_stored)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        """-> image (H, W, 3) uint8 RGB, and its objects, clipped to the image.
-
-        Objects of which less than MIN_SIDE is left are dropped.
-        """
+        """-> image (H, W, 3) uint8 RGB, and its objects, clipped to the image."""
         name, path = self.images[index]
-        label_path = self.labels.get(name)
-        if not path or label_path == "":
-            raise UserError(
-                f"{self.folder}/{name}: image or labels are a link that leads out; "
-                "put a copy in its place"
-            )
-        if label_path:
-            labels, boxes_cxcywh = read_labels(label_path, len(self.names))
-        else:
-            labels = np.zeros(0, np.int64)
-            boxes_cxcywh = np.zeros((0, 4))
-        if len(labels) and exif_turns(path):
-            raise UserError(
-                f"{path}: turned by EXIF, and labels may be for either; "
-                "store it turned and without EXIF"
-            )
-
-        image = decode(path)
-        height, width = image.shape[:2]
+        label_path = self._labels_of(name)
+        if leads_out(path, self.folder.parent):
+            raise UserError(f"{path}: a link that leads out of the set; put a copy in its place")
+        labels, boxes_cxcywh, faults = read_labels(label_path, len(self.names))
+        if len(labels):
+            one_of(self.files[name], IMAGES)  # a.jpg and a.png cannot both have these labels
         centre = boxes_cxcywh[:, :2]
         half = boxes_cxcywh[:, 2:] / 2
-        parts = np.hstack([centre - half, centre + half]).clip(0, 1)
-        boxes_xyxy = (parts * [width, height, width, height]).astype(np.float32)
-        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-        keep = (sides >= MIN_SIDE).all(1)  # (G,)
-        if not keep.all():
-            self.dropped[index] = int((~keep).sum())  # by index, so that threads need no lock
-        return image, {
-            "boxes_xyxy": boxes_xyxy[keep],
-            "labels": labels[keep],
-            "difficult": np.zeros(keep.sum(), bool),
-            "id": os.path.basename(path),
-        }
+        marked = Marked(
+            id=os.path.basename(path),
+            boxes_xyxy=np.hstack([centre - half, centre + half]),
+            labels=labels,
+            difficult=np.zeros(len(labels), bool),
+            in_parts=True,
+            faults=faults,
+        )
+        return self.samples.sample(index, path, marked)
+
+    def _labels_of(self, name: str) -> str:
+        """The path of the label file; "" where there is none. Raises UserError."""
+        if not any(has_ending(path, LABELS) for path in self.labels.get(name, [])):
+            return ""
+        wanted = self.label_folder / f"{name}.txt"
+        return find_file(self.labels, wanted, LABELS, self.label_folder.parent)
 
     def report(self) -> str:
+        """What was set right in the images read so far, in one line; empty if nothing was."""
         remarks = []
         unlabelled = sum(name not in self.labels for name, _ in self.images)
         if unlabelled:
             remarks.append(f"{unlabelled:,} images without a label file")
-        dropped = sum(self.dropped.values())
-        if dropped:
-            remarks.append(f"{dropped:,} boxes under 1 px dropped")
-        return ", ".join(remarks)
+        if self.not_read:
+            remarks.append(f"{self.not_read:,} folders below not read")
+        rest = self.samples.report()
+        return ", ".join([*remarks, rest] if rest else remarks)
 
 
 def labels_beside(images: str) -> Path:
@@ -154,24 +152,31 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-def read_labels(path: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> labels (G,) int64, boxes_cxcywh (G, 4) float64 in parts of the sides."""
+def read_labels(path: str, classes: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """-> labels (G,) int64, boxes_cxcywh (G, 4) float64 in parts of the sides, and a line for
+    each object that cannot be used. path: "" for no file.
+    """
+    check_kind(path)
     try:
-        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8) if path else b""
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     rows = []
+    faults = []
     for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             rows.append(read_line(line, f"{path}:{number}", classes))
+        except UserError as error:
+            faults.append(str(error))
     table = np.array(rows, float).reshape(-1, 5)
-    return table[:, 0].astype(np.int64), table[:, 1:]
+    return table[:, 0].astype(np.int64), table[:, 1:], faults
 
 
 def read_line(line: bytes, where: str, classes: int) -> list[float]:
     """class, cx, cy, w, h. where: file and number of the line, for messages."""
-    text = line.decode("utf-8", "replace").strip()
-    where = f"{where}: {text[:60]!r}"
+    where = f"{where}: {short(line.decode('utf-8', 'replace').strip())}"
     try:
         row = [float(word) for word in line.split()]
     except ValueError:
@@ -188,9 +193,3 @@ def read_line(line: bytes, where: str, classes: int) -> list[float]:
             "divide pixels by width and height"
         )
     return row
-
-
-def exif_turns(path: str) -> bool:
-    """Whether EXIF asks for the image to be shown turned or mirrored."""
-    with opened(path) as image:
-        return image.getexif().get(EXIF_ORIENTATION, 1) not in UPRIGHT

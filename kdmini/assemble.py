@@ -5,20 +5,25 @@ imports a model, a data set or a term.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from kdmini import config, distributed
+from kdmini.bounds import Count, Gain, ImageSize, Range, Seed
+from kdmini.classes import refuse_other_classes
 from kdmini.contracts import Dataset, Metric, UserError
-from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_size
-from kdmini.data.store import OnBad, Storage, Store
+from kdmini.data.loader import Augment, TrainLoader, ValLoader
+from kdmini.data.store import OnBad, Storage, Store, subset
 from kdmini.device import precision
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training
+from kdmini.inputs import Inputs
 from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.outset import refuse_lone_values, void_teacher, void_terms
 from kdmini.progress import Progress
+from kdmini.typed import short
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Sections:
         CPU, so `auto` is CUDA only.
     deterministic: the same run gives the same bits on CUDA too, more slowly.
     timeout: minutes that one of several processes waits for another before it gives up.
+    allow_void: train although a term never has a weight, or the teacher has none.
+    allow_changed: resume although images, classes, the teacher or code are not those that the
+        run began with.
     """
 
     run: str
@@ -47,11 +55,13 @@ class Sections:
     train: dict[str, Any]
     teacher: Any = None
     distill: Any = None
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     compile: bool | Literal["auto"] = "auto"
     deterministic: bool = False
-    timeout: float = 10.0
+    timeout: Annotated[float, Range(0.01, 1_000_000)] = 10.0
+    allow_void: bool = False
+    allow_changed: bool = False
 
     def recipe(self) -> Recipe:
         return config.call(Recipe, self.train, "train")
@@ -63,7 +73,16 @@ class Sections:
         return device.type == "cuda" if self.compile == "auto" else self.compile
 
     def make_metric(self, names: list[str]) -> Metric:
-        return config.build(self.metric, "metric", names=names)
+        """Raises UserError where it cannot score."""
+        metric = config.build(self.metric, "metric", names=names)
+        members = ("fitness", "update", "compute")
+        lacking = [name for name in members if not hasattr(metric, name)]
+        if lacking:
+            raise UserError(
+                f"metric.build: what {short(self.metric['build'])} makes has no "
+                f"{', '.join(lacking)}; see Metric in kdmini/contracts.py"
+            )
+        return metric
 
 
 class Sets(NamedTuple):
@@ -81,16 +100,22 @@ class Sets(NamedTuple):
         storing = {**self.storing, **settings}
         return Store(dataset, self.imgsz, device, name=name, **storing)
 
+    def refuse_few(self, batch: int) -> None:
+        """Raises UserError where a batch is more than all training images."""
+        images = len(subset(len(self.train), self.storing["limit"]))
+        if 0 < images < batch:
+            raise UserError(f"train.batch: {batch} is more than the {images} training images")
+
 
 def make_sets(  # noqa: PLR0913 - the schema of a section
     train: dict[str, Any],
     val: dict[str, Any],
     root: str | None = None,
-    imgsz: int = 640,
+    imgsz: ImageSize = 640,
     augment: dict[str, Any] | None = None,
-    workers: int = 8,
+    workers: Annotated[int, Range(0, 1024)] = 8,
     storage: Storage = "auto",
-    limit: int | None = None,
+    limit: Count | None = None,
     on_bad: OnBad = "stop",
     allow_overlap: bool = False,
 ) -> Sets:
@@ -99,16 +124,15 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
     train: the data set to learn from.
     val: the data set to evaluate on.
     root: folder of both sets, where they do not name their own.
-    imgsz: side of the square images, a multiple of 32.
+    imgsz: side of the square images.
     augment: strengths of the augmentation.
-    workers: threads that decode.
+    workers: threads that decode; 0 counts as 1.
     storage: where decoded pixels stay: resident on the device, mapped from a scratch file, or
         auto.
     limit: use a fixed random subset of that many images of each set.
-    on_bad: what to do about files that cannot be used: stop, or skip them.
+    on_bad: what to do about files and objects that cannot be used: stop, or skip them.
     allow_overlap: accept photographs that are in both sets.
     """
-    check_size(imgsz)
     strengths = config.call(Augment, augment or {}, "data.augment")
     offered = {"root": root} if root else {}
     train_set = config.build(train, "data.train", **offered)
@@ -120,8 +144,7 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
             f"{'/'.join(min(overlap))}: `exclude` one split from the other, or set "
             "data.allow_overlap=true"
         )
-    if train_set.names != val_set.names:
-        raise UserError("data: train and val name different classes, or the same in another order")
+    refuse_other_classes(val_set.names, train_set.names, "data.val", "data.train")
     storing = {"workers": workers, "storage": storage, "limit": limit, "on_bad": on_bad}
     return Sets(train_set, val_set, imgsz, strengths, storing)
 
@@ -147,22 +170,28 @@ def with_weights(section: Mapping[str, Any], path: str) -> dict[str, Any]:
 def make_distillation(
     student: nn.Module,
     teacher: nn.Module | None,
-    imgsz: int,
+    imgsz: ImageSize,
     taps: list[str | tuple[str, str]],
     align: Literal["all", "unequal", "none", "frozen"] = "all",
-    kd_scale: float | Literal["batch"] = 1.0,
+    kd_scale: Gain | Literal["batch"] = 1.0,
     **terms: Any,
 ) -> Distillation:
     """The `distill` section.
 
     taps: names of submodules, or pairs [student's name, teacher's name].
     align: which taps of the student get a convolution to the teacher's channels.
-    kd_scale: what the sum of the terms is multiplied by: a number, or `batch`.
+    kd_scale: multiplies the terms' mean over an update: a number, or `batch`, its images.
 
     Every other key is a term, with its `weight` and `schedule`.
     """
     pairs = tap_pairs(taps)
     shapes = tap_shapes(student, teacher or student, pairs, imgsz) if pairs else {}
+    for tap, (_, _, height, width) in shapes.items():
+        if height * width == 1:
+            print(
+                f"warning: {tap} is one cell at data.imgsz={imgsz}, where a map over cells is "
+                "constant; use larger images, or an earlier tap"
+            )
     weighted = {}
     for name, entry in terms.items():
         where = f"distill.{name}"
@@ -184,8 +213,19 @@ def make_distillation(
 
 
 def tap_pairs(taps: list[str | tuple[str, str]]) -> dict[str, str]:
-    """-> {student's name: teacher's name}."""
-    return dict((tap, tap) if isinstance(tap, str) else tap for tap in taps)
+    """-> {student's name: teacher's name}. Raises UserError where one of the student stands
+    twice.
+    """
+    pairs: dict[str, str] = {}
+    for tap in taps:
+        ours, theirs = (tap, tap) if isinstance(tap, str) else tap
+        if ours in pairs:
+            raise UserError(
+                f"distill.taps: {short(ours)} of the student is named twice, for "
+                f"{short(pairs[ours])} and {short(theirs)} of the teacher; name it once"
+            )
+        pairs[ours] = theirs
+    return pairs
 
 
 class Run(NamedTuple):
@@ -195,11 +235,70 @@ class Run(NamedTuple):
     teacher: Any  # frozen, in no optimiser, no average and no checkpoint
     val_loader: ValLoader
     imgsz: int
+    inputs: Inputs  # what has been read
+    void: dict[str, str]  # teacher, distill -> why nothing can be learned from it; or empty
 
     @property
     def names(self) -> list[str]:
         """Of the classes, as the data sets have them."""
         return self.val_loader.store.names
+
+
+class Networks(NamedTuple):
+    """What is built before an image is decoded."""
+
+    student: Any
+    teacher: Any
+    distillation: Distillation
+    ema: EMA
+    optimizer: torch.optim.SGD
+    inputs: Inputs  # the teacher's weights and the code, so far
+
+
+def make_networks(
+    sections: Sections, recipe: Recipe, names: list[str], imgsz: int, device: torch.device
+) -> Networks:
+    """The order matters. The copy for the average comes after the weights were loaded, and
+    before taps are attached, which it would take along; taps come before compilation, for a
+    compiled network ignores hooks that are set later.
+    """
+    student = make_model(sections.student, "student", names, device)
+    refuse_other_classes(student.names, names, "the student")
+    ema = EMA(student, recipe.ema_decay, recipe.ema_tau)
+    inputs = Inputs()
+    teacher = None
+    if sections.teacher is not None and sections.distill is not None:
+        teacher = make_model(sections.teacher, "teacher", names, device)
+        inputs.add_weights("teacher", teacher)  # as read: they will be folded
+        inputs.add_code([teacher])
+    distillation = config.call(
+        make_distillation,
+        {"taps": []} if sections.distill is None else sections.distill,
+        "distill",
+        student=student,
+        teacher=teacher,
+        imgsz=imgsz,
+    )
+    inputs.add_code([student, *distillation.terms.values()])
+    distillation.to(device)
+    refuse_lone_values(student, distillation, recipe.batch // distributed.world(), imgsz)
+    if sections.compiled(device):
+        student.compile(dynamic=False)
+        distillation.compile(dynamic=False)
+    # align modules and terms learn too; the teacher does not
+    optimizer = make_sgd([student, distillation], recipe)
+    return Networks(student, teacher, distillation, ema, optimizer, inputs)
+
+
+def void_pieces(sections: Sections, recipe: Recipe, networks: Networks) -> dict[str, str]:
+    """Teacher, distill -> why nothing can be learned from it; empty where something can."""
+    distillation = networks.distillation
+    void = {}
+    if sections.distill is not None:
+        void["distill"] = void_terms(distillation, recipe.epochs)
+    if networks.teacher is not None:
+        void["teacher"] = void_teacher(sections.teacher, networks.teacher, distillation)
+    return void
 
 
 def make_run(
@@ -209,84 +308,43 @@ def make_run(
     progress: Progress,
     limit: int | None = None,
 ) -> Run:
-    """limit: decode only so many images of each set, whatever the config says."""
+    """limit: for --check; decode only so many images of each set, whatever the config says, and
+    leave it to the caller what to do where nothing would be distilled.
+
+    Whatever can be found wrong without the images is found before they are decoded.
+    """
     sets = sections.sets()
     names = sets.train.names
-    compiled = sections.compiled(device)
+    sections.make_metric(names)
+    sets.refuse_few(recipe.batch)
     autocast, scaler = precision(recipe.amp, device)
+    networks = make_networks(sections, recipe, names, sets.imgsz, device)
+    void = void_pieces(sections, recipe, networks)
+    faults = "; ".join(filter(None, void.values()))
+    if faults and not limit and not sections.allow_void:
+        raise UserError(f"{faults}; or train all the same with allow_void=true")
 
-    # The order matters. The copy for the average comes after the weights were loaded, and
-    # before taps are attached, which it would take along; taps come before compilation, for a
-    # compiled network ignores hooks that are set later.
-    student = make_model(sections.student, "student", names, device)
-    ema = EMA(student, recipe.ema_decay, recipe.ema_tau)
-    teacher = None
-    if sections.teacher and sections.distill:
-        teacher = make_model(sections.teacher, "teacher", names, device)
-    distillation = config.call(
-        make_distillation,
-        sections.distill or {"taps": []},
-        "distill",
-        student=student,
-        teacher=teacher,
-        imgsz=sets.imgsz,
-    )
-    distillation.to(device)
-    if compiled:
-        student.compile(dynamic=False)
-        distillation.compile(dynamic=False)
-    # align modules and terms learn too; the teacher does not
-    optimizer = make_sgd([student, distillation], recipe)
-
-    settings: dict[str, Any] = {"compiled": compiled}
+    settings: dict[str, Any] = {"compiled": sections.compiled(device)}
     if limit:
         settings["limit"] = limit
     share = {"rank": distributed.rank(), "world": distributed.world()}
     store = sets.store("train", device, **settings)
     loader = TrainLoader(store, recipe.batch, recipe.epochs, sets.augment, sections.seed, **share)
-    val_loader = ValLoader(sets.store("val", device, **settings), recipe.batch, **share)
+    val_store = sets.store("val", device, **settings)
+    inputs = networks.inputs
+    inputs.add_set("data.train", store)
+    inputs.add_set("data.val", val_store)
+    inputs.check_ranks()
     training = Training(
         loader=loader,
-        student=student,
-        distillation=distillation,
-        optimizer=optimizer,
+        student=networks.student,
+        distillation=networks.distillation,
+        optimizer=networks.optimizer,
         scaler=scaler,
-        ema=ema,
+        ema=networks.ema,
         recipe=recipe,
         autocast=autocast,
         progress=progress,
     )
-    return Run(training, teacher, val_loader, sets.imgsz)
-
-
-def describe(run: Run) -> None:
-    """Prints what is about to happen, and warns where a setting may surprise."""
-    training = run.training
-    recipe = training.recipe
-    loader: Any = training.loader
-    student = training.student
-    terms = training.distillation.terms
-    print(f"student: {summary(student)}, {len(student.names)} classes, on {loader.device}")
-    if loader.device.type == "cpu" and not torch.cuda.is_available():
-        print("device: torch finds no CUDA device, so this runs on the CPU")
-    if run.teacher:
-        print(f"teacher: {summary(run.teacher)}, frozen")
-        taps = ", ".join(training.distillation.taps)
-        print(f"terms: {', '.join(terms) or 'none'}; taps: {taps}")
-    world = distributed.world()
-    ranks = f", {world} processes" if world > 1 else ""
-    print(
-        f"data: {len(loader.store)} images, {len(loader)} steps an epoch, "
-        f"{recipe.epochs} epochs{ranks}"
-    )
-    follows_batch = any(getattr(term, "reduction", "") == "notes" for term in terms.values())
-    if recipe.accumulate > 1 and follows_batch:
-        print(
-            f"warning: reduction `notes` falls with the batch: N is {recipe.batch} here, not "
-            f"train.nbs={recipe.nbs}; `reduction: sample` does not depend on it"
-        )
-
-
-def summary(model: nn.Module) -> str:
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    return f"{type(model).__name__}, {millions:.2f} M parameters"
+    val_loader = ValLoader(val_store, recipe.batch, **share)
+    return Run(training, networks.teacher, val_loader, sets.imgsz, inputs, void)

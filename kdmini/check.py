@@ -5,7 +5,6 @@ noticing. It is measured from outside, on real batches: gradients one by one, th
 steps as the loop makes them.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 from kdmini import engine
 from kdmini.assemble import Run
 from kdmini.contracts import Losses, Metric, Targets, UserError
+from kdmini.inputs import digest
 from kdmini.signals import Stop
 
 STEPS = 2  # batches that are read, and steps that are made
+LEAST_SPREAD = 1e-3  # of a map of the teacher, as a share of its widest; below it the tap fails
 LEAST_RATIO = 0.01  # of the KD gradient to the task's; below it the table says weak
 
 
@@ -35,9 +36,12 @@ def examine(run: Run, metric: Metric) -> Iterator[Row]:
     """
     training = run.training
     epoch = first_epoch_with_weight(training)
-    yield row_of_weights(training, epoch)
+    yield row_of_weights(run, epoch)
     if epoch is None:
         return
+    if run.teacher:
+        fault = run.void["teacher"]
+        yield Row("teacher, weights", "learned nothing" if fault else "read", not fault, fault)
 
     training.progress.epoch = epoch
     training.student.train()
@@ -58,14 +62,14 @@ def first_epoch_with_weight(training: engine.Training) -> int | None:
     return None
 
 
-def row_of_weights(training: engine.Training, epoch: int | None) -> Row:
-    factors = training.distillation.factors(epoch or 0)
+def row_of_weights(run: Run, epoch: int | None) -> Row:
+    factors = run.training.distillation.factors(epoch or 0)
     text = ", ".join(f"{name} {value:.3g}" for name, value in factors.items())
     return Row(
         "weight * lambda",
         f"{text or 'no term'} in epoch {(epoch or 0) + 1}",
-        epoch is not None,
-        "0 in every epoch, so distillation is off: see weight and schedule under `distill`",
+        not run.void.get("distill", "off"),
+        run.void.get("distill", "distill=null, so nothing is distilled"),
     )
 
 
@@ -77,28 +81,32 @@ def rows_of_taps(training: engine.Training, images: Tensor) -> Iterator[Row]:
         training.student(images)
         feats = distillation.student_taps.take()
         teacher = distillation.teacher_view(images)
-    for tap, feat in feats.items():
-        maps = [feat] if teacher is None else [feat, teacher.feats[tap]]
-        spreads = [float(m.float().std()) for m in maps]
-        texts = [
-            f"{'x'.join(map(str, m.shape[1:]))}, std {spread:.2g}"
-            for m, spread in zip(maps, spreads, strict=True)
-        ]
-        yield Row(
-            tap,
-            " <- ".join(texts),
-            all(spread > 0 for spread in spreads),
-            "a map that is constant or not finite",
-        )
+    networks = [feats] if teacher is None else [feats, teacher.feats]
+    spreads = [{tap: float(maps[tap].float().std()) for tap in feats} for maps in networks]
+    widest = max(spreads[-1].values(), default=0.0)
+    for tap in feats:
+        texts = []
+        for maps, spread in zip(networks, spreads, strict=True):
+            shape = "x".join(map(str, maps[tap].shape[1:]))
+            texts.append(f"{shape}, std {spread[tap]:.2g}")
+        fault = ""
+        if not all(0 < spread[tap] < math.inf for spread in spreads):
+            fault = "a map that is constant or not finite"
+        elif teacher is not None and spreads[-1][tap] < LEAST_SPREAD * widest:
+            fault = (
+                f"the teacher's spreads less than {LEAST_SPREAD:g} of what it does at another "
+                "tap: next to nothing to imitate, as in a network that is not trained"
+            )
+        yield Row(tap, " <- ".join(texts), not fault, fault)
 
 
 def rows_of_gradients(training: engine.Training, images: Tensor, targets: Targets) -> Iterator[Row]:
     """What the terms alone do to the student and to the align modules, beside the task."""
     student = training.student
     distillation = training.distillation
-    n = len(images)
-    task_scale = n if training.recipe.loss_scale == "batch" else 1
-    kd_scale = n if distillation.kd_scale == "batch" else distillation.kd_scale
+    recipe = training.recipe
+    n = recipe.batch * recipe.accumulate  # images of an update after the warm-up
+    task_scale, kd_scale = training.scales(n)
     epoch = training.progress.epoch
 
     def task() -> Losses:
@@ -131,7 +139,7 @@ def rows_of_gradients(training: engine.Training, images: Tensor, targets: Target
     weak = ""
     if ratio < LEAST_RATIO:
         weak = f" (weak, under {LEAST_RATIO:.0%}: see distill.kd_scale)"
-    yield Row("KD / task gradient", f"{ratio:.2%}{weak}")
+    yield Row("KD / task gradient", f"{ratio:.2%} in updates of {n} images{weak}")
 
 
 def gradients(
@@ -216,14 +224,6 @@ def learning(module: nn.Module) -> list[nn.Parameter]:
 
 def norm(grads: Sequence[Tensor]) -> float:
     return math.hypot(*(float(grad.float().norm()) for grad in grads))
-
-
-def digest(tensors: Sequence[Tensor]) -> str:
-    sha256 = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().reshape(-1)
-        sha256.update(flat.view(torch.uint8).numpy().tobytes())
-    return sha256.hexdigest()
 
 
 def report(rows: Iterator[Row]) -> None:

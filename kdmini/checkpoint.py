@@ -4,6 +4,7 @@ A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, read
 `weights_only=True`. `best.pt` is written in the same way: the student alone.
 """
 
+import math
 import os
 import re
 import shutil
@@ -15,8 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from kdmini.contracts import UserError
+from kdmini.files import check_kind
+from kdmini.typed import short
 
 KEEP = 2  # newest checkpoints kept: one may turn out to be damaged
+LARGEST = 1e30  # of a number in a state; float32, which it may meet, holds it
 IS_FOLDER = 0x10  # bit of a zip entry's attributes
 
 
@@ -65,19 +69,25 @@ def size_of(content: Any) -> int:
 
 def verify(path: Path) -> None:
     """Raises UserError unless every byte of the file matches its checksum, which torch.load
-    does not look at.
+    does not look at, and the entries are as torch.save writes them: stored, each by itself,
+    so that they take no more memory than the file has bytes.
     """
+    check_kind(path)
     try:
+        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            entries = archive.infolist()
             # of an entry that is a folder torch would leave memory as it finds it
-            folders = [e.filename for e in archive.infolist() if e.external_attr & IS_FOLDER]
+            strange = [e for e in entries if e.compress_type or e.external_attr & IS_FOLDER]
+            stored = sum(entry.file_size for entry in entries)
+            # packed entries may unfold without end, so they are not looked at
+            damaged = strange[0].filename if strange else archive.testzip()
     except Exception as error:  # one flipped byte makes zipfile raise OSError, zlib.error, ...
         raise UserError(f"{path} is not a readable checkpoint ({error})") from error
-    if folders and not damaged:
-        damaged = folders[0]
     if damaged:
-        raise UserError(f"{path} is damaged, {damaged} in it is not as it was written")
+        raise UserError(f"{path} is damaged, {short(damaged)} in it is not as it was written")
+    if stored > size:
+        raise UserError(f"{path} is damaged, it states {stored:,} bytes and has {size:,}")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -104,7 +114,7 @@ def save(folder: Path, step: int, parts: Mapping[str, Stateful], config: Mapping
     content["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     content["config"] = dict(config)
     save_atomic(content, numbered(folder, step))
-    for old in existing(folder)[:-KEEP]:
+    for old in [path for path in existing(folder) if path.is_file()][:-KEEP]:
         old.unlink()
 
 
@@ -150,17 +160,23 @@ def restore(content: Mapping[str, Any], parts: Mapping[str, Stateful], path: Pat
     """
     fresh: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
     fresh |= {"rng": torch.get_rng_state(), "cuda_rng": [], "config": {}}
-    fault = misfit(fresh, content)
+    fault = misfit(fresh, content) or regrouped(fresh, content)
     if fault:
         raise UserError(
             f"{path} is not of this run: {fault}; "
             "resume with the code and the files it was begun with"
         )
-    for name, part in parts.items():
-        part.load_state_dict(content[name])
-    torch.set_rng_state(content["rng"])
-    if content["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(content["cuda_rng"])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+        torch.set_rng_state(content["rng"])
+        if torch.cuda.is_available():
+            here = content["cuda_rng"][: torch.cuda.device_count()]  # fewer than there were
+            torch.cuda.set_rng_state_all(here)
+    except Exception as error:  # what has the right form may still be no state of anything
+        raise UserError(
+            f"{path} is of no run ({short(str(error))}); delete it, and an older one is taken"
+        ) from error
 
 
 def misfit(fresh: Any, saved: Any, where: str = "") -> str:
@@ -179,19 +195,40 @@ def misfit(fresh: Any, saved: Any, where: str = "") -> str:
         if (saved.shape, saved.dtype) != (fresh.shape, fresh.dtype):
             return f"{where} is not a {fresh.dtype} of shape {list(fresh.shape)}"
         return ""
+    if type(fresh) in (int, float) and LARGEST <= abs(saved) < math.inf:
+        return f"{where} is {short(saved)}"
     if not isinstance(fresh, dict):
         return ""
 
     missing = [key for key in fresh if key not in saved]
     if missing:
-        return f"{where} lacks {missing[0]!r}".lstrip()
+        return f"{where} lacks {short(missing[0])}".lstrip()
     more = [key for key in saved if key not in fresh]
     if fresh and more:  # an empty dict may have become fuller
-        return f"{where} has {more[0]!r} too".lstrip()
+        return f"{where} has {short(more[0])} too".lstrip()
     for key in fresh:
         fault = misfit(fresh[key], saved[key], f"{where}.{key}".lstrip("."))
         if fault:
             return fault
+    return ""
+
+
+def regrouped(fresh: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """The first setting of an optimiser that is of other parameters, of another kind, or no
+    number to compute with, in words; empty where there is none. The two have the same form.
+
+    An optimiser finds momentum by the numbers of the parameters, the loop a learning rate
+    by the name of the group. Numbers may have changed in training.
+    """
+    for name, state in fresh.items():
+        groups = state.get("param_groups", []) if isinstance(state, dict) else []
+        for number, group in enumerate(groups):
+            of_file = saved[name]["param_groups"][number]
+            for key, value in group.items():
+                is_number = isinstance(value, float) or type(value) is int
+                fits = abs(of_file[key]) < LARGEST if is_number else of_file[key] == value
+                if not fits and not isinstance(value, torch.Tensor):
+                    return f"{name}.param_groups.{number}.{key} is {short(of_file[key])}"
     return ""
 
 

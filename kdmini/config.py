@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdmini.contracts import UserError
+from kdmini.files import check_kind
 from kdmini.typed import fit, join, nearest, short
 from kdmini.yamltext import dump, parse
 
@@ -30,6 +31,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[Any, Any]:
     exist; whether the key itself does is checked when the section is called. Raises
     UserError, with file and line where the YAML is wrong or a key is repeated.
     """
+    check_kind(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:

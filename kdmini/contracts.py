@@ -34,6 +34,18 @@ class UserError(Exception):
     """A mistake outside the code. The message is one line that names the thing and the remedy."""
 
 
+class BadObjects(UserError):
+    """Some objects of an image cannot be used, others can.
+
+    lines: what is wrong with each. rest: the sample without them, for `on_bad: skip`.
+    """
+
+    def __init__(self, lines: list[str], rest: tuple[np.ndarray, Target]):
+        super().__init__(lines[0])
+        self.lines = lines
+        self.rest = rest
+
+
 class Truth(Protocol):
     """How the ground truth of a task travels with its images. One is made of every store
     (kdmini/data/store.py) that is trained from.
@@ -59,8 +71,8 @@ class Truth(Protocol):
 
 class Dataset(Protocol):
     """Optional: `report()`, one line about what was set right while reading, printed when
-    all images are read; `photographs`, a set of what identifies the images: train and val
-    may then share none.
+    all images are read; it raises UserError where that is too much. `photographs`, a set of
+    what identifies the images: train and val may then share none.
     """
 
     names: list[str]  # K class names; a label is an index into it
@@ -69,7 +81,10 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        """-> image (H, W, 3) uint8 RGB, target. Called from several threads, once per image."""
+        """-> image (H, W, 3) uint8 RGB, target. Called from several threads, once per image.
+
+        Raises UserError for an image that cannot be used, BadObjects for some of its objects.
+        """
         ...
 
 
@@ -80,8 +95,9 @@ class Model(Protocol):
     Optional: `features(images)` runs all of the network but its head, for the hooks on it, and
     returns nothing; `fold()` merges BatchNorm into the convolutions of a frozen copy; `card` is a
     dict of plain values that `best.pt` carries, so that the weights can be loaded without
-    the config; `make_head(channels)` makes a fresh head for maps of these channels, whose output
-    `loss` understands.
+    the config; `unread` lists the classes of which its file of weights knew nothing, so that they
+    are not scored; `make_head(channels)` makes a fresh head for maps of these channels, whose
+    output `loss` understands.
     """
 
     names: list[str]

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partialmethod
 from itertools import zip_longest
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+from kdmini import output
 from kdmini.contracts import UserError
 
 
@@ -41,7 +40,7 @@ def start(device: torch.device, timeout: float) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
     if rank():
-        be_silent()
+        output.be_silent()  # rank 0 speaks for all; errors come from every rank
     return device
 
 
@@ -52,13 +51,6 @@ def device_of_rank(local_rank: int) -> torch.device:
             f"torchrun starts more processes than the {count} GPUs here; lower --nproc-per-node"
         )
     return torch.device("cuda", local_rank)
-
-
-def be_silent() -> None:
-    """Rank 0 speaks for all; errors go to stderr from every rank."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    quiet = partialmethod(tqdm.__init__, disable=True)  # as tqdm's own pages have it
-    setattr(tqdm, "__init__", quiet)  # noqa: B010 - mypy would not have it assigned
 
 
 def rank() -> int:
@@ -158,12 +150,20 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(tensor, 0)
 
 
+def gather(mine: Any) -> list[Any]:
+    """What each of the ranks has, by rank."""
+    everybody: list[Any] = [mine]
+    if world() > 1:
+        everybody *= world()
+        dist.all_gather_object(everybody, mine)
+    return everybody
+
+
 def deal(mine: list[Any]) -> list[Any]:
     """The items of all ranks, in turn: rank 0's first, rank 1's first, ..., rank 0's second,
     ...
     """
     if world() == 1:
         return mine
-    lists: list[Any] = [None] * world()
-    dist.all_gather_object(lists, mine)
+    lists = gather(mine)
     return [item for items in zip_longest(*lists) for item in items if item is not None]

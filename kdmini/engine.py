@@ -25,7 +25,7 @@ ToFile = Callable[[list[Prediction]], list[Prediction]]
 
 
 class TrainBatches(Protocol):
-    """kdmini.data.loader.TrainLoader, as the loop sees it."""
+    """kdmini.data.loader.TrainLoader, as the loop sees it. All batches are of one size."""
 
     def __len__(self) -> int: ...
 
@@ -67,6 +67,14 @@ class Training:
         names = ("student", "ema", "distillation", "optimizer", "scaler", "progress")
         return {name: getattr(self, name) for name in names}
 
+    def scales(self, n: int) -> tuple[float, float]:
+        """What the means over the n images of an update, of all micro-batches and ranks, are
+        multiplied by: the task's, and the distillation's.
+        """
+        kd_scale = self.distillation.kd_scale
+        task_scale = n if self.recipe.loss_scale == "batch" else 1
+        return task_scale, n if kd_scale == "batch" else kd_scale
+
 
 def train_one_epoch(training: Training, stop: Stop) -> None:
     """From where `progress` stands to the end of the epoch; left sooner, after an update,
@@ -84,25 +92,26 @@ def train_one_epoch(training: Training, stop: Stop) -> None:
     steps = len(training.loader)
     tally = Tally(progress)
     leaving = False
-    micro_batches = 0  # since the last update
+    update = True  # progress stands after one
     bar = progress_bar(training)
     for step, (images, targets) in enumerate(bar, progress.step):
         setting = recipe.at(epoch * steps + step, steps)
         apply_setting(optimizer, setting)
-        micro_batches += 1
-        # an epoch ends with an update, so that its end is a point from which a run resumes
-        update = micro_batches >= setting.accumulate or step + 1 == steps
+        if update:  # the next one begins
+            micro_batches = recipe.micro_batches(epoch * steps + step, steps)
+            last = step + micro_batches - 1
+        update = step == last
 
         with distributed.averaging(training.replica, update):
             with training.autocast():
                 preds = training.replica(images)
                 task = student.loss(preds, targets)
                 kd = distillation(images, preds, targets, epoch)
-            n = len(images) * distributed.world()  # of all ranks: their gradients are averaged
-            task_scale = n if recipe.loss_scale == "batch" else 1 / setting.accumulate
-            kd_scale = n if distillation.kd_scale == "batch" else distillation.kd_scale
+            # gradients are averaged over the ranks and added up over the micro-batches
+            n = len(images) * distributed.world() * micro_batches
+            task_scale, kd_scale = training.scales(n)
             loss: Any = task_scale * sum(task.values()) + kd_scale * sum(kd.values())
-            scaler.scale(loss).backward()
+            scaler.scale(loss / micro_batches).backward()
 
         skipped = None
         if update:
@@ -115,10 +124,10 @@ def train_one_epoch(training: Training, stop: Stop) -> None:
             scaler.update()
             optimizer.zero_grad()
             training.ema.update(student, skipped)
-            micro_batches = 0
 
         tally.add({**task, **kd}, skipped, targets["ids"])
         progress.step = step + 1
+        stop.tell()
         leaving = leaving or leave_is_due(training, stop)
         if progress.step % READ_EVERY == 0 or progress.step == steps or (leaving and update):
             losses = tally.read(scaler, stop)

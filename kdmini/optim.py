@@ -2,17 +2,19 @@
 of the step, EMA.
 
 Legend: a step is one batch; an update is one step of the optimiser, after one or more
-batches.
+batches, its micro-batches.
 """
 
 import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from kdmini.bounds import Count, Epochs, Natural, Range, Share, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -32,40 +34,53 @@ class Recipe:
     warmup_steps: the least length of the warm-up.
     warmup_bias_lr: learning rate of the biases in the first step.
     warmup_momentum: momentum in the first step.
-    clip: largest norm of the gradient.
+    clip: largest norm of the gradient; .inf for no bound.
     ema_decay: of the averaged weights, which are the ones evaluated and kept.
     ema_tau: updates until the average is about as slow as ema_decay says.
-    loss_scale: `batch` multiplies the task's loss by the batch size, `none` leaves the mean.
+    loss_scale: `batch` multiplies the task's loss, a mean over the images of an update, by
+        their number; `none` leaves the mean.
     amp: false, bf16, fp16, or true for the better of the two on CUDA and float32 on the CPU.
-    patience: epochs without a better model before stopping.
+    patience: epochs without a better model before stopping; 0 for no early stopping.
     val_every: epochs between validations.
     save_every: steps between checkpoints, beside the one after every epoch; 0 for no others.
     """
 
-    epochs: int
-    batch: int
-    nbs: int = 64
-    lr0: float = 0.01
-    lrf: float = 0.01
-    momentum: float = 0.937
-    weight_decay: float = 5e-4
-    warmup_epochs: float = 3.0
-    warmup_steps: int = 100
-    warmup_bias_lr: float = 0.1
-    warmup_momentum: float = 0.8
-    clip: float = 10.0
-    ema_decay: float = 0.9999
-    ema_tau: float = 2000.0
+    epochs: Epochs
+    batch: Count
+    nbs: Count = 64
+    lr0: Annotated[float, Range(1e-9, 100)] = 0.01
+    lrf: Share = 0.01
+    momentum: ShareBelowOne = 0.937
+    weight_decay: Share = 5e-4
+    warmup_epochs: Annotated[float, Range(0, 100_000)] = 3.0
+    warmup_steps: Natural = 100
+    warmup_bias_lr: Annotated[float, Range(0, 100)] = 0.1
+    warmup_momentum: ShareBelowOne = 0.8
+    clip: Annotated[float, Range(1e-6, math.inf)] = 10.0
+    ema_decay: ShareBelowOne = 0.9999
+    ema_tau: Annotated[float, Range(0.001, 10**9)] = 2000.0
     loss_scale: Literal["batch", "none"] = "batch"
     amp: bool | Literal["bf16", "fp16"] = True
-    patience: int = 100
-    val_every: int = 1
-    save_every: int = 0
+    patience: Natural = 100
+    val_every: Count = 1
+    save_every: Natural = 0
 
     @property
     def accumulate(self) -> int:
         """Batches of an update after the warm-up."""
         return max(round(self.nbs / self.batch), 1)
+
+    def micro_batches(self, step: int, steps_per_epoch: int) -> int:
+        """Batches of the update that begins at a step, counted as in `at`.
+
+        Their number grows in the warm-up. An epoch ends with an update, which may be shorter,
+        so that its end is a point from which a run resumes.
+        """
+        left = steps_per_epoch - step % steps_per_epoch
+        for count in range(1, left):
+            if count >= self.at(step + count - 1, steps_per_epoch).accumulate:
+                return count
+        return left
 
     def warmup(self, steps_per_epoch: int) -> int:
         """Length of the warm-up in steps."""
@@ -123,9 +138,12 @@ def make_sgd(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.SGD:
     settings: list[dict[str, Any]] = []
     for kind, parameters in groups.items():
         weight_decay = decay if kind == "weights" else 0.0
-        settings.append({"params": parameters, "name": kind, "weight_decay": weight_decay})
+        settings.append(
+            # here and not in the call, which refuses Nesterov's form of a momentum of 0
+            {"params": parameters, "name": kind, "weight_decay": weight_decay, "nesterov": True}
+        )
 
-    optimizer = torch.optim.SGD(settings, recipe.lr0, recipe.momentum, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(settings, recipe.lr0, recipe.momentum, fused=True)
     for parameters in groups.values():
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -163,6 +181,8 @@ class EMA:
         return {"average": self.average.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["updates"] < 0:
+            raise ValueError(f"an average of {state['updates']} updates")
         self.average.load_state_dict(state["average"])
         self.updates = state["updates"]
 

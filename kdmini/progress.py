@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,11 +13,13 @@ from torch.amp import GradScaler
 from kdmini import distributed
 from kdmini.contracts import Losses, UserError
 from kdmini.signals import Stop
+from kdmini.typed import short
 
 # steps between two looks at the device's numbers; in between, nothing waits for it
 READ_EVERY = 10
 # updates in a row without a finite gradient before the run stops
 MAX_SKIPPED = 20
+MOST_STEPS = 2**53  # no run is as long; beyond, a float holds no count
 
 SKIPPED = "skipped"  # beside the names of the losses: 1.0 where an update was left out
 
@@ -52,6 +55,26 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+def implausible(state: Mapping[str, Any]) -> str:
+    """The first number of a saved Progress that no run has, in words; empty where there is
+    none. The state has the form of a Progress.
+    """
+    saved = Progress(**state)
+    counts = {**vars(saved), **saved.counts}
+    names = ("epoch", "step", "best_epoch", "skipped_in_a_row", "skipped", *saved.counts)
+    for name in names:
+        if type(counts[name]) is not int or not 0 <= counts[name] < MOST_STEPS:
+            return f"{short(name)} is {short(counts[name])}"
+    for name, total in saved.sums.items():
+        if type(total) is not float or not math.isfinite(total) or not saved.counts.get(name):
+            return f"the sum of {short(name)} is {short(total)}"
+    if math.isnan(saved.best) or saved.best_epoch > saved.epoch:
+        return f"best is {saved.best} of epoch {saved.best_epoch}"
+    if not 0 <= saved.seconds < math.inf or (saved.step and not saved.seconds):
+        return f"seconds is {saved.seconds}"
+    return ""
 
 
 class Waiting(NamedTuple):

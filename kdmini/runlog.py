@@ -1,30 +1,41 @@
-"""The run folder: config.yaml, metrics.jsonl, results.csv, ckpt/, best.pt, and a lock."""
+"""The run folder: config.yaml, metrics.jsonl, results.csv, log.txt, ckpt/, best.pt, a lock."""
 
 import csv
 import fcntl
 import io
 import json
 import os
+import weakref
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from kdmini import output
 from kdmini.contracts import UserError
-from kdmini.files import write_whole
+from kdmini.files import check_kind, write_whole
+from kdmini.typed import short
+
+LONGEST_NAME = 255  # bytes of a file's name, on nearly every file system
+
+
+class FolderLost(UserError):
+    """The run folder was deleted, renamed or emptied while the run was on."""
 
 
 class RunFolder:
     """A folder for one run, locked as long as the process lives.
 
     metrics.jsonl has one line an epoch, results.csv the same as a table; both are rewritten
-    whole after every epoch. Nothing is written before `begin`, so that a mistake found while
-    building leaves nothing behind.
+    whole after every epoch. log.txt grows by every line that is printed. Nothing is written
+    before `begin`, so that a mistake found while building leaves nothing behind.
     lead: whether this process writes; of several, one does.
 
-    Raises UserError where it holds a run already that is not to be resumed, is in use, or
-    cannot be written.
+    Raises UserError where it holds a run already that is not to be resumed, is in use,
+    cannot be written, or is no name of a folder.
     """
 
     def __init__(self, path: str | Path, resume: bool = False, lead: bool = True):
+        check_name(path)
         self.path = Path(path)
         self.lead = lead
         self.config = self.path / "config.yaml"
@@ -36,6 +47,7 @@ class RunFolder:
         self._refuse_read_only()
         if resume:
             self._lock()
+            self.records()  # before the images are decoded
         else:
             self._refuse_another()
 
@@ -77,6 +89,10 @@ class RunFolder:
             ) from None
         self._lockfile.truncate(0)
         print(os.getpid(), end="", file=self._lockfile, flush=True)
+        # open, so that no later folder can have the number of this one
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        output.log_to(self.path / "log.txt")
         for stale in [*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")]:
             stale.unlink()
             print(f"removed {stale}, left half-written by a run that was killed")
@@ -89,17 +105,42 @@ class RunFolder:
         self._refuse_another()  # again, now that nobody else can begin one
         write_whole(self.config, config)
 
+    def check(self) -> None:
+        """Raises FolderLost unless what is locked still has its name, and a run in it. To be
+        called before anything is written there.
+        """
+        if not self.lead:
+            return
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError:
+            there = False
+        if not there or not self.config.exists():
+            raise FolderLost(f"{self.path} was deleted, renamed or emptied while training")
+
+    def beside(self) -> "RunFolder":
+        """A folder for the same run, for want of this one: `<name>_rescued`."""
+        names = (f"{self.path.name}_rescued{number or ''}" for number in count())
+        return RunFolder(next(p for p in map(self.path.with_name, names) if not p.exists()))
+
     def records(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that was cut off by a kill is left out."""
+        """The lines of metrics.jsonl; one that was cut off by a kill is left out.
+
+        Raises UserError for one that is whole and no record of an epoch.
+        """
         if not self._lines.exists():
             return []
-        records = []
-        for line in self._lines.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+        check_kind(self._lines)
+        try:
+            text = self._lines.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self._lines}: cannot be read ({error}); "
+                "take it away, the checkpoints do not need it"
+            ) from error
+        numbered = enumerate(text.split("\n"), 1)
+        records = [read_record(line, f"{self._lines}:{number}") for number, line in numbered]
+        return [record for record in records if record is not None]
 
     def rewind(self, epoch: int) -> None:
         """Forgets what was logged from `epoch` on, since a resumed run goes through it
@@ -113,6 +154,7 @@ class RunFolder:
             self._write([*self.records(), record])
 
     def _write(self, records: list[dict[str, Any]]) -> None:
+        self.check()
         # whole, and not appended: a line that a kill cut off would swallow the next
         lines = [json.dumps(record, default=float) + "\n" for record in records]
         write_whole(self._lines, "".join(lines))
@@ -122,3 +164,32 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(records)
         write_whole(self.path / "results.csv", table.getvalue())
+
+
+def read_record(line: str, where: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that is no JSON.
+
+    where: file and line. Raises UserError for JSON that is no record of an epoch.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    except (ValueError, RecursionError):  # of 5,000 digits, or as many brackets
+        record = None
+    if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+        raise UserError(f"{where}: {short(line)} is no record of an epoch; delete that line")
+    return record
+
+
+def check_name(path: str | Path) -> None:
+    """Raises UserError for what no folder can be called."""
+    try:
+        longest = max(len(os.fsencode(part)) for part in str(path).split("/"))
+    except UnicodeEncodeError:
+        longest = 0
+    if not str(path).strip() or "\0" in str(path) or not 0 < longest <= LONGEST_NAME:
+        raise UserError(
+            f"run: {short(str(path))} cannot be a folder; give a name that is not empty and of "
+            f"at most {LONGEST_NAME} bytes"
+        )

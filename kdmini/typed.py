@@ -4,24 +4,40 @@ A caster takes the value, the arguments of the annotation and where the value st
 gives MISFIT for a value of another kind.
 """
 
+import argparse
 import difflib
+import functools
 import inspect
 import math
+import operator
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from kdmini.bounds import Range
 from kdmini.contracts import UserError
 
 MISFIT = object()
 LONGEST = 60  # characters of a value in a message
 
+# of a value that holds itself many times over repr would fill the memory
+BRIEFLY = reprlib.Repr()
+BRIEFLY.maxlevel = 4
+BRIEFLY.maxlist = BRIEFLY.maxtuple = BRIEFLY.maxdict = BRIEFLY.maxset = 20
+BRIEFLY.maxstring = BRIEFLY.maxother = 1000
+
+
+class OutOfRange(UserError):
+    """Of the right kind, and too small or too large."""
+
 
 def fit(value: Any, kind: Any, where: str) -> Any:
     """The value as the annotation `kind` has it: int -> float, list -> tuple, str -> Path.
 
-    Raises UserError for a value that does not fit.
+    Raises UserError for a value that does not fit, or is outside the kdmini.bounds.Range of
+    `Annotated[float, Range(0, 1)]`.
     """
     origin = get_origin(kind) or kind
     if origin in (Any, object, inspect.Parameter.empty):
@@ -33,15 +49,29 @@ def fit(value: Any, kind: Any, where: str) -> Any:
     return cast
 
 
+def fit_annotated(value: Any, args: tuple, where: str) -> Any:
+    kind, *notes = args
+    cast = fit(value, kind, where)
+    for note in notes:
+        if isinstance(note, Range) and cast not in note:
+            raise OutOfRange(f"{where}: {short(value)} is out of range; use {note}")
+    return cast
+
+
 def fit_union(value: Any, members: tuple, where: str) -> Any:
     """As the first member that fits; one of the value's own type before the others, so that
     3 stays an int in float | int.
     """
-    for member in sorted(members, key=lambda member: type(value) is not member):
+    outside: OutOfRange | None = None
+    for member in sorted(members, key=lambda member: type(value) is not bare(member)):
         try:
             return fit(value, member, where)
+        except OutOfRange as error:
+            outside = error
         except UserError:
             continue
+    if outside:
+        raise outside
     return MISFIT
 
 
@@ -55,9 +85,13 @@ def fit_literal(value: Any, choices: tuple, where: str) -> Any:
 
 
 def fit_float(value: Any, _: tuple, where: str) -> Any:
-    if type(value) in (int, float) and not math.isnan(value):
-        return float(value)
-    return MISFIT
+    if type(value) not in (int, float):
+        return MISFIT
+    try:
+        number = float(value)
+    except OverflowError:
+        raise OutOfRange(f"{where}: {short(value)} is out of range; give fewer digits") from None
+    return MISFIT if math.isnan(number) else number
 
 
 def fit_path(value: Any, _: tuple, where: str) -> Any:
@@ -127,6 +161,7 @@ def as_it_is(kind: Any) -> Callable[[Any, tuple, str], Any]:
 
 
 CASTERS: dict[Any, Callable[[Any, tuple, str], Any]] = {
+    Annotated: fit_annotated,
     Union: fit_union,
     UnionType: fit_union,
     Literal: fit_literal,
@@ -148,10 +183,41 @@ CASTERS: dict[Any, Callable[[Any, tuple, str], Any]] = {
 
 def title(kind: Any) -> str:
     """An annotation as a person would write it."""
+    kind = bare(kind)
     # Union[bool, Literal["bf16"]] is what Python makes of a `|`
     members = get_args(kind) if get_origin(kind) is Union else [kind]
     text = " | ".join(map(inspect.formatannotation, members))
     return text.replace("pathlib._local.", "pathlib.")  # where Python 3.13 keeps it
+
+
+def bare(kind: Any) -> Any:
+    """An annotation without its ranges."""
+    origin = get_origin(kind)
+    parts = get_args(kind)
+    if origin is Annotated:
+        return bare(parts[0])
+    if origin in (Union, UnionType):
+        return functools.reduce(operator.or_, map(bare, parts))
+    if origin in CASTERS and origin is not Literal:
+        return origin[tuple(map(bare, parts))]
+    return kind
+
+
+def argument(kind: Any) -> Callable[[str], Any]:
+    """For the `type` of an argparse option: text -> a number in the range of the annotation."""
+    number, within = get_args(kind)
+
+    def read(text: str) -> Any:
+        try:
+            value = number(text)
+        except ValueError:
+            wanted = f"expected {number.__name__}, got {short(text)}"
+            raise argparse.ArgumentTypeError(wanted) from None
+        if value not in within:
+            raise argparse.ArgumentTypeError(f"{short(value)} is out of range; use {within}")
+        return value
+
+    return read
 
 
 def hint(value: Any, kind: Any) -> str:
@@ -175,6 +241,16 @@ def join(where: str, key: Any) -> str:
     return f"{where}.{key}" if ": " in where else f"{where}: {key}"
 
 
+def printable(text: Any) -> str:
+    """On one line and whole, what a terminal would act upon escaped: for names of files."""
+    text = str(text)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def short(value: Any) -> str:
-    text = repr(value)
+    """The value as Python writes it, cut: for messages."""
+    try:
+        text = BRIEFLY.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = f"{type(value).__name__} too long to show"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

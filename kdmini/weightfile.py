@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from kdmini import checkpoint
 from kdmini.contracts import UserError
+from kdmini.files import check_kind
+from kdmini.typed import short
 
 # what kdmini.tools.download has to offer
 PUBLIC = ("yolo11n.pt", "yolo11s.pt", "yolo11m.pt")
@@ -24,7 +26,11 @@ def find(path: str | Path) -> Path:
     """
     wanted = Path(path).expanduser()
     if wanted.is_dir():
-        raise UserError(f"weights {str(path)!r} is a folder: name a file in it")
+        raise UserError(
+            f"weights {str(path)!r} is a folder: name a file in it (an exported model is not "
+            "read, name the .pt file it was exported from)"
+        )
+    check_kind(wanted)
 
     candidates = [wanted]
     if wanted.name == str(wanted):
@@ -47,6 +53,7 @@ def read(path: str) -> dict[str, Any]:
 
     Some of torchvision's are from before torch.save wrote zips. Raises UserError.
     """
+    check_kind(path)
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; nothing is downloaded, name one that is here")
     if zipfile.is_zipfile(path):
@@ -70,14 +77,15 @@ def trained_tensors(path: str, names: list[str], card: dict[str, Any]) -> dict[s
             f"{path} is no best.pt of kdmini: "
             "name one, or give a file of torchvision as backbone_weights"
         )
-    if content["card"] != card:
+    # misfit first, for a tensor in the place of a number has no single answer to `!=`
+    if checkpoint.misfit(card, content["card"]) or content["card"] != card:
         raise UserError(
-            f"{path} is of {content['card']}, the config says {card}: change one of them"
+            f"{path} is of {short(content['card'])}, the config says {card}: change one of them"
         )
-    if content["names"] != names:
+    if checkpoint.misfit(names, content["names"]) or content["names"] != names:
         raise UserError(
-            f"{path} has the classes {content['names']}, "
-            f"the data {names}: name one trained on these"
+            f"{path} has the classes {short(content['names'])}, "
+            f"the data {short(names)}: name one trained on these"
         )
     return content["model"]
 
@@ -90,6 +98,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
     fresh = dict(module.state_dict())
     counters = [key for key in fresh if key.endswith("num_batches_tracked")]
     state = {key: fresh[key] for key in counters}
+    if not isinstance(tensors, Mapping):
+        raise UserError(f"{path} holds {short(tensors)} for tensors; name a file of weights")
     for key, value in tensors.items():
         if isinstance(value, Tensor):
             state[key] = value.detach()

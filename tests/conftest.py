@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import train as train_script
-from examples.shapes import write_set
+from examples.shapes import SHAPE_NAMES, write_set
+from kdmini import checkpoint
+from kdmini.detection.yolo11.model import YOLO11
 from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +20,7 @@ CONFIG = """
 run: {run}
 seed: 3
 device: cpu
+allow_void: true  # the teacher has learned nothing
 data:
   root: {shapes}
   imgsz: 64
@@ -64,6 +67,20 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_file(tmp_path: Path, shapes: Path) -> Path:
     """The config of a run of four epochs in tmp_path/run."""
     return write_config(tmp_path, shapes)
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A best.pt of the tiny detector, whose BatchNorm statistics are as if it were trained: all
+    its maps are of one order of magnitude.
+    """
+    torch.manual_seed(7)
+    model = YOLO11(SHAPE_NAMES, [0.5, 0.0625, 1024])
+    for _ in range(60):
+        model(torch.rand(4, 3, 64, 64))
+    path = tmp_path_factory.mktemp("teacher") / "best.pt"
+    checkpoint.save_best(path, model, 64, 0, 0.0)
+    return path
 
 
 @pytest.fixture(scope="session")

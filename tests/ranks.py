@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdmini import distributed, engine
+from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
 from kdmini.detection.average_precision import DetectionMetric
@@ -21,9 +22,11 @@ from kdmini.device import precision
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training
+from kdmini.inputs import Inputs
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.progress import Progress
 from kdmini.signals import Stop
+from tests import splits
 
 CPU = torch.device("cpu")
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -206,6 +209,19 @@ def evaluate(data: Store, batch: int) -> dict[str, Any]:
     return {"scores": scores, "updates": metric.updates, "batches": len(loader)}
 
 
+def read(data: Store, limit: int) -> str:
+    """What is said where rank 1 has read only so many of the images."""
+    inputs = Inputs()
+    inputs.add_set("data.train", data)
+    if distributed.rank() == 1:
+        inputs = Inputs([*inputs.items()][: len(NAMES) + limit])
+    try:
+        inputs.check_ranks()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def uneven() -> dict[str, Any]:
     """Gradients of parameters that some ranks lack, and lists of unequal length."""
     rank = distributed.rank()
@@ -233,10 +249,13 @@ def work(root: Path, out: Path) -> None:
     results: dict[str, Any] = {
         "evaluate": {batch: evaluate(held_out, batch) for batch in (6, 4, 16)},
         "uneven": uneven(),
+        "read": {limit: read(data, limit) for limit in (24, 23, 20)},
     }
     Tensor.float = float_or_double  # type: ignore[method-assign]
     results["train"] = {name: train(case, data) for name, case in CASES.items()}
     results["stopped"] = stopped(data)
+    torch.rand_like = splits.same_mask
+    results["splits"] = splits.among_ranks()
     print(f"only rank {distributed.rank()} speaks")
     torch.save(results, out / f"{distributed.rank()}.pt")
     distributed.finish()

@@ -28,7 +28,26 @@ BAD = {  # overrides, what is said
     "no teacher": (["teacher=null"], r"distill.attention: needs a teacher"),
     "bad schedule": (["distill.attention.schedule=[[5, 1, 2, 0]]"], r"schedule"),
     "batch too large": (["train.batch=400"], r"train.batch: 400 is more than the 24"),
-    "image size": (["data.imgsz=100"], r"data.imgsz: 100 is not a multiple of 32"),
+    "image size": (["data.imgsz=100"], r"data: imgsz: 100 is out of range; .* multiple of 32$"),
+    "never validated": (["train.val_every=0"], r"train: val_every: 0 is out of range; use 1 to"),
+    "nothing learned": (["train.clip=0"], r"train: clip: 0 is out of range; use 1e-06 to .inf$"),
+    "uphill": (["train.clip=-1"], r"train: clip: -1 is out of range"),
+    "no images": (["train.batch=0"], r"train: batch: 0 is out of range"),
+    "seed": ([f"seed={2**70}"], r"config.yaml: seed: 1180591620717411303424 is out of range"),
+    "in a list": (
+        ["distill.attention.schedule=[[0, -1, 3, 1]]"],
+        r"distill.attention: schedule.0.1: -1 is out of range",
+    ),
+    "number or text": (["distill.kd_scale=-1"], r"distill: kd_scale: -1 is out of range; use 0"),
+    "a time": (["timeout=12:30:45"], r"timeout: expected float, got '12:30:45'"),
+    "no name": (['run=""'], r"run: '' cannot be a folder"),
+    "long name": (["run=runs/" + "a" * 300], r"run: 'runs/aa.* cannot be a folder; .* 255 bytes"),
+    "NUL": ([r'run="a\0b"'], r"run: 'a\\x00b' cannot be a folder"),
+    "one value a channel": (
+        ["train.batch=1", "data.imgsz=32"],
+        r"train.batch: one image of 32 px a process leaves a BatchNorm one value a channel",
+    ),
+    "the head tapped": (["distill.taps=[model.23]"], r"'model.23' gives no map .* but a list"),
     "unknown device": (["device=gpu"], r"device: 'gpu'"),
 }
 

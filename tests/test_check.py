@@ -3,6 +3,7 @@
 Each test below the first ones is a way in which distillation can be off in silence.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import pytest
 from torch import nn
 
 import train as train_script
-from kdmini import assemble
+from kdmini import assemble, engine
 from kdmini.distill import step
 from tests.commands import run
 
@@ -65,8 +66,8 @@ Check = Callable[..., Table]
 
 
 @pytest.fixture
-def check(config_file: Path, tmp_path: Path, capsys) -> Check:
-    """-> a call of --check with overrides.
+def check(config_file: Path, teacher_file: Path, tmp_path: Path, capsys) -> Check:
+    """-> a call of --check with a teacher that has weights, and overrides.
 
     It leaves nothing behind, and its exit names what has failed.
     """
@@ -74,7 +75,8 @@ def check(config_file: Path, tmp_path: Path, capsys) -> Check:
     def checked(*overrides: str) -> Table:
         error = ""
         try:
-            run(train_script, "--config", config_file, "--check", SOME, *overrides)
+            teacher = f"teacher.weights={teacher_file}"
+            run(train_script, "--config", config_file, "--check", SOME, teacher, *overrides)
         except SystemExit as left:
             error = str(left.code)
         text = capsys.readouterr().out
@@ -82,7 +84,7 @@ def check(config_file: Path, tmp_path: Path, capsys) -> Check:
         failed = [line.removeprefix("FAIL ").split("  ")[0] for line in lines]
         expected = f"error: --check: {', '.join(failed)} failed, see above" if failed else ""
         assert error == expected
-        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "run" / "ckpt").exists()
         return Table(text, failed)
 
     return checked
@@ -110,6 +112,18 @@ def test_it_reads_no_more_than_it_needs(check: Check) -> None:
 )
 def test_it_is_green_for_the_other_settings(check: Check, override: str) -> None:
     assert check(override).failed == []
+
+
+def test_it_says_for_how_many_images_its_ratio_is_and_what_depends_on_the_batch(
+    check: Check,
+) -> None:
+    text = check("train.batch=8", "train.nbs=32", "distill.attention.reduction=notes").text
+    assert re.search(r"KD / task gradient +[\d.]+% in updates of 32 images", text)
+    assert (
+        "warning: distill.attention: its reduction, `notes`, depends on the batch, which is 8 "
+        "here, not train.nbs=32; `sample` does not\n"
+    ) in text
+    assert "reduction" not in check("train.nbs=32", "distill.attention.reduction=sample").text
 
 
 def test_an_epoch_in_which_lambda_is_not_zero_is_looked_for(check: Check) -> None:
@@ -175,8 +189,13 @@ def test_a_teacher_whose_statistics_move(check: Check, monkeypatch) -> None:
     assert "teacher, some steps later" in check().failed
 
 
-def test_a_student_that_does_not_move(check: Check) -> None:
-    assert check("train.lr0=0", "train.warmup_bias_lr=0").failed == [
+def test_a_student_that_does_not_move(check: Check, monkeypatch) -> None:
+    def stand_still(optimizer, setting) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+    monkeypatch.setattr(engine, "apply_setting", stand_still)
+    assert check().failed == [
         "student, some steps later",
         "align and terms, some steps later",
     ]
@@ -201,6 +220,22 @@ def test_a_tap_that_does_not_fire(config_file: Path) -> None:
         run(train_script, "--config", config_file, "--check", "distill.taps=[model.23.cv2.0]")
 
 
+def test_a_teacher_that_has_no_weights(check: Check) -> None:
+    table = check("teacher.weights=null")
+    assert table.failed == ["teacher, weights", "model.22"]
+    assert "give teacher.weights" in table.text
+    assert "as in a network that is not trained" in table.text
+
+
+def test_one_of_two_terms_that_never_begins(check: Check) -> None:
+    table = check(
+        "distill.late={build: kdmini.distill.attention:AttentionTransfer, weight: 1, "
+        "schedule: [[200, 1.0, 300, 0.0]]}"
+    )
+    assert table.failed == ["weight * lambda"]
+    assert "distill.late: lambda is 0 in all 4 epochs" in table.text
+
+
 def test_a_teacher_that_detects_nothing(check: Check) -> None:
     table = check("metric={build: kdmini.detection.average_precision:DetectionMetric}")
     assert table.failed == ["teacher, held-out images"]
@@ -211,13 +246,12 @@ def test_a_teacher_that_detects_nothing(check: Check) -> None:
 
 
 def test_a_run_in_the_folder_is_neither_in_the_way_nor_touched(
-    config_file: Path, tmp_path: Path, capsys
+    check: Check, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("another run's")
-    run(train_script, "--config", config_file, "--check", SOME)
-    assert "distillation is on" in capsys.readouterr().out
+    assert check().failed == []
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     assert (folder / "config.yaml").read_text() == "another run's"
 

@@ -180,7 +180,8 @@ def test_a_process_killed_while_it_saves_again_and_again_leaves_whole_files(tmp_
 
         child = in_a_child(work)
         end = time.monotonic() + PATIENCE_S
-        while existing(folder)[-1] < numbered(folder, first) and time.monotonic() < end:
+        # beyond the first, so that what the attempt before had no time to delete is deleted
+        while existing(folder)[-1] <= numbered(folder, first) and time.monotonic() < end:
             time.sleep(PAUSE_S)
         time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
@@ -348,3 +349,73 @@ def test_nothing_to_resume_from_is_an_error(tmp_path, state):
         for path in save_twice(folder):
             path.write_bytes(path.read_bytes()[:-50])
     refused(lambda: resume(folder, {"progress": Progress()}), str(folder), "no checkpoint")
+
+
+# --- crafted: of the right form, with checksums that are right
+
+
+def spoil_rng(content: dict[str, Any]) -> None:
+    content["rng"].fill_(255)
+
+
+def name_other_parameters(content: dict[str, Any]) -> None:
+    content["optimizer"]["param_groups"][0]["params"] = [0, 0, 1, 2]
+
+
+def number_parameters_anew(content: dict[str, Any]) -> None:
+    content["optimizer"]["param_groups"][0]["params"] = [3, 2, 1, 0]
+
+
+def ascend(content: dict[str, Any]) -> None:
+    content["optimizer"]["param_groups"][0]["maximize"] = True
+
+
+def rate_beyond_float32(content: dict[str, Any]) -> None:
+    content["optimizer"]["param_groups"][0]["lr"] = 1e308
+
+
+def count_beyond_floats(content: dict[str, Any]) -> None:
+    content["progress"]["best_epoch"] = 10**400
+
+
+@pytest.mark.parametrize(
+    ("craft", "word"),
+    [
+        (spoil_rng, "is of no run"),
+        (name_other_parameters, "param_groups.0.params"),
+        (number_parameters_anew, "param_groups.0.params"),
+        (rate_beyond_float32, "param_groups.0.lr is 1e+308"),
+        (count_beyond_floats, "progress.best_epoch is 1000"),
+        (ascend, "param_groups.0.maximize is True"),
+    ],
+)
+def test_a_crafted_checkpoint_is_refused_in_one_line(tmp_path, craft, word):
+    save(tmp_path, 1, parts_of(1), CONFIG)
+    path = numbered(tmp_path, 1)
+    content = load(path)
+    craft(content)
+    save_atomic(content, path)
+    refused(lambda: resume(tmp_path, parts_of(1)), str(path), word)
+
+
+def test_the_random_states_of_more_cards_than_there_are_are_cut(tmp_path, monkeypatch):
+    save(tmp_path, 1, {"progress": Progress()}, CONFIG)
+    content = load(numbered(tmp_path, 1))
+    states = [torch.full((16,), number, dtype=torch.uint8) for number in range(4)]
+    content["cuda_rng"] = states
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.extend)
+    restore(content, {"progress": Progress()}, numbered(tmp_path, 1))
+    assert [state[0].item() for state in given] == [0, 1]
+
+
+def test_a_folder_with_the_name_of_a_checkpoint_hinders_no_save(tmp_path):
+    numbered(tmp_path, 1).mkdir()
+    for step in range(2, 6):
+        save(tmp_path, step, {"progress": Progress()}, CONFIG)
+    assert [path.name for path in existing(tmp_path) if path.is_file()] == [
+        "step_00000004.pt",
+        "step_00000005.pt",
+    ]

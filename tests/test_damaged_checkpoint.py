@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, hostile, or none at all: refused by name."""
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,38 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caps
     assert str(last) in line
     assert last.exists()
     assert not (tmp_path / "CANARY").exists()
+
+
+def test_entries_that_are_packed_are_refused_unread(path):
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    assert torch.load(path, weights_only=True)["epoch"] == OLD["epoch"]  # torch would unpack it
+    refused(lambda: load(path), str(path), "damaged")
+
+
+def test_entries_within_entries_are_refused(tmp_path):
+    """Each holds the next with its header, so a file of n bytes would unfold to n^2."""
+    depth = 30
+    inner = bytes(1000)
+    infos = []
+    for number in range(depth):
+        info = zipfile.ZipInfo(f"archive/data/{number:02}")
+        info.CRC = zlib.crc32(inner)
+        info.file_size = info.compress_size = len(inner)
+        inner = info.FileHeader() + inner
+        infos.append(info)
+    for info in infos:  # where the header of each begins: the last is the outermost
+        info.header_offset = len(inner) - (info.file_size + len(info.FileHeader()))
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.fp.write(inner)
+        archive.start_dir = len(inner)
+        archive.filelist.extend(infos)
+        archive._didModify = True
+    refused(lambda: verify(path), str(path), "it states 49,575 bytes")
 
 
 # --- no checkpoint

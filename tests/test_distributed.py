@@ -16,6 +16,7 @@ from kdmini.distill.attention import attention_map
 from kdmini.engine import Training
 from kdmini.optim import apply_setting
 from tests import ranks as ranks_script
+from tests import splits
 from tests.conftest import ROOT
 from tests.ranks import (
     BATCH,
@@ -79,7 +80,9 @@ class Halves:
             self.sums = {}
             for images, targets in self.loader.epoch(epoch):
                 setting = self.lead.recipe.at(step, steps)
-                self.backward(images, targets, epoch)
+                # the first two steps of the warm-up are updates by themselves
+                whole = self.case.accumulate if step >= 2 else 1
+                self.backward(images, targets, epoch, whole)
                 step += 1
                 micro_batches += 1
                 if micro_batches == setting.accumulate or step % steps == 0:
@@ -91,7 +94,10 @@ class Halves:
                     return self.states
         raise AssertionError("the epochs are over too early")
 
-    def backward(self, images: Tensor, targets: dict[str, Any], epoch: int) -> None:
+    def backward(
+        self, images: Tensor, targets: dict[str, Any], epoch: int, micro_batches: int
+    ) -> None:
+        """micro_batches: of the update that these images are part of."""
         losses: list[dict[str, Tensor]] = []
         feats = []
         halves = (slice(0, 2), slice(2, 4))
@@ -105,8 +111,9 @@ class Halves:
         factor = WEIGHT * self.lead.distillation.lambdas(epoch)["attention"]
         if factor > 0:
             term = factor * self.term([images[half] for half in halves], feats)
-            kd_scale = BATCH if self.case.kd_scale == "batch" else self.case.kd_scale
-            total = total + kd_scale * term
+            n = BATCH * micro_batches
+            kd_scale = n if self.case.kd_scale == "batch" else self.case.kd_scale
+            total = total + kd_scale * term / micro_batches
             means["attention"] = term
         total.backward()  # the gradient of the loss is the sum of those of the replicas
         for name, value in means.items():
@@ -263,6 +270,25 @@ def test_scores_of_two_ranks_are_those_of_one_and_no_image_counts_twice(
                 assert torch.equal(detected[key], value)
 
 
+# --- scales
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: Ranks) -> dict[str, Tensor]:
+    """The gradients of the same updates in one process, in one batch."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "rand_like", splits.same_mask)
+        return splits.among_ranks(whole=True)
+
+
+def test_updates_of_two_ranks_see_what_one_batch_does(ranks: Ranks, whole) -> None:
+    for result in ranks.results:
+        assert result["splits"].keys() == whole.keys()
+        for name, gradient in result["splits"].items():
+            apart = (gradient - whole[name]).norm() / whole[name].norm()
+            assert apart < 1e-6, name
+
+
 # --- messages between ranks
 
 
@@ -286,3 +312,17 @@ def test_what_only_one_rank_has_is_shared(ranks: Ranks, rank: int) -> None:
 def test_rank_0_speaks_for_all(ranks: Ranks) -> None:
     assert ranks.stdout.strip().splitlines()[-1] == "only rank 0 speaks"
     assert "only rank 1" not in ranks.stdout
+
+
+# --- what each has read
+
+
+def test_ranks_that_have_read_other_data_all_stop_with_its_number(ranks: Ranks) -> None:
+    for result in ranks.results:
+        assert result["read"][24] == ""
+        one = "data.train, image '000023' on rank 0 there, on rank 1 not there"
+        assert f"have not read the same: {one}; give all" in result["read"][23]
+        assert (
+            "image '000022' on rank 0 there, on rank 1 not there; and 1 more"
+            in (result["read"][20])
+        )

@@ -178,3 +178,9 @@ def test_it_goes_on_from_its_saved_state():
     assert other.updates == ema.updates == 4
     for name, value in ema.average.state_dict().items():
         assert torch.equal(value, other.average.state_dict()[name]), name
+
+
+def test_a_state_of_fewer_updates_than_none_is_refused():
+    ema = EMA(nn.Linear(1, 1), decay=0.9, tau=10)
+    with pytest.raises(ValueError, match="an average of -1 updates"):
+        ema.load_state_dict({**ema.state_dict(), "updates": -1})

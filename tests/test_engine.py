@@ -82,6 +82,7 @@ class Trained(NamedTuple):
     weight: float
     progress: Progress
     ema: EMA
+    calls: int  # of train_one_epoch
 
 
 # with these the weight moves by the gradient
@@ -102,7 +103,10 @@ def train(
     amp: bool | str = False,
     **settings: Any,
 ) -> Trained:
-    """One epoch from a weight of 1. settings: of the recipe, where it is not PLAIN."""
+    """One epoch from a weight of 1, gone on with when it is left.
+
+    settings: of the recipe, where it is not PLAIN.
+    """
     model = Line()
     recipe = Recipe(epochs=1, batch=4, amp=amp, **{**PLAIN, **settings})
     autocast, scaler = precision(amp, CPU)
@@ -117,8 +121,11 @@ def train(
         autocast=autocast,
         progress=Progress(),
     )
-    train_one_epoch(training, Stop())
-    return Trained(model.weight.item(), training.progress, training.ema)
+    calls = 0
+    while training.progress.step < len(batches):
+        train_one_epoch(training, Stop())
+        calls += 1
+    return Trained(model.weight.item(), training.progress, training.ema, calls)
 
 
 # --- scales
@@ -154,6 +161,33 @@ def test_gradients_accumulate_to_the_nominal_batch_and_an_epoch_ends_with_an_upd
 def test_an_unscaled_loss_is_the_mean_over_what_is_accumulated() -> None:
     trained = train(Batches(1.0, 2.0), nbs=8, loss_scale="none")
     assert trained.weight == pytest.approx(1 - (1 + 2) / 2)
+
+
+@pytest.mark.parametrize(
+    ("loss_scale", "kd_scale", "gradient"),
+    [
+        ("batch", 0.5, (8 * 1.5 + 5) + (4 * 4 + 5)),  # n * mean(task) + kd_scale * mean(KD)
+        ("batch", "batch", (8 * 1.5 + 80) + (4 * 4 + 40)),
+        ("none", 0.5, (1.5 + 5) + (4 + 5)),
+        ("none", "batch", (1.5 + 80) + (4 + 40)),
+    ],
+)
+def test_a_shorter_update_at_the_end_of_an_epoch_has_the_scales_of_its_own_images(
+    loss_scale: str, kd_scale: Any, gradient: float
+) -> None:
+    """Two batches of four images, then one."""
+    batches = Batches(1.0, 2.0, 4.0)
+    trained = train(batches, Extra, kd_scale, nbs=8, loss_scale=loss_scale)
+    assert trained.weight == pytest.approx(1 - gradient)
+
+
+def test_a_run_that_is_left_after_every_update_accumulates_as_one_that_is_not() -> None:
+    factors = (1.0, 2.0, 4.0, 0.5, 0.25)
+    whole = train(Batches(*factors), Extra, nbs=8, loss_scale="none")
+    parts = train(Batches(*factors), Extra, nbs=8, loss_scale="none", save_every=1)
+    assert parts.weight == whole.weight
+    assert parts.calls == 3
+    assert whole.calls == 1
 
 
 def test_what_is_logged_is_the_mean_of_the_losses() -> None:

@@ -82,6 +82,34 @@ def test_small_batches_are_accumulated_to_the_nominal_one():
     assert Recipe(epochs=1, batch=200).accumulate == 1
 
 
+@pytest.mark.parametrize(("recipe", "per_epoch"), RECIPES)
+def test_updates_follow_one_another_and_an_epoch_ends_with_one(recipe, per_epoch):
+    """An update is due once as many batches are there as hold at the step."""
+    step = 0
+    last = recipe.epochs * per_epoch
+    while step < last:
+        count = recipe.micro_batches(step, per_epoch)
+        steps = range(step, step + count)
+        due = [taken >= recipe.at(at, per_epoch).accumulate for taken, at in enumerate(steps, 1)]
+        ends = [(at + 1) % per_epoch == 0 for at in steps]
+        assert not any(due[:-1])
+        assert not any(ends[:-1])
+        assert due[-1] or ends[-1]
+        step += count
+    assert step == last
+
+
+def test_an_update_grows_while_it_is_filled_and_is_cut_at_the_end_of_an_epoch():
+    """Of a warm-up of 10 steps to 8 batches an update: 1, 1.7, 2.4, 3.1, 3.8, 4.5, 5.2, ..."""
+    recipe = Recipe(epochs=2, batch=8, warmup_epochs=0.1, warmup_steps=10)
+    assert recipe.micro_batches(0, 18) == 1
+    assert recipe.micro_batches(1, 18) == 2
+    assert recipe.micro_batches(3, 18) == 7  # begun at 3, it waits for what the last asks for
+    assert recipe.micro_batches(11, 18) == 7
+    assert recipe.micro_batches(16, 18) == 2
+    assert recipe.micro_batches(18, 18) == 8
+
+
 # --- the groups
 
 

@@ -106,6 +106,7 @@ class Nearness:
 CONFIG = """
 run: {run}
 device: cpu
+allow_void: true  # the teacher has no weights
 data:
   imgsz: 64
   augment: {{mosaic: 0}}

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -62,7 +63,7 @@ def test_nothing_is_written_before_the_run_begins(tmp_path):
 
 
 def test_a_new_run_has_its_config_and_nothing_else(folder):
-    assert sorted(os.listdir(folder.path)) == ["config.yaml", "lock"]
+    assert sorted(os.listdir(folder.path)) == ["config.yaml", "lock", "log.txt"]
     assert (folder.path / "config.yaml").read_text() == "run: runs/a\n"
     assert folder.checkpoints.parent == folder.path
     assert folder.best.parent == folder.path
@@ -87,7 +88,7 @@ def test_a_folder_without_a_run_may_be_used(tmp_path):
     path.mkdir()
     (path / "notes.txt").write_text("mine")
     RunFolder(path).begin("x: 1\n")
-    assert sorted(os.listdir(path)) == ["config.yaml", "lock", "notes.txt"]
+    assert sorted(os.listdir(path)) == ["config.yaml", "lock", "log.txt", "notes.txt"]
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path):
@@ -122,7 +123,7 @@ def test_the_table_has_every_column_that_ever_occurred(folder):
         ("1", "", "1.5", "0.25", "1"),
     ]
     assert table(folder) == [dict(zip(columns, row, strict=True)) for row in rows]
-    names = ["config.yaml", "lock", "metrics.jsonl", "results.csv"]
+    names = ["config.yaml", "lock", "log.txt", "metrics.jsonl", "results.csv"]
     assert sorted(os.listdir(folder.path)) == names
 
 
@@ -166,6 +167,53 @@ def test_rewinding_without_a_log_is_fine(folder):
     assert folder.records() == []
 
 
+# --- a folder that goes away
+
+
+def deleted(folder):
+    shutil.rmtree(folder.path)
+
+
+def deleted_and_made_anew(folder):
+    deleted(folder)
+    RunFolder(folder.path).begin("another: run\n")
+
+
+def renamed(folder):
+    folder.path.rename(folder.path.with_name("b"))
+
+
+def emptied(folder):
+    for path in folder.path.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("lose", [deleted, deleted_and_made_anew, renamed, emptied])
+def test_nothing_is_written_where_the_folder_was(folder, lose):
+    folder.log({"epoch": 0})
+    lose(folder)
+    runs = folder.path.parent
+    before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
+    refused(lambda: folder.log({"epoch": 1}), str(folder.path), "deleted, renamed or emptied")
+    refused(folder.check, "deleted, renamed or emptied")
+    assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_lost_its_folder_gets_one_beside_it(folder):
+    shutil.rmtree(folder.path)
+    for name in ("a_rescued", "a_rescued1"):
+        other = folder.beside()
+        other.begin("x: 1\n")
+        assert other.path == folder.path.with_name(name)
+        other.check()
+
+
+def test_a_lock_that_was_deleted_loses_nothing(folder):
+    (folder.path / "lock").unlink()
+    folder.log({"epoch": 0})
+    assert epochs(folder) == [0]
+
+
 # --- files
 
 
@@ -198,3 +246,28 @@ def test_a_config_is_written_as_utf_8_whatever_the_locale(tmp_path):
     plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     subprocess.run([sys.executable, "-c", BEGIN, str(tmp_path / "a")], check=True, env=plain)
     assert (tmp_path / "a" / "config.yaml").read_bytes() == "names: [café]\n".encode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1, 2]",
+        "7",
+        "null",
+        "NaN",
+        '{"loss/box": 1}',
+        '{"epoch": "2"}',
+        '{"epoch": true}',
+        "[" * 200_000,
+        '{"epoch": 1' + "0" * 5000 + "}",
+    ],
+    ids=lambda line: line[:15],
+)
+def test_a_line_that_is_json_and_no_record_is_named(folder, line):
+    folder.log({"epoch": 0})
+    lines = folder.path / "metrics.jsonl"
+    lines.write_text(lines.read_text() + line + "\n" + '{"epoch": 1}\n')
+    for look in (folder.records, lambda: resumed(folder)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl:2: .* delete that line$") as caught:
+            look()
+        assert len(str(caught.value)) < 300

@@ -15,7 +15,7 @@ import torch
 
 import eval as eval_script
 import train as train_script
-from kdmini import assemble
+from kdmini import assemble, engine
 from tests.commands import assert_equal, newest, records, run
 from tests.conftest import ROOT
 
@@ -77,7 +77,7 @@ def test_align_modules_are_saved_and_move(finished: Path) -> None:
 def test_the_teacher_is_nowhere_in_a_checkpoint(finished: Path) -> None:
     state = newest(finished / "run")
     parts = ["student", "ema", "distillation", "optimizer", "scaler", "progress"]
-    assert set(state) == {*parts, "rng", "cuda_rng", "config"}
+    assert set(state) == {*parts, "inputs", "rng", "cuda_rng", "config"}
     optimised = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
     learning = [key for key in state["student"] if not re.search("running|num_batches|dfl", key)]
     assert optimised == len(learning) + 6  # and one convolution a tap
@@ -211,10 +211,18 @@ def test_deterministic_runs_repeat_bit_for_bit_and_leave_the_setting_behind(
     assert torch.backends.cudnn.benchmark
 
 
-def test_training_stops_when_nothing_improves(config_file: Path, tmp_path: Path) -> None:
-    still = ["train.lr0=0", "train.warmup_bias_lr=0"]
-    run(train_script, "--config", config_file, "train.epochs=30", "train.patience=2", *still)
-    assert [record["epoch"] for record in records(tmp_path / "run")] == [-1, 0, 1, 2]
+@pytest.mark.parametrize(("patience", "last"), [(2, 2), (0, 4)])
+def test_training_stops_when_nothing_improves_unless_patience_is_0(
+    patience: int, last: int, config_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def stand_still(optimizer, setting) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+    monkeypatch.setattr(engine, "apply_setting", stand_still)
+    changes = ["train.epochs=5", f"train.patience={patience}"]
+    run(train_script, "--config", config_file, *changes)
+    assert records(tmp_path / "run")[-1]["epoch"] == last
 
 
 BROKEN = """

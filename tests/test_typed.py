@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from kdmini.contracts import UserError
-from kdmini.typed import fit
+from kdmini.typed import LONGEST, fit, short
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,17 @@ def test_a_value_that_does_not_fit(annotation, value, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         fit(value, annotation, "voc.yaml: s.x")
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_holds_itself_many_times_over_is_cut_before_it_is_written():
+    value = [1, 2]
+    for _ in range(60):
+        value = [value, value]
+    started = time.process_time()
+    assert len(short(value)) <= LONGEST
+    assert len(short({"a": value})) <= LONGEST
+    assert time.process_time() - started < 1
+
+
+def test_a_number_that_python_does_not_write_is_named_by_its_kind():
+    assert short(16**9000) == "int too long to show"

@@ -3,6 +3,7 @@
 import datetime
 import math
 import re
+import time
 from typing import Any
 
 import pytest
@@ -34,6 +35,34 @@ def test_a_number_with_an_exponent_is_a_float(number):
 @pytest.mark.parametrize("text", ["'5e-4'", "e3", "1e", "12e5x", "1.2.3", "07e"])
 def test_what_only_looks_like_one_is_a_text(text):
     assert parse(f"a: {text}", "case.yaml")["a"] == text.strip("'")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("-12", -12),
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("0b11", 3),
+        ("1.5", 1.5),
+        ("-.5", -0.5),
+        ("3.", 3.0),
+        (".inf", math.inf),
+        ("-.INF", -math.inf),
+    ],
+)
+def test_numbers_as_everywhere(text, value):
+    read = parse(f"a: {text}", "case.yaml")["a"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize("text", ["12:30:45", "1:30", "12:30.5", "-1:30", "010", "007", "0x"])
+def test_a_time_and_a_number_that_begins_with_0_are_texts(text):
+    assert yaml.safe_load("a: 12:30:45") == {"a": 45045}  # in base 60, by YAML 1.1
+    assert parse(f"a: {text}", "case.yaml")["a"] == text
+    assert parse(dump({"a": text}), "case.yaml") == {"a": text}
 
 
 # --- keys
@@ -134,8 +163,8 @@ def test_merged_keys(merge):
             "case.yaml:2: `<<`: expected a mapping, or a list of them, got a scalar",
         ),
         ("x: {<<: [[{}]]}", "got a sequence"),
-        ("x: &x {<<: *x, a: 1}", "case.yaml:1: `<<`: merges itself"),
-        ("x: &x {y: &y {<<: *x}, <<: *y}", "merges itself"),
+        ("x: &x {<<: *x, a: 1}", "case.yaml:1: an alias stands in what it names"),
+        ("x: &x {y: &y {<<: *x}, <<: *y}", "an alias stands in what it names"),
     ],
 )
 def test_what_cannot_be_merged(text, fault):
@@ -191,3 +220,36 @@ def test_what_is_dumped_reads_well():
     assert "한글 값" in text
     assert "&id" not in text
     assert "schedule: [[0, 2.0, 40, 0.0], [40, 0.3, 100, 0.0], [100, 0.05, .inf, 0.05]]\n" in text
+
+
+# --- aliases
+
+
+def tens(levels: int, item: str = "[{}]") -> str:
+    """Ten aliases of ten aliases, and so on."""
+    lines = ["a0: &a0 {x: 1}"]
+    for level in range(1, levels + 1):
+        aliases = ", ".join([f"*a{level - 1}"] * 10)
+        lines.append(f"a{level}: &a{level} " + item.replace("{}", aliases))
+    return "\n".join(lines)
+
+
+def test_aliases_that_make_a_thousand_values_are_read():
+    assert len(parse(tens(3), "case.yaml")["a3"]) == 10
+
+
+@pytest.mark.parametrize("item", ["[{}]", "{<<: [{}]}"], ids=["list", "merged"])
+def test_aliases_that_make_more_values_than_a_config_has_are_refused_at_once(item):
+    started = time.process_time()
+    refused("case.yaml:6: aliases make it more than 100,000 values", tens(60, item))
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a {b: [1, {c: *a}]}"])
+def test_an_alias_within_what_it_names_is_refused(text):
+    refused("case.yaml:1: an alias stands in what it names", text)
+
+
+@pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "{a: " * 3000 + "}" * 3000])
+def test_what_is_nested_too_deep_is_refused(text):
+    refused("case.yaml: brackets or sections are nested too deep", text)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from kdmini.bounds import Natural, Share, ShareBelowOne
 from kdmini.contracts import Prediction, Target, UserError
 from kdmini.data.layout import Frame, Layout, letterbox, mirror, mosaic, where, zoom
 from kdmini.data.render import render
@@ -33,14 +34,14 @@ class Augment:
     close_mosaic: last epochs without mosaic.
     """
 
-    mosaic: float = 1.0
-    translate: float = 0.1
-    scale: float = 0.5
-    fliplr: float = 0.5
-    hsv_h: float = 0.015
-    hsv_s: float = 0.7
-    hsv_v: float = 0.4
-    close_mosaic: int = 10
+    mosaic: Share = 1.0
+    translate: Share = 0.1
+    scale: ShareBelowOne = 0.5
+    fliplr: Share = 0.5
+    hsv_h: Share = 0.015
+    hsv_s: Share = 0.7
+    hsv_v: Share = 0.4
+    close_mosaic: Natural = 10
 
 
 class Draws(NamedTuple):
@@ -183,11 +184,6 @@ def frames_of(store: Store, indices: np.ndarray, letterboxed: Layout) -> list[Fr
     scale = native / stored / letterboxed.a[:, 0]
     corner = letterboxed.b[:, 0]
     return [Frame(*numbers) for numbers in zip(scale, corner, native, strict=True)]
-
-
-def check_size(imgsz: int, name: str = "data.imgsz") -> None:
-    if imgsz < 32 or imgsz % 32:
-        raise UserError(f"{name}: {imgsz} is not a multiple of 32, the largest stride")
 
 
 def check_batch(batch: int, world: int) -> None:

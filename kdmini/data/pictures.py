@@ -6,37 +6,82 @@ Legend: H rows and W columns of an image.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from kdmini.contracts import UserError
+from kdmini.data.room import ROOM
+from kdmini.files import check_kind
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow hands others to outside programs
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp")  # their endings
 MAX_PIXELS = 100_000_000  # a PNG of 200 kB can claim 1.6e9 pixels
 EXIF_ORIENTATION = 0x0112  # the tag
-QUARTER_TURNS = range(5, 9)  # its values that swap width and height
+UPRIGHT = 1  # where nothing is turned
+ORIENTATIONS = range(1, 9)  # its values
+QUARTER_TURNS = range(5, 9)  # those that swap width and height
+DEEP = 16  # bits of a value in a deep image
+
+# Pillow asks for memory in pieces of this size. Those of its default, 16 MiB, stay with the
+# thread that had them; larger ones go back to the system with the image.
+Image.core.set_block_size(64 * 2**20)
+
+
+class Decoded(NamedTuple):
+    """What an image file holds."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB, as stored: EXIF turns nothing
+    orientation: int  # as EXIF asks for it
+    used_bits: int | None  # of DEEP, by the largest value; None where values have 8 bits
 
 
 def decode(path: str | Path, formats: tuple[str, ...] = FORMATS) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB, as stored: EXIF turns nothing.
+    """An image file as (H, W, 3) uint8 RGB, as stored. Raises UserError as read() does."""
+    return read(path, formats).pixels
 
-    formats: Pillow's names of what is read. Raises UserError for a file that is
-    missing, cut short, no image, or of more than MAX_PIXELS.
+
+def read(path: str | Path, formats: tuple[str, ...] = FORMATS, bits: int = DEEP) -> Decoded:
+    """An image file.
+
+    formats: Pillow's names of what is read. bits: those that are used of values of 16 bits,
+    as of a sensor of 12; they become 8. Raises UserError for a file that is missing, cut
+    short, no image, or of more than MAX_PIXELS; and for values of more bits.
     """
     with opened(path, formats) as image:
-        if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would saturate
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if "transparency" in image.info:  # a palette with alpha; straight to RGB, Pillow warns
-            image = image.convert("RGBA")
-        return np.array(image.convert("RGB"))
+        ROOM.take(image.width * image.height)
+        deep = "16B" in str(getattr(image, "tile", ""))  # as Pillow's reader of PNG calls it
+        grey = image.mode.startswith("I")
+        if grey:  # which Pillow's convert would saturate
+            values = np.asarray(image)
+            used_bits = int(values.max()).bit_length()
+            eight = (values >> (bits - 8)).clip(max=255).astype(np.uint8)
+            pixels = np.repeat(eight[:, :, None], 3, axis=2)
+        else:
+            # a palette with alpha; of one that goes straight to RGB Pillow warns
+            opaque = image.convert("RGBA") if "transparency" in image.info else image
+            pixels = np.array(opaque.convert("RGB"))
+            used_bits = int(pixels.max()).bit_length() + 8  # of a deep image it gives the upper 8
+        picture = Decoded(pixels, orientation_of(image), used_bits if deep else None)
+
+    if deep and (used_bits > bits or (bits < DEEP and not grey)):
+        raise UserError(
+            f"{path}: its values take {used_bits} bits, which `bits: {bits}` does not scale; "
+            "correct `bits`, or store 8 bits"
+        )
+    return picture
 
 
-def turned(path: str | Path) -> bool:
-    """Whether EXIF asks for the image to be shown with width and height swapped."""
-    with opened(path) as image:
-        return image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS
+def orientation_of(image: Image.Image) -> int:
+    """As EXIF asks for it; UPRIGHT where it cannot be read, for then nobody turns the image."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # as of Pillow's readers, below
+        return UPRIGHT
+    if isinstance(orientation, int) and orientation in ORIENTATIONS:
+        return orientation
+    return UPRIGHT
 
 
 @contextmanager
@@ -46,6 +91,7 @@ def opened(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Ima
     Pixels are decoded when they are asked for, so what goes wrong within the `with` is
     a UserError too.
     """
+    check_kind(path)
     try:
         with Image.open(path, formats=formats) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:

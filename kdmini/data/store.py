@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,11 +20,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kdmini.contracts import Dataset, Target, UserError
+from kdmini.contracts import BadObjects, Dataset, Target, UserError
+from kdmini.data.digest import digest
 from kdmini.data.pictures import pack, shrink
+from kdmini.data.room import ROOM
 
 Storage = Literal["auto", "resident", "mapped"]
 OnBad = Literal["stop", "skip"]
+
+ASSUMED_FREE = 2**31  # bytes, where the system does not tell
 
 PORTION = 256  # images decoded ahead of a slow disk: bounds what waits in memory
 
@@ -35,6 +40,8 @@ class Picture(NamedTuple):
     size: tuple[int, int]  # H, W as stored
     native: tuple[int, int]  # H, W of the file
     target: Target  # in pixels of the file
+    digest: str  # of all that
+    faults: Sequence[str] = ()  # of objects that cannot be used and are not in the target
 
 
 class Store:
@@ -48,8 +55,8 @@ class Store:
         stale nor be left behind); `auto` is resident when they fill less than half of the
         device's free memory.
     limit: keep a fixed random subset of that many images.
-    on_bad: an image that cannot be decoded is reported when all have been tried: `stop` makes
-        it an error, `skip` leaves it out.
+    on_bad: images and objects that cannot be used are reported when all have been tried:
+        `stop` makes them an error, `skip` leaves them out.
     name: of the set, in messages.
     compiled: batches are rendered from it by torch.compile, which takes seconds once for each
         size of a batch.
@@ -99,11 +106,9 @@ class Store:
         counts = self.sizes.prod(1, dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]])  # (M,)
         self.targets = [picture.target for picture in decoded]
+        self.digests = [picture.digest for picture in decoded]
 
-        report = getattr(dataset, "report", None)
-        line = report() if report else ""
-        if line:
-            print(f"{name}: {line}")
+        print_report(dataset, name)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -111,14 +116,21 @@ class Store:
 
 def subset(length: int, limit: int | None) -> list[int]:
     """The images kept: all, or the same `limit` of them every time, in order."""
-    if limit is not None and limit < 1:
-        raise UserError(
-            f"data.limit: {limit} is less than one image; give 1 or more, or null for all"
-        )
     if limit is None or limit >= length:
         return list(range(length))
     chosen = np.random.default_rng(0).choice(length, limit, replace=False)
     return sorted(chosen.tolist())
+
+
+def print_report(dataset: Dataset, name: str) -> None:
+    """What the data set set right while it was read."""
+    report = getattr(dataset, "report", None)
+    try:
+        line = report() if report else ""
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    if line:
+        print(f"{name}: {line}")
 
 
 def decode_all(
@@ -127,18 +139,15 @@ def decode_all(
     """Pictures in order, decoded by threads (Pillow lets go of the interpreter's lock), with
     a progress bar.
 
-    Raises UserError after the last one for all that cannot be decoded, or leaves them out.
+    Raises UserError after the last one for all that cannot be used, or leaves them out.
     """
 
-    def picture(index: int) -> Picture | UserError:
-        try:
-            image, target = dataset[index]
-        except UserError as error:
-            return error
-        reduced = shrink(image, imgsz)
-        return Picture(pack(reduced), reduced.shape[:2], image.shape[:2], target)
+    def picture(index: int) -> Picture | str:
+        with ROOM.one_image():
+            return picture_of(dataset, index, imgsz)
 
-    problems: list[str] = []
+    bad_images: list[str] = []
+    bad_objects: list[str] = []
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         starts = range(0, len(indices), PORTION)
         portions = (pool.map(picture, indices[start : start + PORTION]) for start in starts)
@@ -146,27 +155,55 @@ def decode_all(
         bar = tqdm(results, f"decode {name}", len(indices), unit="img", disable=None)
         for result in bar:
             if isinstance(result, Picture):
+                bad_objects += result.faults
                 yield result
             else:
-                problems.append(str(result))
-    report_bad(problems, len(indices), on_bad, name)
+                bad_images.append(result)
+    report_bad(bad_images, bad_objects, len(indices), on_bad, name)
 
 
-def report_bad(problems: list[str], total: int, on_bad: OnBad, name: str) -> None:
-    """Prints the problem of every bad image on a line of its own, and raises one UserError
-    for all of them, unless they are to be skipped and others are left.
+def picture_of(dataset: Dataset, index: int, imgsz: int) -> Picture | str:
+    """One image, reduced; of one that cannot be used, what is wrong with it.
+
+    Nothing of its full size is left on return: not even an error, whose traceback holds the
+    pixels.
     """
+    faults: list[str] = []
+    try:
+        image, target = dataset[index]
+    except BadObjects as error:
+        faults = error.lines
+        image, target = error.rest
+    except UserError as error:
+        return str(error)
+    reduced = shrink(image, imgsz)
+    pixels = pack(reduced)
+    native = image.shape[:2]
+    code = digest(pixels, native, target)
+    return Picture(pixels, reduced.shape[:2], native, target, code, faults)
+
+
+def report_bad(images: list[str], objects: list[str], total: int, on_bad: OnBad, name: str) -> None:
+    """Prints what is wrong with every bad image and object on a line of its own, and raises
+    one UserError for all of them, unless they are to be skipped and images are left.
+    """
+    problems = images + objects
     if not problems:
         return
     for problem in problems:
         print(problem, file=sys.stderr)
-    count = f"{name}: {len(problems):,} of {total:,} images are bad"
-    if on_bad != "skip" or len(problems) == total:
+    counts = []
+    if images:
+        counts.append(f"{len(images):,} of {total:,} images")
+    if objects:
+        counts.append(f"{len(objects):,} objects")
+    bad = f"{name}: {' and '.join(counts)} are bad"
+    if on_bad != "skip" or len(images) == total:
         raise UserError(
-            f"{count}, as {problems[0]}. Repair or remove them, or leave them out with "
+            f"{bad}, as {problems[0]}. Repair or remove them, or leave them out with "
             "data.on_bad=skip"
         )
-    print(f"{count} and left out", file=sys.stderr)
+    print(f"{bad} and left out", file=sys.stderr)
 
 
 def resident(parts: list[np.ndarray], device: torch.device) -> Tensor:
@@ -203,4 +240,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # macOS counts only what there is, and half of that is taken to be free
+    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        with suppress(ValueError):
+            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
+    return ASSUMED_FREE

@@ -10,12 +10,23 @@ Any folder laid out like this will do. Nothing is ever written to it.
 import difflib
 import os
 import re
+from collections.abc import Collection
 from functools import cache
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from kdmini.contracts import UserError
+from kdmini.data.folders import (
+    ANNOTATIONS,
+    APPLE_DOUBLE,
+    composed,
+    files,
+    first_with,
+    names_with,
+    one_of,
+)
+from kdmini.data.pictures import IMAGES
+from kdmini.files import check_kind
 
 VOC_NAMES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle",
@@ -23,8 +34,6 @@ VOC_NAMES = [
     "diningtable", "dog", "horse", "motorbike", "person",
     "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 ]  # fmt: skip
-IMAGES = (".jpg", ".jpeg", ".png")  # endings, whatever their case
-ANNOTATIONS = (".xml",)
 
 
 class Entry(NamedTuple):
@@ -34,20 +43,32 @@ class Entry(NamedTuple):
     name: str  # of the image, without folder and ending
 
 
+class Places(NamedTuple):
+    """Where images and annotations lie in a folder, and what an image alone is."""
+
+    images: str = "JPEGImages"
+    annotations: str = "Annotations"
+    background: bool = False  # an image without an annotation is one without objects
+
+
+VOC_PLACES = Places()
+
 # --- split lists
 
 
-def list_images(root: Path, splits: list[str], exclude: list[str]) -> list[Entry]:
+def list_images(
+    root: Path, splits: list[str], exclude: list[str], places: Places = VOC_PLACES
+) -> list[Entry]:
     """The images of the splits, each photograph once, less those of the excluded splits.
 
     Prints how many were repeated, and how many left out. Raises UserError where a split
     does not exist or no image is left.
     """
-    listed = list_splits(root, splits)
-    excluded = {photograph(entry) for entry in list_splits(root, exclude)}
+    listed = list_splits(root, splits, places)
+    excluded = {photograph(entry, places) for entry in list_splits(root, exclude, places)}
     unique: dict[tuple[str, str], Entry] = {}
     for entry in listed:
-        unique.setdefault(photograph(entry), entry)
+        unique.setdefault(photograph(entry, places), entry)
     kept = [entry for identity, entry in unique.items() if identity not in excluded]
 
     title = " + ".join(splits)
@@ -64,16 +85,17 @@ def list_images(root: Path, splits: list[str], exclude: list[str]) -> list[Entry
     return kept
 
 
-def list_splits(root: Path, splits: list[str]) -> list[Entry]:
+def list_splits(root: Path, splits: list[str], places: Places) -> list[Entry]:
     """The images of several splits, one split after the other."""
     entries: list[Entry] = []
     for split in splits:
-        entries += list_split(root, split)
+        entries += list_split(root, split, places)
     return entries
 
 
-def list_split(root: Path, split: str) -> list[Entry]:
-    """The images of a split, in its order. `all` is every annotated image, listed or not.
+def list_split(root: Path, split: str, places: Places) -> list[Entry]:
+    """The images of a split, in its order. `all` is every annotated image, listed or not; and
+    every other image where those are background.
 
     Raises UserError, with the remedy, for a folder or a split that does not exist or
     lists nothing.
@@ -88,55 +110,133 @@ def list_split(root: Path, split: str) -> list[Entry]:
         remedy = f"fetch it with `python -m kdmini.tools.download --root {root}`"
 
     candidates = (root / folder_name, root / "VOCdevkit" / folder_name)
-    folder = next((path for path in candidates if (path / "Annotations").is_dir()), None)
+    folder = next((path for path in candidates if (path / places.annotations).is_dir()), None)
     if folder is None:
-        raise UserError(f"{root / folder_name}: no such folder, or no Annotations in it; {remedy}")
+        found = other_places(root, folder_name, name)
+        raise UserError(
+            f"{root / folder_name}: no such folder, or no {places.annotations} in it; "
+            f"{found or remedy}"
+        )
 
-    lists = folder / "ImageSets" / "Main"
+    known = known_names(folder, places)
+    lists = files(folder / "ImageSets" / "Main")
+    path = Path(one_of(lists.get(composed(name), []), (".txt",)))
     if name == "all":
-        names = sorted(files(folder / "Annotations", ANNOTATIONS))
-        print(f"{split}: {len(names):,} annotated images{listed_in(lists / 'trainval.txt')}")
-    elif (lists / f"{name}.txt").is_file():
-        names = read_ids(lists / f"{name}.txt")
+        names = sorted(known.all)
+        listed = listed_in(folder / "ImageSets" / "Main" / "trainval.txt", known.some)
+        print(f"{split}: {len(names):,} {known.title}{listed}")
+    elif path.name:
+        names = read_ids(path, known.some)
     else:
         # with a `_` in their names are VOC's lists per class
-        known = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)
-        choice = ", ".join(known) or "no list"
-        raise UserError(f"{lists / name}.txt: no such split ({choice}, and `all`); {remedy}")
+        usual = sorted(list_name for list_name in lists if "_" not in list_name)
+        choice = ", ".join(usual) or "no list"
+        missing = folder / "ImageSets" / "Main" / name
+        raise UserError(f"{missing}.txt: no such split ({choice}, and `all`); {remedy}")
     if not names:
         raise UserError(f"{folder}: split {name!r} lists no image; {remedy}")
     return [Entry(folder, image) for image in names]
 
 
-def listed_in(trainval: Path) -> str:
+class Known(NamedTuple):
+    """The names in a folder."""
+
+    all: set[str]  # of the split `all`
+    some: set[str]  # of any image or annotation
+    title: str  # what `all` is, and what it leaves out
+
+
+def known_names(folder: Path, places: Places) -> Known:
+    annotated = names_with(files(folder / places.annotations), ANNOTATIONS)
+    pictured = names_with(files(folder / places.images), IMAGES)
+    alone = pictured - annotated
+    known = annotated | pictured
+    if alone and places.background:
+        return Known(known, known, f"images, {len(alone):,} of them without an annotation")
+
+    remarks = ["annotated images"]
+    if alone:
+        remarks.append(f"{len(alone):,} without an annotation left out (or set background=true)")
+    others = list(os.scandir(folder / places.annotations))
+    left_by_macos = sum(item.name.startswith(APPLE_DOUBLE) for item in others)
+    if left_by_macos:
+        remarks.append(f"{left_by_macos:,} files `._*` of macOS passed over")
+    folders = sum(item.is_dir() for item in others)
+    if folders and places == VOC_PLACES:
+        remarks.append(f"{folders:,} folders in {places.annotations} not read")
+    return Known(annotated, known, ", ".join(remarks))
+
+
+def listed_in(trainval: Path, known: Collection[str]) -> str:
     """How many images the usual list has, as the end of a line; empty without the list."""
     if not trainval.is_file():
         return ""
-    return f", of which ImageSets/Main/trainval lists {len(read_ids(trainval)):,}"
+    return f", of which ImageSets/Main/trainval lists {len(read_ids(trainval, known)):,}"
 
 
-def read_ids(path: Path) -> list[str]:
+def read_ids(path: Path, known: Collection[str]) -> list[str]:
     """The names in a split file, in order. Raises UserError for one that leads elsewhere.
 
-    A second column is passed over: VOC's lists per class have -1, 0 or 1 there.
+    known: the names of files. A line is the name that it begins with, whatever ending or
+    columns come after it: VOC's lists per class have -1, 0 or 1 there, VoTT's endings too.
     """
+    check_kind(path)
     names = []
-    for line in path.read_text("utf-8-sig", "replace").split("\n"):
-        name = re.sub(r"\s+(-1|0|1)$", "", line.strip())
-        if ".." in name or re.search(r"[/\\\0]", name):
-            raise UserError(
-                f"{path}: {name!r} is not the name of an image; names have no folder and no ending"
-            )
-        if name:
-            names.append(name)
+    more = 0
+    for text in path.read_text("utf-8-sig", "replace").split("\n"):
+        line = composed(text.strip())
+        if not line:
+            continue
+        name = name_in(line, known)
+        if name not in known and (".." in name or re.search(r"[/\\\0]", name)):
+            raise UserError(f"{path}: {name!r} is not the name of an image; names have no folder")
+        names.append(name)
+        more += name != line
+    if more:
+        print(f"{path}: endings or further columns of {more:,} lines passed over")
     return names
 
+
+def name_in(line: str, known: Collection[str]) -> str:
+    """The known name of a line, as long as may be; of none that is known, the likely one."""
+    rest = line
+    while rest:
+        for name in (rest, without_ending(rest)):
+            if name in known:
+                return name
+        rest = re.sub(r"\s*\S+$", "", rest)
+    return without_ending(re.sub(r"\s+(-1|0|1)$", "", line))
+
+
+def without_ending(name: str) -> str:
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in IMAGES + ANNOTATIONS else name
+
+
+def other_places(root: Path, folder_name: str, name: str) -> str:
+    """Where XML files and images lie in a folder that is not laid out like VOC, as the end of
+    a message; empty where there are none.
+    """
+    for split_folder in (folder_name, os.path.join(folder_name, name)):
+        folder = root / split_folder
+        annotations = first_with(folder, ANNOTATIONS)
+        images = first_with(folder, IMAGES)
+        if annotations and images:
+            split = os.path.join(split_folder, "all")
+            return (
+                f"XML files lie in {annotations!r} and images in {images!r}: set the split "
+                f"to {split!r}, `annotations: {annotations}`, `images: {images}`"
+            )
+    return ""
+
+
+# --- photographs
 
 real_path = cache(os.path.realpath)  # asked for every photograph
 
 
-def photograph(entry: Entry) -> tuple[str, str]:
-    """What a photograph is known by in every set: the folder of a year, and a name in it.
+def photograph(entry: Entry, places: Places = VOC_PLACES) -> tuple[str, str]:
+    """What a photograph is known by in every set: the folder of its images, and a name in it.
 
     VOC2012 holds photographs of VOC2007 too, and calls NNNNNN 2007_NNNNNN.
     """
@@ -148,43 +248,7 @@ def photograph(entry: Entry) -> tuple[str, str]:
     if year == "VOC2012" and name.startswith("2007_"):
         year = "VOC2007"
         name = name.removeprefix("2007_")
-    return os.path.join(real_path(root), year), name
-
-
-# --- files
-
-
-def files(folder: Path, endings: tuple[str, ...]) -> dict[str, str]:
-    """Name -> path of every file with one of the endings, in the order of the names.
-
-    The path is "" for a link that leads out of the VOC-layout folder.
-    """
-    if not folder.is_dir():
-        return {}
-    inside = tuple(os.path.join(os.path.realpath(path), "") for path in (folder, folder.parent))
-    paths = {}
-    for item in sorted(os.scandir(folder), key=attrgetter("name")):
-        name, ending = os.path.splitext(item.name)
-        if ending.lower() not in endings or not item.is_file():  # a pipe would be waited for
-            continue
-        leads_out = item.is_symlink() and not os.path.realpath(item.path).startswith(inside)
-        paths[name] = "" if leads_out else item.path
-    return paths
-
-
-def find_file(paths: dict[str, str], wanted: Path) -> str:
-    """The path, among those of `files`, that is `wanted` but for the ending.
-
-    Raises UserError where there is none, and for a link that leads out of the set.
-    """
-    path = paths.get(wanted.stem)
-    if path:
-        return path
-    if path is None:
-        fault = "no such file; restore it"
-    else:
-        fault = "a link that leads out of the set; put a copy in its place"
-    raise UserError(f"{wanted}: {fault} or take {wanted.stem!r} out of the split")
+    return os.path.normpath(os.path.join(real_path(root), year, places.images)), name
 
 
 # --- class names

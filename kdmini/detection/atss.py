@@ -10,7 +10,7 @@ Legend: N images, K classes, H W cells.
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from torchvision.models import resnet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from kdmini.contracts import Losses, UserError
+from kdmini.bounds import Gain, Range
+from kdmini.contracts import Losses
 from kdmini.detection.atss_loss import LEVELS, anchors_of, deltas_to_xyxy, detection_loss
 from kdmini.detection.boxes import flatten_levels, select
 from kdmini.detection.truth import Detections, Targets
@@ -40,7 +41,7 @@ class ATSS(nn.Module):
     backbone_weights: a file of torchvision's for this backbone; it is not read where
         `weights` are given.
     weights: a best.pt of this detector.
-    width: channels of FPN and head.
+    width: channels of FPN and head, in the groups of 8 that GroupNorm takes.
     box, cls, centerness: gains of the three losses.
     """
 
@@ -53,16 +54,12 @@ class ATSS(nn.Module):
         backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50",
         backbone_weights: str | None = None,
         weights: str | None = None,
-        width: int = 256,
-        box: float = 2.0,
-        cls: float = 1.0,
-        centerness: float = 1.0,
+        width: Annotated[int, Range(8, 4096, step=8)] = 256,
+        box: Gain = 2.0,
+        cls: Gain = 1.0,
+        centerness: Gain = 1.0,
     ):
         super().__init__()
-        if width < 8 or width % 8:
-            raise UserError(
-                f"width is {width}; GroupNorm takes groups of 8 channels, so use a multiple of 8"
-            )
         self.names = list(names)
         self.gains = {"box": box, "cls": cls, "centerness": centerness}
         self.card: dict[str, Any] = {"detector": "ATSS", "backbone": backbone, "width": width}

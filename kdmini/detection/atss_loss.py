@@ -25,6 +25,7 @@ from kdmini.detection.boxes import (
     centre_inside,
     flatten_levels,
     giou,
+    images_at_once,
     left_top,
     right_bottom,
     xyxy_to_dist_ltrb,
@@ -81,6 +82,17 @@ def assign(anchors: Anchors, targets: Targets) -> Assignment:
     # one more object that is padding: G is never 0
     objects_xyxy = F.pad(targets["boxes_xyxy"], (0, 0, 0, 1))  # (N, G, 4)
     labels = F.pad(targets["labels"], (0, 1), value=-1)  # (N, G)
+    count = images_at_once(labels.shape[1], len(anchors.points))
+    groups = zip(objects_xyxy.split(count), labels.split(count), strict=True)
+    parts = [assign_together(anchors, *group) for group in groups]
+    if len(parts) == 1:
+        return parts[0]
+    owner_xyxy, owner_label = map(torch.cat, zip(*parts, strict=True))
+    return Assignment(owner_xyxy, owner_label)
+
+
+def assign_together(anchors: Anchors, objects_xyxy: Tensor, labels: Tensor) -> Assignment:
+    """As `assign`, of objects_xyxy (N, G, 4) and labels (N, G)."""
     half = anchors.sides / 2
     anchors_xyxy = torch.cat([anchors.points - half, anchors.points + half], 1)
     iou = box_iou(objects_xyxy.flatten(0, 1), anchors_xyxy)

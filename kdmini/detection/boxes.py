@@ -20,6 +20,10 @@ EPS = 1e-7  # keeps divisions finite
 INSIDE = 1e-9  # pixels by which a point has to lie inside a box
 MAX_CANDIDATES = 30_000  # of one image, before NMS: bounds its time on an untrained model
 
+# of an object and an anchor that are compared at once: an assignment takes some 50 bytes for
+# each, so 200 MB
+MOST_PAIRS = 1 << 22
+
 
 def left_top(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) -> (..., 2)."""
@@ -38,15 +42,18 @@ def width_height(boxes_xyxy: Tensor) -> Tensor:
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) -> (...), zero where a side is negative."""
-    sides = width_height(boxes_xyxy).clamp(min=0)
-    return sides[..., 0] * sides[..., 1]
+    return area(width_height(boxes_xyxy).clamp(min=0))
 
 
 def intersection(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """The area in common of boxes that broadcast, (..., 4), (..., 4) -> (...)."""
     end = torch.minimum(right_bottom(a_xyxy), right_bottom(b_xyxy))
     start = torch.maximum(left_top(a_xyxy), left_top(b_xyxy))
-    sides = (end - start).clamp(min=0)
+    return area((end - start).clamp(min=0))
+
+
+def area(sides: Tensor) -> Tensor:
+    """Width and height (..., 2) -> (...). Not by `prod`, whose gradient waits for the device."""
     return sides[..., 0] * sides[..., 1]
 
 
@@ -68,7 +75,7 @@ def ciou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     sides_a = width_height(a_xyxy)
     sides_b = width_height(b_xyxy)
     inter = intersection(a_xyxy, b_xyxy)
-    union = sides_a.prod(-1) + sides_b.prod(-1) - inter + EPS
+    union = area(sides_a) + area(sides_b) - inter + EPS
     iou = inter / union
 
     diagonal = enclosing_sides(a_xyxy, b_xyxy).square().sum(-1) + EPS
@@ -100,7 +107,7 @@ def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """
     inter = intersection(a_xyxy, b_xyxy)
     union = box_area(a_xyxy) + box_area(b_xyxy) - inter
-    enclosing = enclosing_sides(a_xyxy, b_xyxy).prod(-1)
+    enclosing = area(enclosing_sides(a_xyxy, b_xyxy))
     iou = inter / (union + EPS)
     empty = (enclosing - union) / (enclosing + EPS)
     return iou - empty
@@ -158,6 +165,15 @@ def centre_inside(points: Tensor, objects_xyxy: Tensor) -> Tensor:
     to_right_bottom = right_bottom(objects_xyxy) - points
     nearest_side = torch.minimum(to_left_top, to_right_bottom).amin(-1)
     return nearest_side > INSIDE
+
+
+def images_at_once(objects: int, anchors: int) -> int:
+    """How many images of G objects (padded) and A anchors are assigned together, 1 at least.
+
+    The shapes alone decide, so that nothing waits for the device.
+    """
+    pairs = max(objects * anchors, 1)
+    return max(MOST_PAIRS // pairs, 1)
 
 
 def select(

@@ -19,6 +19,7 @@ from kdmini.detection.boxes import box_area, intersection
 # other boxes match.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # (T,)
 MAX_DETECTIONS = 100  # COCO: of an image and class; VOC sets no limit
+MOST_PAIRS = 1 << 20  # whose overlap is computed at a time, 150 bytes for each
 
 
 class Pairs(NamedTuple):
@@ -28,13 +29,33 @@ class Pairs(NamedTuple):
 
 
 def overlapping_pairs(detections: np.ndarray, objects: np.ndarray) -> Pairs:
-    """DETECTION rows (D,) and OBJECT rows (G,), those by image -> their pairs."""
+    """DETECTION rows (D,) and OBJECT rows (G,), those by image -> their pairs.
+
+    Few of them overlap, but all are looked at: of images with a thousand objects hundreds
+    of millions, MOST_PAIRS at a time.
+    """
     first = np.searchsorted(objects["image"], detections["image"], side="left")  # (D,)
     end = np.searchsorted(objects["image"], detections["image"], side="right")
     partners = end - first  # (D,) objects in the image of each detection
-    detection_of = np.repeat(np.arange(len(detections)), partners)
-    # first, first + 1, ... end - 1 of each detection
-    start = np.cumsum(partners) - partners  # (D,) of the first pair
+    group = np.cumsum(partners) // MOST_PAIRS  # (D,) ascending
+    bounds = np.flatnonzero(np.diff(group)) + 1
+    parts = []
+    for rows in np.split(np.arange(len(detections)), bounds):
+        parts.append(near_pairs(detections, objects, rows, first[rows], partners[rows]))
+    return Pairs(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def near_pairs(
+    detections: np.ndarray,
+    objects: np.ndarray,
+    rows: np.ndarray,
+    first: np.ndarray,
+    partners: np.ndarray,
+) -> Pairs:
+    """Of the detections `rows` (D',): each with `partners` objects from `first` on, (D',)."""
+    detection_of = np.repeat(rows, partners)
+    # first, first + 1, ... first + partners - 1 of each detection
+    start = np.cumsum(partners) - partners  # (D',) of the first pair
     object_of = np.arange(len(detection_of)) + np.repeat(first - start, partners)
 
     boxes_d = torch.from_numpy(detections["boxes_xyxy"][detection_of])  # (P, 4)

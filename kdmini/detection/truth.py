@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdmini.contracts import Prediction
+from kdmini.contracts import Prediction, UserError
 from kdmini.data.layout import Frame, Layout
 from kdmini.data.render import to_device
 from kdmini.data.store import Store
@@ -52,12 +52,21 @@ class Detections(TypedDict):
 
 
 class Boxes:
-    """A `kdmini.contracts.Truth`. Difficult objects are not trained on."""
+    """A `kdmini.contracts.Truth`. Difficult objects are not trained on.
+
+    Raises UserError where there are no others.
+    """
 
     def __init__(self, store: Store):
         self.imgsz = store.imgsz
         self.device = store.device
         self.objects = objects_of(store)
+        if not len(self.objects.labels):
+            difficult = sum(int(target["difficult"].sum()) for target in store.targets)
+            raise UserError(
+                f"data.train: no object to learn from in its {len(store):,} images "
+                f"({difficult:,} difficult ones do not count); look at the annotations"
+            )
 
     def rendered(self, layout: Layout) -> dict[str, Any]:
         """-> `boxes_xyxy` and `labels` as in Targets."""

@@ -1,16 +1,9 @@
 """PASCAL VOC for detection, and every folder laid out like it: one XML file an image.
 
-An XML counts pixels from 1 and names the last one inside; boxes here are continuous and
-start at 0, so `xmin, ymin` lose 1 and `xmax, ymax` stay.
 Legend: G objects of an image.
 """
 
-import math
-import re
-import sys
-import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,39 +11,16 @@ import numpy as np
 from tqdm import tqdm
 
 from kdmini.contracts import UserError
-from kdmini.data.pictures import decode, turned
-from kdmini.data.voc import (
-    ANNOTATIONS,
-    IMAGES,
-    VOC_NAMES,
-    Entry,
-    files,
-    find_file,
-    list_images,
-    nearest,
-    photograph,
-)
+from kdmini.data.folders import ANNOTATIONS, composed, files, find_file, one_of
+from kdmini.data.pictures import DEEP, IMAGES
+from kdmini.data.voc import VOC_NAMES, Entry, Places, list_images, nearest, photograph
+from kdmini.detection.samples import Bits, Marked, Samples
 from kdmini.detection.truth import Boxes, Target
+from kdmini.detection.voc_xml import NOTHING, Annotation, read_annotation
+from kdmini.typed import short
 
-MAX_COORDINATE = 1e9  # pixels; what lies further out is a slip of the pen
+MOST_LISTED = 20  # unknown classes in a message
 QUICK = 2000  # so many annotations are read before a progress bar would be of use
-
-
-class Annotation(NamedTuple):
-    """What one XML file says."""
-
-    size: tuple[int, int] | None  # width, height; None where it does not say
-    classes: list[str]  # G
-    boxes_xyxy: np.ndarray  # (G, 4) float32, pixels, not yet clipped
-    difficult: np.ndarray  # (G,) bool
-
-
-class Object(NamedTuple):
-    """One <object> of an XML file."""
-
-    class_name: str
-    box_xyxy: list[float]  # pixels, from 0
-    difficult: bool
 
 
 class Record(NamedTuple):
@@ -60,6 +30,7 @@ class Record(NamedTuple):
     image: str  # path
     annotation: Annotation
     labels: np.ndarray  # (G,) int64
+    has_file: bool  # an XML file; else it is background
 
 
 class VOC:
@@ -71,6 +42,13 @@ class VOC:
         annotation file, listed or not.
     names: the classes, in the order of the labels; the twenty of VOC by default.
     exclude: splits whose photographs are left out, under whatever id they appear.
+    images: folder of the images in that of the split; `.` is the folder itself.
+    annotations: folder of the XML files, likewise.
+    background: an image without an XML file is one without objects, also in `all`.
+    enclose: take the upright box around a <robndbox> of roLabelImg; else it is an error.
+    bits: used of images of 16 bits, such as 12 of a thermal camera; they are scaled to 8.
+    as_stored: boxes belong to the pixels as they are stored, whatever <size> and EXIF say;
+        else an image of which that is not clear is an error.
 
     All XML files are read at construction. A photograph that several splits name is
     taken once. Target ids are "VOC2012/2007_000027".
@@ -82,12 +60,18 @@ class VOC:
 
     truth = Boxes
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the schema of a section
         self,
         root: str,
         splits: list[str],
         names: list[str] | None = None,
         exclude: list[str] | None = None,
+        images: str = "JPEGImages",
+        annotations: str = "Annotations",
+        background: bool = False,
+        enclose: bool = False,
+        bits: Bits = DEEP,
+        as_stored: bool = False,
     ):
         self.names = list(VOC_NAMES if names is None else names)
         if not self.names or len(set(self.names)) < len(self.names):
@@ -95,209 +79,101 @@ class VOC:
 
         # absolute, not resolved: a folder that is a link keeps its own name
         folder = Path(root).expanduser().absolute()
+        self.places = Places(images, annotations, background)
         entries = self._choose(folder, splits, exclude or [])
-        self.photographs = {photograph(entry) for entry in entries}
-        self.records = read_records(entries, self.names)
-
-        # noted while images are read, by index, so that threads need no lock
-        self.wrong_size: set[int] = set()  # images whose <size> is not that of the pixels
-        self.dropped: dict[int, int] = {}  # image -> boxes without a pixel inside it
+        self.photographs = {photograph(entry, self.places) for entry in entries}
+        self.records = read_records(entries, self.names, self.places, enclose)
+        self.samples = Samples(bits, as_stored)
 
     def _choose(self, root: Path, splits: list[str], exclude: list[str]) -> list[Entry]:
         """The images to read. A subclass may take fewer."""
-        return list_images(root, splits, exclude)
+        return list_images(root, splits, exclude, self.places)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        """-> image (H, W, 3) uint8 RGB, and its objects, clipped to the image.
-
-        Objects that have under 1 px left are dropped.
-        """
+        """-> image (H, W, 3) uint8 RGB, and its objects, clipped to the image."""
         record = self.records[index]
         if isinstance(record, UserError):
             raise record
         annotation = record.annotation
-        image = decode(record.image)
-        height, width = image.shape[:2]
-        if annotation.size not in (None, (width, height)):
-            self._accept_size(index, record, width, height)
-
-        corner = np.array([width, height, width, height], np.float32)
-        boxes_xyxy = annotation.boxes_xyxy.clip(0, corner)
-        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-        keep = (sides >= 1).all(1)
-        if not keep.all():
-            self.dropped[index] = int((~keep).sum())
-        return image, Target(
-            boxes_xyxy=boxes_xyxy[keep],
-            labels=record.labels[keep],
-            difficult=annotation.difficult[keep],
+        marked = Marked(
             id=record.id,
+            boxes_xyxy=annotation.boxes_xyxy,
+            labels=record.labels,
+            difficult=annotation.difficult,
+            size=annotation.size,
+            faults=annotation.faults,
         )
-
-    def _accept_size(self, index: int, record: Record, width: int, height: int) -> None:
-        """The pixels are right and <size> is not, unless EXIF says that the boxes belong to
-        a turned image: then boxes would lie wrong, and that is a UserError.
-        """
-        path = record.image
-        size = record.annotation.size
-        if size == (height, width) and turned(path):
-            sides = f"{width}x{height}, turned by EXIF, but {height}x{width} in its XML"
-            raise UserError(
-                f"{path}: {sides}, so boxes would lie wrong; store it turned and without EXIF"
-            )
-        if not self.wrong_size:
-            in_xml = "x".join(map(str, size or ()))
-            print(
-                f"{path}: {width}x{height} pixels, though its XML says {in_xml}: pixels count",
-                file=sys.stderr,
-            )
-        self.wrong_size.add(index)
+        return self.samples.sample(index, record.image, marked)
 
     def report(self) -> str:
         """What was set right in the images read so far, in one line; empty if nothing was."""
-        parts = []
-        if self.wrong_size:
-            parts.append(f"{len(self.wrong_size):,} images whose <size> is wrong")
-        if self.dropped:
-            boxes = sum(self.dropped.values())
-            parts.append(f"{boxes:,} boxes under 1 px dropped in {len(self.dropped):,} images")
-        return ", ".join(parts)
+        remarks = []
+        seen = [self.records[index] for index in self.samples.counts]
+        records = [record for record in seen if isinstance(record, Record)]
+        unsaid = sum(record.annotation.unsaid for record in records)
+        if unsaid:
+            remarks.append(f"{unsaid:,} objects that do not say if difficult, taken as not")
+        without = sum(not record.has_file for record in records)
+        if without:
+            remarks.append(f"{without:,} images without an XML file taken as background")
+        rest = self.samples.report()
+        return ", ".join([*remarks, rest] if rest else remarks)
 
 
-def read_records(entries: list[Entry], names: list[str]) -> list[Record | UserError]:
+def read_records(
+    entries: list[Entry], names: list[str], places: Places, enclose: bool
+) -> list[Record | UserError]:
     """Parse all annotations. In the place of a record is what is wrong with its files.
 
     Raises UserError when all are read, if objects are of classes that are not in names.
     """
     folders = {entry.folder for entry in entries}
-    images = {folder: files(folder / "JPEGImages", IMAGES) for folder in folders}
-    annotations = {folder: files(folder / "Annotations", ANNOTATIONS) for folder in folders}
-    label_of = {name: label for label, name in enumerate(names)}
+    images = {folder: files(folder / places.images) for folder in folders}
+    annotations = {folder: files(folder / places.annotations) for folder in folders}
+    label_of = {composed(name): label for label, name in enumerate(names)}
 
     records: list[Record | UserError] = []
     unknown: list[tuple[str, str]] = []  # file and class of each object
     hidden = len(entries) <= QUICK or None  # None: a bar on a terminal alone
     for folder, name in tqdm(entries, "annotations", unit="file", leave=False, disable=hidden):
         try:
-            image = find_file(images[folder], folder / "JPEGImages" / f"{name}.jpg")
-            path = find_file(annotations[folder], folder / "Annotations" / f"{name}.xml")
-            annotation = read_annotation(Path(path))
+            wanted = folder / places.images / f"{name}.jpg"
+            image = find_file(images[folder], wanted, IMAGES, folder)
+            path = find_annotation(annotations[folder], folder, name, places)
+            annotation = read_annotation(Path(path), enclose) if path else NOTHING
         except UserError as error:
             records.append(error)
             continue
         labels = np.array([label_of.get(known, -1) for known in annotation.classes], np.int64)
         unknown += [(path, other) for other in annotation.classes if other not in label_of]
-        records.append(Record(f"{folder.name}/{name}", image, annotation, labels))
+        records.append(Record(f"{folder.name}/{name}", image, annotation, labels, bool(path)))
 
     if unknown:
         path, first = unknown[0]
         counts = Counter(class_name for _, class_name in unknown)
-        listed = ", ".join(f"{class_name!r} {count:,}x" for class_name, count in counts.items())
+        common = counts.most_common(MOST_LISTED)
+        listed = ", ".join(f"{short(class_name)} {count:,}x" for class_name, count in common)
+        if len(counts) > MOST_LISTED:
+            listed += f" and {len(counts) - MOST_LISTED:,} more"
+        near = nearest(first, names)
         raise UserError(
-            f"{path}: unknown class {first!r}, the nearest known is {nearest(first, names)!r}; "
+            f"{path}: unknown class {short(first)}, the nearest known is {near!r}; "
             f"list the classes in `names:` (unknown: {listed})"
         )
     return records
 
 
-# --- XML
-
-
-def read_annotation(path: Path) -> Annotation:
-    """Read one XML file.
-
-    Raises UserError with file, and line or object, for anything that is not VOC.
-    """
-    text = read_text(path)
-    try:
-        root = ET.fromstring(text)
-    except (ET.ParseError, ValueError) as error:
-        line = error.position[0] if isinstance(error, ET.ParseError) else 1
-        raise UserError(
-            f"{path}:{line}: not an XML file ({error}); repair it or take it out of the split"
-        ) from None
-    if root.tag != "annotation":
-        raise UserError(
-            f"{path}:1: <{root.tag}> instead of <annotation>; is this a VOC annotation?"
-        )
-
-    objects = list(read_objects(path, root))
-    boxes = [thing.box_xyxy for thing in objects]
-    return Annotation(
-        size=read_size(root),
-        classes=[thing.class_name for thing in objects],
-        boxes_xyxy=np.array(boxes, np.float32).reshape(-1, 4),
-        difficult=np.array([thing.difficult for thing in objects], bool),
+def find_annotation(paths: dict[str, list[str]], folder: Path, name: str, places: Places) -> str:
+    """The path of the XML file; "" of an image that is background. Raises UserError."""
+    wanted = folder / places.annotations / f"{name}.xml"
+    if one_of(paths.get(name, []), ANNOTATIONS):
+        return find_file(paths, wanted, ANNOTATIONS, folder)
+    if places.background:
+        return ""
+    raise UserError(
+        f"{wanted}: no such file; restore it or take {name!r} out of the split, or set "
+        "`background: true` if its image has no objects"
     )
-
-
-def read_text(path: Path) -> str:
-    """The text of an XML file without entities, which can grow without bound or name other
-    files.
-
-    They are refused before the parser sees them. So is a zero byte, for then the parser
-    would read UTF-16, and find entities that this search cannot.
-    """
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-    refused = re.search(r"<!DOCTYPE|<!ENTITY|\0", text)
-    if refused:
-        line = text.count("\n", 0, refused.start()) + 1
-        raise UserError(
-            f"{path}:{line}: {refused[0]!r} has no place in an annotation; remove it, save as UTF-8"
-        )
-    return text
-
-
-def read_size(root: ET.Element) -> tuple[int, int] | None:
-    """-> width, height; None where the file does not say, or says no number."""
-    try:
-        width = int(root.findtext("size/width", ""))
-        height = int(root.findtext("size/height", ""))
-    except ValueError:
-        return None
-    return width, height
-
-
-def read_objects(path: Path, root: ET.Element) -> Iterator[Object]:
-    """The objects of a file, checked. Direct children only: a <part> has a box of its own."""
-    for number, element in enumerate(root.findall("object"), 1):
-        class_name = (element.findtext("name") or "").strip()
-        where = f"{path}: object {number} ({class_name!r})"
-        box_xyxy = read_box(where, element)
-        difficult = (element.findtext("difficult") or "0").strip()
-        if not class_name or difficult not in ("", "0", "1"):
-            raise UserError(
-                f"{where}: <name> is empty or <difficult> is {difficult!r}, not 0 or 1; correct it"
-            )
-        yield Object(class_name, box_xyxy, difficult == "1")
-
-
-def read_box(where: str, element: ET.Element) -> list[float]:
-    """The <bndbox> of an object, from 0. `where` names the object in an error."""
-    box = []
-    for side in ("xmin", "ymin", "xmax", "ymax"):
-        text = (element.findtext(f"bndbox/{side}") or "").strip()
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not abs(number) < MAX_COORDINATE:  # NaN too
-            raise UserError(
-                f"{where}: {side} is {text!r}, not a number of pixels; correct its <bndbox>"
-            )
-        box.append(number)
-    xmin, ymin, xmax, ymax = box
-    if xmin > xmax or ymin > ymax:
-        raise UserError(f"{where}: corners are swapped in {box}; xmin, ymin come before xmax, ymax")
-    return [xmin - 1, ymin - 1, xmax, ymax]

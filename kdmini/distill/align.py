@@ -9,9 +9,10 @@ from typing import Literal
 
 from torch import nn
 
+from kdmini.bounds import Count
 from kdmini.contracts import Feats
 
-Shapes = Mapping[str, tuple[int, int, int, int]]  # tap -> (Cs, Ct, H, W)
+Shapes = Mapping[str, tuple[Count, Count, Count, Count]]  # tap -> (Cs, Ct, H, W)
 Mode = Literal["all", "unequal", "none", "frozen"]
 
 

@@ -4,15 +4,16 @@ Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, 
 Legend: N images, C channels, H W cells.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdmini import distributed
+from kdmini.bounds import Range
 from kdmini.contracts import Targets, View
 
-EPS = 1e-8
+EPS = 1e-8  # of the research notes; it dims the map of features whose energy is as small
 
 
 def attention_map(feat: Tensor, p: float = 2.0) -> Tensor:
@@ -29,6 +30,18 @@ def attention_map(feat: Tensor, p: float = 2.0) -> Tensor:
     # vector_norm has gradient 0 at 0; a hand-written square root would give NaN there
     norm = torch.linalg.vector_norm(energy, dim=(1, 2), keepdim=True)
     return energy / (norm + EPS)
+
+
+def to_largest(feat: Tensor) -> Tensor:
+    """(N, C, H, W) -> the same, divided by the largest activation of each image.
+
+    The norm of the energy is then 1 at least, and eps a part in 10^8 of it. Maps to look at
+    and to measure are made of these: in evaluation an untrained network fires so weakly that
+    eps would dim its maps to nothing, which is at 1 from any teacher. Zeros stay zeros.
+    """
+    feat = feat.to(torch.promote_types(feat.dtype, torch.float32))
+    largest = feat.abs().amax((1, 2, 3), keepdim=True)
+    return feat / largest.clamp(min=torch.finfo(feat.dtype).tiny)
 
 
 def map_distance(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
@@ -55,7 +68,9 @@ class AttentionTransfer(nn.Module):
     uses = frozenset({"feats"})
 
     def __init__(
-        self, reduction: Literal["notes", "sample", "mean_square"] = "notes", p: float = 2.0
+        self,
+        reduction: Literal["notes", "sample", "mean_square"] = "notes",
+        p: Annotated[float, Range(1, 8)] = 2.0,
     ):
         super().__init__()
         self.reduction = reduction

@@ -1,8 +1,14 @@
 """lambda(t): how strongly a term counts in epoch t."""
 
 from collections.abc import Sequence
+from typing import Annotated, TypeAlias
 
+from kdmini.bounds import Gain, Range
 from kdmini.contracts import UserError
+
+Start = Annotated[float, Range(0, 100_000)]
+End = Annotated[float, Range(0, float("inf"))]
+Segment: TypeAlias = tuple[Start, Gain, End, Gain]  # start epoch, value, end epoch, value
 
 
 def check_segments(segments: Sequence[Sequence[float]]) -> None:

@@ -10,10 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdmini.bounds import Gain
 from kdmini.contracts import Feats, Losses, Targets, Term, UserError, View
 from kdmini.distill.align import Align, Mode, Shapes
-from kdmini.distill.attention import map_distance
-from kdmini.distill.schedule import check_segments, piecewise_linear
+from kdmini.distill.attention import map_distance, to_largest
+from kdmini.distill.schedule import Segment, check_segments, piecewise_linear
 from kdmini.distill.taps import Taps, feats_of
 
 ALWAYS = ((0.0, 1.0, float("inf"), 1.0),)
@@ -28,8 +29,8 @@ class Weighted(NamedTuple):
     """
 
     term: Term
-    weight: float
-    schedule: Sequence[Sequence[float]] = ALWAYS
+    weight: Gain
+    schedule: Sequence[Segment] = ALWAYS
 
 
 class Teacher(NamedTuple):
@@ -48,8 +49,8 @@ class Distillation(nn.Module):
     Its parameters and its state_dict are those of the align modules and the terms, never the
     teacher's.
     taps: {name of a submodule of the student: name of the teacher's}.
-    kd_scale: what the loop multiplies the sum of the terms by: a number, or "batch" for the
-        batch size.
+    kd_scale: what the loop multiplies the sum of the terms, a mean over the images of an
+        update, by: a number, or "batch" for the number of those images.
     """
 
     def __init__(
@@ -148,17 +149,19 @@ class Distillation(nn.Module):
         "raw/TAP": scalar}, and over the taps: {"aligned", "raw": scalar}.
 
         Both with the align modules and without: a trained align module can take up the loss
-        in the student's place.
+        in the student's place. Of maps of unit norm, however weak the features, where the eps
+        of training would dim those of an untrained student.
         """
         student.forward(images)  # not compiled once more to look at a few batches
         feats = self.student_taps.take()
         teacher = self.teacher_view(images)
         if teacher is None or not self.taps:
             return {}
+        goals = {tap: to_largest(feat) for tap, feat in teacher.feats.items()}
         distances: dict[str, Tensor] = {}
         for kind, ours in {"aligned": self.align(feats), "raw": feats}.items():
             by_tap = {
-                f"{kind}/{tap}": map_distance(ours[tap], teacher.feats[tap]).sum()
+                f"{kind}/{tap}": map_distance(to_largest(ours[tap]), goals[tap]).sum()
                 for tap in self.taps
             }
             distances[kind] = torch.stack([*by_tap.values()]).sum()

@@ -44,7 +44,7 @@ class Taps:
     def take(self) -> Feats:
         """-> {name: (N, C, H, W)} of the last forward pass, and forgets it.
 
-        Raises UserError where a tap did not fire.
+        Raises UserError where a tap did not fire, or gave something else.
         """
         feats = self._feats
         self._feats = {}
@@ -54,6 +54,12 @@ class Taps:
                 f"distill.taps: {', '.join(silent)} did not fire in a forward pass; "
                 "name submodules that the detector calls, and no part of its head"
             )
+        for name, feat in feats.items():
+            if not isinstance(feat, Tensor) or feat.ndim != 4:
+                raise UserError(
+                    f"distill.taps: {name!r} gives no map of features but "
+                    f"{shape_of(feat)}; name layers before the head"
+                )
         return feats
 
     def remove(self) -> None:
@@ -70,6 +76,12 @@ def feats_of(model: nn.Module, names: Sequence[str], images: Tensor) -> Feats:
     model.eval()(images)
     taps.remove()
     return taps.take()
+
+
+def shape_of(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of {output.ndim} dimensions"
+    return f"a {type(output).__name__}"
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -40,13 +40,14 @@ to the library; on CUDA that call waits for the device to learn whether it conve
 no other term does.
 """
 
-import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from kdmini.bounds import Power, Range, Temperature
 from kdmini.contracts import Targets, UserError, View
-from kdmini.terms.pairs import check_temperature, wide
+from kdmini.terms.pairs import wide
 
 TINY = 1e-12  # a teacher's map without any structure teaches nothing: L is 0, not NaN
 
@@ -69,32 +70,21 @@ class AffinityDistillation(nn.Module):
 
     def __init__(
         self,
-        grid: int = 8,
-        rank: int = 16,
-        temperature: float = 0.25,
-        emphasis: float = 1.0,
-        background: float = 0.25,
+        grid: Annotated[int, Range(2, 20)] = 8,
+        rank: Annotated[int, Range(1, 20**2 - 1)] = 16,
+        temperature: Temperature = 0.25,
+        emphasis: Power = 1.0,
+        background: Annotated[float, Range(0, 1, above=True)] = 0.25,
     ):
         super().__init__()
-        if grid < 2:
-            raise UserError(f"distill: grid is {grid}, the positions a side; use 2 or more")
         most = grid**2 - 1
-        if not 1 <= rank <= most:
+        if rank > most:
             raise UserError(
                 f"distill: rank is {rank}, the eigenvectors kept of {most}; use 1 to {most}"
             )
-        if not 0 <= emphasis < math.inf:
-            raise UserError(
-                f"distill: emphasis is {emphasis}, the power of the eigenvalues; use 0 or more"
-            )
-        if not 0 < background <= 1:
-            raise UserError(
-                f"distill: background is {background}, its weight beside 1 in a box; "
-                "use above 0 to 1"
-            )
         self.grid = grid
         self.rank = rank
-        self.temperature = check_temperature(temperature)
+        self.temperature = temperature
         self.emphasis = emphasis
         self.background = background
 

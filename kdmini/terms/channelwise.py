@@ -15,8 +15,9 @@ has a bare 1x1 convolution.
 import torch
 from torch import Tensor, nn
 
+from kdmini.bounds import Temperature
 from kdmini.contracts import Targets, View
-from kdmini.terms.pairs import aligned, check_temperature, softmax_kl
+from kdmini.terms.pairs import aligned, softmax_kl
 
 
 class ChannelWise(nn.Module):
@@ -27,9 +28,9 @@ class ChannelWise(nn.Module):
 
     uses = frozenset({"feats"})
 
-    def __init__(self, temperature: float = 1.0):
+    def __init__(self, temperature: Temperature = 1.0):
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = temperature
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         each = []

@@ -38,6 +38,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdmini.bounds import Share
 from kdmini.contracts import Targets, UserError, View
 from kdmini.distill.align import Shapes
 from kdmini.distill.attention import map_distance
@@ -72,8 +73,8 @@ class FrequencyAttention(nn.Module):
         self,
         shapes: Shapes,
         strategy: Literal["basic", "inverse", "teacher", "student", "both"] = "basic",
-        radius: float | dict[str, float] = 0.5,
-        low: float | dict[str, float] | None = None,
+        radius: Share | dict[str, Share] = 0.5,
+        low: Share | dict[str, Share] | None = None,
     ):
         super().__init__()
         self.strategy = strategy
@@ -151,13 +152,11 @@ def per_tap(
 ) -> dict[str, float]:
     """-> {tap: value in 0..1} for all taps of `defaults`.
 
-    Raises UserError for an unknown tap and for a value out of range.
+    Raises UserError for an unknown tap.
     """
     named = setting if isinstance(setting, Mapping) else dict.fromkeys(defaults, setting)
-    for tap, value in named.items():
+    for tap in named:
         if tap not in defaults:
             taps = ", ".join(defaults)
             raise UserError(f"distill: {key} names {tap}, which is no tap; the taps are {taps}")
-        if not 0 <= value <= 1:
-            raise UserError(f"distill: {key} is {value}; use 0 to 1")
     return {**defaults, **named}

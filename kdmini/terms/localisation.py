@@ -9,6 +9,8 @@ temperature.
     L   = tau^2 * sum_a w_a * mean_e KL(softmax(t_ae / tau) || softmax(s_ae / tau))
                 / sum_a w_a
 
+Both sums go over all images and cells; with `reduction: sample` over the cells of an
+image, and L is the mean over the images.
 Simplified: the teacher's confidence weighs the cells, where the paper takes the
 assigned cells and a "valuable region" around them. Only cells near an object can tell
 where its sides are.
@@ -16,10 +18,19 @@ Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), the R logits o
 side in a row, then classes.
 """
 
+from typing import Annotated
+
 from torch import Tensor, nn
 
-from kdmini.contracts import Targets, UserError, View
-from kdmini.terms.pairs import check_temperature, confidence, softmax_kl, split, weighted_mean
+from kdmini.bounds import Range, Temperature
+from kdmini.contracts import Targets, View
+from kdmini.terms.pairs import (
+    Reduction,
+    confidence,
+    softmax_kl,
+    split,
+    weighted_mean,
+)
 
 
 class LocalisationDistillation(nn.Module):
@@ -27,18 +38,22 @@ class LocalisationDistillation(nn.Module):
 
     temperature: tau, which both softmaxes divide by.
     reg_max: R, the bins of a side in the preds of both networks.
+    reduction: `batch`, one mean over the cells of all images of a batch; `sample`, a mean
+        for each image, which accumulation does not change.
     """
 
     uses = frozenset({"preds"})
 
-    def __init__(self, temperature: float = 10.0, reg_max: int = 16):
+    def __init__(
+        self,
+        temperature: Temperature = 10.0,
+        reg_max: Annotated[int, Range(2, 256)] = 16,
+        reduction: Reduction = "batch",
+    ):
         super().__init__()
-        self.temperature = check_temperature(temperature)
-        if reg_max < 2:
-            raise UserError(
-                f"distill: reg_max is {reg_max}; a distribution of distances has at least 2 bins"
-            )
+        self.temperature = temperature
         self.reg_max = reg_max
+        self.reduction = reduction
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         shape = (4, self.reg_max)
@@ -47,4 +62,5 @@ class LocalisationDistillation(nn.Module):
         t = logits.sides.detach().unflatten(1, shape)
 
         divergence = softmax_kl(s, t, 2, self.temperature).mean(1)  # (N, A)
-        return weighted_mean(divergence, confidence(logits.classes.detach()))
+        weight = confidence(logits.classes.detach())
+        return weighted_mean(divergence, weight, self.reduction)

@@ -12,7 +12,8 @@ student and teacher, tau the temperature.
     L   = tau^2 * sum_a w_a^gamma * KL(pi(t_a / tau) || pi(s_a / tau)) / sum_a w_a^gamma
     pi  = softmax over the classes, or one sigmoid a class, and KL then their sum
 
-Both sums go over all images and cells.
+Both sums go over all images and cells; with `reduction: sample` over the cells of an
+image, and L is the mean over the images.
 Simplified: w is the teacher's confidence, where Yang et al. weigh by the difference of
 the scores. `form: softmax` with `gamma: 0` is the loss of the research notes:
 `batchmean` over rows of classes.
@@ -21,14 +22,15 @@ Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), box sides firs
 ATSS.
 """
 
-import math
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
+from kdmini.bounds import Bins, Power, Temperature
 from kdmini.contracts import Targets, UserError, View
 from kdmini.terms.pairs import (
-    check_temperature,
+    Reduction,
     confidence,
     sigmoid_kl,
     softmax_kl,
@@ -45,6 +47,8 @@ class LogitDistillation(nn.Module):
     temperature: tau, which the logits of both networks are divided by.
     gamma: power of the confidence; 0 counts all cells alike.
     reg_max: R, the bins of a box side in preds.
+    reduction: `batch`, one mean over the cells of all images of a batch; `sample`, a mean
+        for each image, which accumulation does not change.
     """
 
     uses = frozenset({"preds"})
@@ -52,19 +56,23 @@ class LogitDistillation(nn.Module):
     def __init__(
         self,
         form: Literal["sigmoid", "softmax"] = "sigmoid",
-        temperature: float = 4.0,
-        gamma: float = 1.0,
-        reg_max: int = 16,
+        temperature: Temperature = 4.0,
+        gamma: Power = 1.0,
+        reg_max: Bins = 16,
+        reduction: Reduction = "batch",
+        names: Sequence[str] = (),
     ):
         super().__init__()
-        self.form = form
-        self.temperature = check_temperature(temperature)
-        if not 0 <= gamma < math.inf:
+        if form == "softmax" and len(names) == 1:
             raise UserError(
-                f"distill: gamma is {gamma}, the power of the teacher's confidence; use 0 or more"
+                "distill: softmax over one class is 1 whatever the logits, so the term has no "
+                "gradient; use form: sigmoid"
             )
+        self.form = form
+        self.temperature = temperature
         self.gamma = gamma
         self.reg_max = reg_max
+        self.reduction = reduction
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         s = split(student.preds, self.reg_max).classes  # (N, K, A)
@@ -73,4 +81,5 @@ class LogitDistillation(nn.Module):
             divergence = softmax_kl(s, t, 1, self.temperature)
         else:
             divergence = sigmoid_kl(s, t, self.temperature).sum(1)
-        return weighted_mean(divergence, confidence(t) ** self.gamma)  # both (N, A)
+        weight = confidence(t) ** self.gamma
+        return weighted_mean(divergence, weight, self.reduction)  # both (N, A)

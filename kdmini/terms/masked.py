@@ -18,7 +18,8 @@ alone: they are no part of the student.
 import torch
 from torch import Tensor, nn
 
-from kdmini.contracts import Targets, UserError, View
+from kdmini.bounds import ShareBelowOne
+from kdmini.contracts import Targets, View
 from kdmini.distill.align import Shapes
 from kdmini.terms.pairs import aligned
 
@@ -31,12 +32,8 @@ class MaskedGeneration(nn.Module):
 
     uses = frozenset({"feats"})
 
-    def __init__(self, shapes: Shapes, masked: float = 0.65):
+    def __init__(self, shapes: Shapes, masked: ShareBelowOne = 0.65):
         super().__init__()
-        if not 0 <= masked < 1:
-            raise UserError(
-                f"distill: masked is {masked}, the share of cells to hide; use 0 to below 1"
-            )
         self.masked = masked
         widths = [teacher_channels for _, teacher_channels, _, _ in shapes.values()]
         self.generators = nn.ModuleList(generator(width) for width in widths)

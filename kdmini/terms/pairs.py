@@ -8,9 +8,8 @@ Legend: N images, C channels, H W cells of a map, A cells of all levels, K class
 bins of a box side (`reg_max`), tau the temperature.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,11 @@ from kdmini.contracts import UserError, View
 
 # far below the scores of an untrained head; a teacher that sees nothing gives 0, no NaN
 EPS = 1e-12
+
+# What weights or statistics of a term are taken over: all images that a process renders for a
+# step, or each image, and then the mean of the images. Only the second is the same however an
+# update is split into batches.
+Reduction = Literal["batch", "sample"]
 
 # --- feature maps
 
@@ -116,16 +120,10 @@ def confidence(logits: Tensor) -> Tensor:
     return logits.sigmoid().amax(1)
 
 
-def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """sum(weight * values) / sum(weight), both of one shape; 0 without any weight."""
-    return (values * weight).sum() / weight.sum().clamp(min=EPS)
-
-
-# --- settings
-
-
-def check_temperature(temperature: float) -> float:
-    """The temperature itself. Raises UserError unless it is above 0 and finite."""
-    if not 0 < temperature < math.inf:
-        raise UserError(f"distill: temperature is {temperature}; it has to be above 0")
-    return temperature
+def weighted_mean(values: Tensor, weight: Tensor, reduction: Reduction) -> Tensor:
+    """sum(weight * values) / sum(weight), both (N, ...) -> scalar; 0 without any weight."""
+    if reduction == "batch":
+        return (values * weight).sum() / weight.sum().clamp(min=EPS)
+    total = (values * weight).flatten(1).sum(1)  # (N,)
+    whole = weight.flatten(1).sum(1)
+    return (total / whole.clamp(min=EPS)).mean()

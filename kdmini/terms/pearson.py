@@ -9,7 +9,8 @@ and teacher, F either of them.
     L  = sum_l mean over N, C, H, W of (S'_l - T'_l)^2 / 2
        = sum_l mean_c (1 - r_lc)              r_lc the correlation of channel c at tap l
 
-Simplified: nothing. The statistics are those of the micro-batch of one process.
+Simplified: nothing. The statistics are those of the images that one process sees at once;
+with `reduction: sample` of each image, over H, W, and L is the mean over the images.
 """
 
 import torch
@@ -17,22 +18,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdmini.contracts import Targets, View
-from kdmini.terms.pairs import aligned
+from kdmini.terms.pairs import Reduction, aligned
 
 EPS = 1e-6  # beside the variance: bounds the gradient of a channel that is constant
 
 
 class PearsonDistillation(nn.Module):
-    """One minus the correlation, the mean over the channels, summed over the taps."""
+    """One minus the correlation, the mean over the channels, summed over the taps.
+
+    reduction: `batch`, a correlation over the cells of all images of a batch; `sample`, one
+        for each image, which accumulation does not change.
+    """
 
     uses = frozenset({"feats"})
 
+    def __init__(self, reduction: Reduction = "batch"):
+        super().__init__()
+        self.reduction = reduction
+        self.standardise = standardise if reduction == "batch" else standardise_each
+
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         pairs = aligned(student, teacher).values()
-        each = [(standardise(s) - standardise(t)).square().mean() / 2 for s, t in pairs]
+        each = [(self.standardise(s) - self.standardise(t)).square().mean() / 2 for s, t in pairs]
         return torch.stack(each).sum()
 
 
 def standardise(feat: Tensor) -> Tensor:
     """(N, C, H, W) -> the same, each channel with mean 0 and variance 1."""
     return F.batch_norm(feat, None, None, training=True, eps=EPS)
+
+
+def standardise_each(feat: Tensor) -> Tensor:
+    """(N, C, H, W) -> the same, each channel of each image with mean 0 and variance 1."""
+    return F.instance_norm(feat, eps=EPS)

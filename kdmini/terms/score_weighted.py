@@ -3,7 +3,8 @@
 Source: the distillation built into the `ultralytics` package (8.4.77 and later), from
 its description, not from its code: one loss, the squared distance of the features of
 layers 16, 19 and 22, weighted by the teacher's scores. The formula is the same, so the
-weights are comparable too: `weight: 6` with `kd_scale: batch` is its `dis=6`.
+weights are comparable too: `weight: 6` with `kd_scale: batch` is its default, `dis=6`.
+Its projector, which takes the place of `align`, has two convolutions and no norm.
 Legend: N images, C channels, H W cells, K classes (k one of them), R bins of a box side
 (`reg_max`), l a tap, n an image, h w a cell, c a channel, S and T the aligned maps of
 student and teacher.
@@ -11,6 +12,7 @@ student and teacher.
     w_nhw = max_k sigmoid(class logit k of the teacher), of the level as large as l
     L     = sum_l [ sum_nhw w_nhw * mean_c (S_l - T_l)^2 / sum_nhw w_nhw ]
 
+With `reduction: sample` the sums go over h and w, and L is the mean over the images.
 Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), box sides first.
 `reg_max: 0`: classes alone.
 """
@@ -18,21 +20,25 @@ Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), box sides firs
 import torch
 from torch import Tensor, nn
 
+from kdmini.bounds import Bins
 from kdmini.contracts import Targets, UserError, View
-from kdmini.terms.pairs import aligned, check_preds, confidence, weighted_mean, wide
+from kdmini.terms.pairs import Reduction, aligned, check_preds, confidence, weighted_mean, wide
 
 
 class ScoreWeighted(nn.Module):
     """The squared difference of the maps, weighted by the teacher's scores.
 
     reg_max: R, the bins of a box side in the teacher's preds.
+    reduction: `batch`, one mean over the cells of all images of a batch; `sample`, a mean
+        for each image, which accumulation does not change.
     """
 
     uses = frozenset({"feats", "preds"})
 
-    def __init__(self, reg_max: int = 16):
+    def __init__(self, reg_max: Bins = 16, reduction: Reduction = "batch"):
         super().__init__()
         self.reg_max = reg_max
+        self.reduction = reduction
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         scores = {}  # (H, W) -> (N, H, W)
@@ -49,5 +55,5 @@ class ScoreWeighted(nn.Module):
                     "no level of the preds; leave it out"
                 )
             distance = (s - t).square().mean(1)  # (N, H, W)
-            each.append(weighted_mean(distance, scores[size]))
+            each.append(weighted_mean(distance, scores[size], self.reduction))
         return torch.stack(each).sum()

@@ -36,16 +36,18 @@ maps (N, 4R + K, H, W) with R = 16. Nothing of this is in best.pt.
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdmini.bounds import Gain, Range, Temperature
 from kdmini.contracts import Model, Targets, UserError, View
 from kdmini.distill.align import Shapes
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.terms.logits import LogitDistillation
-from kdmini.terms.pairs import check_preds
+from kdmini.terms.pairs import Reduction, check_preds
 
 LEVELS = 3  # of the pyramid, at strides 8, 16 and 32
 EPS = 1e-4  # EfficientDet's, in the shares of what is fused
@@ -60,6 +62,7 @@ class SelfTeacher(nn.Module):
     attention: weight of the imitation of its attention maps, beside 1 of its task loss.
     soft: weight of the imitation of its class scores.
     temperature: tau, which both networks' class logits are divided by.
+    reduction: of the imitation of class scores; see LogitDistillation.
     box, cls, dfl: gain of that loss in its task loss; the student's by default.
     """
 
@@ -70,13 +73,14 @@ class SelfTeacher(nn.Module):
         self,
         shapes: Shapes,
         student: Model,
-        width: int = 64,
-        attention: float = 1.0,
-        soft: float = 0.1,
-        temperature: float = 4.0,
-        box: float | None = None,
-        cls: float | None = None,
-        dfl: float | None = None,
+        width: Annotated[int, Range(1, 4096)] = 64,
+        attention: Gain = 1.0,
+        soft: Gain = 0.1,
+        temperature: Temperature = 4.0,
+        reduction: Reduction = "batch",
+        box: Gain | None = None,
+        cls: Gain | None = None,
+        dfl: Gain | None = None,
     ):
         super().__init__()
         self.channels = {tap: channels for tap, (channels, *_) in shapes.items()}
@@ -86,14 +90,9 @@ class SelfTeacher(nn.Module):
                 f"these are {len(shapes)}"
             )
         widest = max(self.channels.values())
-        if not 0 < width < widest:
+        if width >= widest:
             raise UserError(
                 f"distill: width is {width}; use 1 to {widest - 1}, narrower than the widest tap"
-            )
-        if min(attention, soft) < 0:
-            raise UserError(
-                f"distill: attention is {attention} and soft {soft}, weights of losses; "
-                "use 0 or more"
             )
         make_head = getattr(student, "make_head", None)
         if make_head is None:
@@ -102,6 +101,7 @@ class SelfTeacher(nn.Module):
                 f"{type(student).__name__} has none"
             )
 
+        self.reduction = reduction
         self.attention_weight = attention
         self.soft_weight = soft
         # the method alone: the student, as a submodule, would be optimised and saved twice
@@ -110,7 +110,7 @@ class SelfTeacher(nn.Module):
         self.refine = BiFPN(list(self.channels.values()), width)
         self.head = make_head([width] * LEVELS)
         self.attention = AttentionTransfer("sample")
-        self.logits = LogitDistillation("sigmoid", temperature)
+        self.logits = LogitDistillation("sigmoid", temperature, reduction=reduction)
 
     def forward(self, student: View, teacher: View | None, targets: Targets) -> Tensor:
         self.check(student)
@@ -224,7 +224,7 @@ def conv_block(c_in: int, c_out: int, kernel: int = 1, groups: int = 1) -> nn.Mo
     """Convolution, BatchNorm, SiLU; the size of the map stays."""
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
     bn = nn.BatchNorm2d(c_out, eps=BN_EPS, momentum=BN_MOMENTUM)
-    return nn.Sequential(OrderedDict(conv=conv, bn=bn, act=nn.SiLU(inplace=True)))
+    return nn.Sequential(OrderedDict(conv=conv, bn=bn, act=nn.SiLU()))
 
 
 def up(x: Tensor) -> Tensor:

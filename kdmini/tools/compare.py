@@ -5,8 +5,8 @@ python -m kdmini.tools.compare RUN RUN ... [--out FOLDER]
 Writes compare.md, which is printed too, and compare.png. Runs whose configs differ in
 `seed` and `run` alone are one row, named by the settings in which it differs from other
 rows, or by its first folder where those fill a line. Further rows are also compared with
-the first, seed by seed: that takes out what a seed does to both. Which scores are shown,
-and which of them picks the best epoch, is up to the metric of the first run.
+the first, seed by seed: that takes out what a seed does to both. Which scores of a row are
+shown, and which of them picks the best epoch, is up to the metric in its config.
 """
 
 import argparse
@@ -16,14 +16,14 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from kdmini import config
+from kdmini import output
 from kdmini.contracts import UserError
 from kdmini.files import write_whole
 from kdmini.tools.rows import Row, Run, group, names_of, read_run, settings_of
+from kdmini.tools.scores import SCORE, Scores, best_of, metric_of, scores_of_rows
 
-SCORE = "score/"  # begins the key of a score in metrics.jsonl
 SPEED = "images/s"
 DISTANCE = "distance/raw"
 
@@ -46,90 +46,41 @@ EXPLANATION = (
 )
 
 
-class Scores(NamedTuple):
-    """The scores of a metric, by the names that it gives them."""
+def report(rows: list[Row], scores: list[Scores]) -> str:
+    """The tables, what they mean, and what is to be known of rows and runs.
 
-    fitness: str  # picks the best epoch
-    names: tuple[str, ...]  # of the columns
-
-
-class Best(NamedTuple):
-    """The evaluation of a run that its best.pt is from."""
-
-    epoch: int  # counted from 1
-    scores: dict[str, float]  # name -> value, of those that were logged
-
-
-def metric_of(run: Run) -> Any:
-    """What the config says that the metric is, such as "package.module:Name"."""
-    section = run.settings.get("metric")
-    return section.get("build") if isinstance(section, Mapping) else section
-
-
-def scores_of(rows: list[Row]) -> Scores:
-    """By the metric of the first row; raises UserError where that cannot be imported.
-
-    A metric without a `summary` has all scores shown that any run has logged.
+    scores: of each row.
     """
-    first = rows[0][0]
-    where = f"{first.path}/config.yaml: metric.build"
-    metric = config.locate(metric_of(first), where)
-    fitness = getattr(metric, "fitness", None)
-    if not isinstance(fitness, str):
-        raise UserError(
-            f"{where}: {metric_of(first)} has no `fitness`, the name of the score "
-            "that picks the best epoch; give the class one"
-        )
-
-    summary = getattr(metric, "summary", None)
-    if summary is not None:
-        return Scores(fitness, tuple(summary))
-    keys = [key for row in rows for run in row for key in run.keys_logged()]
-    logged = dict.fromkeys(key for key in keys if key.startswith(SCORE))
-    return Scores(fitness, tuple(key.removeprefix(SCORE) for key in logged))
-
-
-def best_of(run: Run, scores: Scores) -> Best | None:
-    """The first epoch of the highest fitness, as in training; None without any."""
-    fitness = run.series(SCORE + scores.fitness)
-    if not fitness:
-        return None
-    epoch = max(fitness, key=lambda epoch: fitness[epoch])
-    values = {}
-    for name in scores.names:
-        series = run.series(SCORE + name)
-        if epoch in series:
-            values[name] = series[epoch]
-    return Best(epoch + 1, values)
-
-
-def report(rows: list[Row], scores: Scores) -> str:
-    """The tables, what they mean, and what is to be known of rows and runs."""
     names = names_of(rows)
-    header = ["row", *scores.names, "best epoch", SPEED, DISTANCE, "runs"]
-    body = [[name, *cells_of(row, scores)] for name, row in zip(names, rows, strict=True)]
+    columns = list(dict.fromkeys(column for of_row in scores for column in of_row.names))
+    header = ["row", *columns, "best epoch", SPEED, DISTANCE, "runs"]
+    body = [
+        [name, *cells_of(row, of_row, columns)]
+        for name, row, of_row in zip(names, rows, scores, strict=True)
+    ]
     blocks = [markdown(header, body)]
 
+    first = scores[0]
     paired = []
     for name, row in zip(names[1:], rows[1:], strict=True):
-        gains = gains_of(row, rows[0], scores)
+        gains = gains_of(row, rows[0], first)
         if any(gains):
             paired.append([name, *(spread(gain, "+.4f") for gain in gains)])
     if paired:
         blocks.append("Difference from the first row, seed by seed:")
-        blocks.append(markdown(["row", *scores.names], paired))
+        blocks.append(markdown(["row", *first.names], paired))
 
-    blocks.append(EXPLANATION.format(fitness=scores.fitness))
+    blocks.append(EXPLANATION.format(fitness=first.fitness))
     settings = settings_of(rows)
     if names != settings:
         blocks += [f"{name}: {text}" for name, text in zip(names, settings, strict=True)]
-    blocks += other_metrics(rows, names)
+    blocks += other_metrics(rows, names, scores)
     remarks = [unfinished(run) for row in rows for run in row]
     blocks += [remark for remark in remarks if remark]
     return "\n\n".join(blocks) + "\n"
 
 
-def cells_of(row: Row, scores: Scores) -> list[str]:
+def cells_of(row: Row, scores: Scores, columns: list[str]) -> list[str]:
     """A line of the table without the name: scores, best epochs, speed, and so on."""
     evaluations = [best_of(run, scores) for run in row]
     epochs = [str(best.epoch) if best else "-" for best in evaluations]
@@ -138,7 +89,7 @@ def cells_of(row: Row, scores: Scores) -> list[str]:
     folders = [f"{Path(run.path).name} (seed {run.seed})" for run in row]
 
     cells = []
-    for name in scores.names:
+    for name in columns:
         values = [best.scores[name] for best in evaluations if best and name in best.scores]
         cells.append(spread(values))
     return [
@@ -166,12 +117,12 @@ def gains_of(row: Row, first: Row, scores: Scores) -> list[list[float]]:
     return list(gains.values())
 
 
-def other_metrics(rows: list[Row], names: list[str]) -> list[str]:
+def other_metrics(rows: list[Row], names: list[str], scores: list[Scores]) -> list[str]:
     """A line for each row that was not scored by the metric of the first one."""
     metric = metric_of(rows[0][0])
     return [
-        f"{name}: scored by {metric_of(row[0])}; the table shows the scores of {metric}"
-        for name, row in zip(names, rows, strict=True)
+        f"{name}: scored by {metric_of(row[0])}, best epoch by {of_row.fitness}"
+        for name, row, of_row in zip(names, rows, scores, strict=True)
         if metric_of(row[0]) != metric
     ]
 
@@ -237,7 +188,7 @@ def draw(rows: list[Row], fitness: str, path: Path) -> str:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        return "no picture: it takes matplotlib, `pip install 'kdmini[plots]'`"
+        return "no picture: it takes matplotlib, `pip install -e '.[plots]'` in the checkout"
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -279,7 +230,7 @@ def draw_curve(axes: Any, i: int, name: str, curve: dict[int, list[float]]) -> N
 def compare(runs: list[Run], out: Path) -> None:
     """Prints the report; writes it and the picture to `out`. Raises UserError."""
     rows = group(runs)
-    scores = scores_of(rows)
+    scores = scores_of_rows(rows)
     text = report(rows, scores)
     print(text)
     try:
@@ -287,10 +238,11 @@ def compare(runs: list[Run], out: Path) -> None:
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); name another --out") from error
     write_whole(out / "compare.md", text)
-    print(draw(rows, scores.fitness, out / "compare.png"))
+    print(draw(rows, scores[0].fitness, out / "compare.png"))
 
 
 def main(argv: list[str] | None = None) -> None:
+    output.guard(needed=True)
     parser = argparse.ArgumentParser(
         prog="python -m kdmini.tools.compare", description="Compare runs in a table and a picture."
     )

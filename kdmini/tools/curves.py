@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from matplotlib.ticker import MaxNLocator
 
 from kdmini.tools.draw import COLOURS, MARKERS, SMALL, Axes, Figure, blank, grid, style
+from kdmini.tools.rows import LARGEST
 
 COLUMNS = 3  # of panels
 WIDTH = 15.0  # inches
@@ -65,12 +66,12 @@ def panels_of(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
 
 
 def lines_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Line]:
-    """-> key: (epoch, number) of every record that has it; epoch 0 is before training."""
+    """-> key: (epoch, finite number) of every record that has it; epoch 0 is before training."""
     lines: dict[str, Line] = {}
     for record in records:
         epoch = record["epoch"] + 1
         for key, value in record.items():
-            if isinstance(value, int | float):
+            if type(value) in (int, float) and abs(value) < LARGEST:
                 lines.setdefault(key, []).append((epoch, value))
     return lines
 

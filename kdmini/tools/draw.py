@@ -21,7 +21,7 @@ try:
 except ImportError:
     sys.exit(
         "error: pictures are drawn by matplotlib, which is not installed: "
-        "pip install 'kdmini[plots]'"
+        "pip install -e '.[plots]' in the checkout"
     )
 
 DPI = 100  # a figure of 16 inches is 1600 pixels wide

@@ -3,8 +3,11 @@
 python -m kdmini.tools.export WEIGHTS --to onnx [--out FILE] [--imgsz 640]
 python -m kdmini.tools.export WEIGHTS --to safetensors [--out FILE]
 
-onnx: images (N, 3, S, S) RGB 0..1 with any N -> boxes_xyxy (N, A, 4) in pixels and
-scores (N, A, K), before non-maximum suppression; BatchNorm is folded. safetensors: the
+onnx: images (N, 3, S, S) RGB 0..1 with any N -> the detections before non-maximum
+suppression, twice: `output0` (N, 4 + K, A) is the layout that ultralytics and its like read,
+as in `YOLO("best.onnx").predict(image, imgsz=S)`: centre x and y, width, height, scores.
+`boxes_xyxy` (N, A, 4) in pixels and `scores` (N, A, K) are the same in two. BatchNorm is
+folded. safetensors: the
 state_dict under the public keys, nothing folded. Either one carries names, scale,
 license and image size as metadata: texts, and what is no text in JSON.
 
@@ -17,7 +20,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -26,18 +29,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdmini import signals
+from kdmini import output, signals
+from kdmini.bounds import ImageSize
 from kdmini.contracts import UserError
-from kdmini.data.loader import check_size
+from kdmini.detection.boxes import left_top, right_bottom
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.files import write_whole
 from kdmini.tools.load import load_detector
+from kdmini.typed import argument
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
 
 # by how much ONNX may differ from PyTorch: float32 is summed in another order
 BOX_TOLERANCE = 0.1  # pixels
 SCORE_TOLERANCE = 1e-3
+
+# what they read in the file; its other keys, names and imgsz, they read as they are
+FOR_READERS = {"task": "detect", "stride": "32", "batch": "1"}
+
+# output0 (N, 4 + K, A): centre x, centre y, width, height and the scores, as programs that read
+# YOLO models expect of the first output; and boxes_xyxy (N, A, 4), scores (N, A, K)
+OUTPUTS = ["output0", "boxes_xyxy", "scores"]
 
 ALIGNMENT = 8  # bytes, of which the tensors of safetensors begin at a multiple
 
@@ -56,15 +68,19 @@ STORED = {  # all that a YOLO11 holds
 
 
 class Decoded(nn.Module):
-    """A detector whose outputs are boxes and scores."""
+    """A detector whose outputs are boxes and scores, in the two layouts that are read."""
 
     def __init__(self, detector: YOLO11):
         super().__init__()
         self.detector = detector
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (N, 3, S, S) -> boxes_xyxy (N, A, 4), scores (N, A, K)."""
-        return decode_maps(self.detector(images))
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (N, 3, S, S) -> OUTPUTS."""
+        boxes_xyxy, scores = decode_maps(self.detector(images))
+        low = left_top(boxes_xyxy)
+        high = right_bottom(boxes_xyxy)
+        fused = torch.cat([(low + high) / 2, high - low, scores], 2)
+        return fused.mT, boxes_xyxy, scores
 
 
 def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = None) -> Path:
@@ -75,8 +91,6 @@ def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = N
     suffix = SUFFIXES[to]
     if out and out.suffix != suffix:  # and so never the weights themselves
         raise UserError(f"--out {out}: name a file that ends in {suffix}")
-    if imgsz:
-        check_size(imgsz, "--imgsz")
 
     detector, trained_imgsz = load_detector(weights)
     path = out or Path(weights).with_suffix(suffix)
@@ -143,13 +157,13 @@ def to_onnx(detector: YOLO11, imgsz: int, metadata: dict[str, str]) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--to onnx needs the package {error.name}: pip install 'kdmini[export]'"
+            f"--to onnx needs the package {error.name}: pip install -e '.[export]' in the checkout"
         ) from None
 
     seeded = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, imgsz, imgsz, generator=seeded)
     with torch.no_grad():
-        boxes_xyxy, scores = decode_maps(detector(images))
+        expected = Decoded(detector)(images)
 
     detector.fold()
     with silenced():
@@ -159,12 +173,12 @@ def to_onnx(detector: YOLO11, imgsz: int, metadata: dict[str, str]) -> bytes:
             dynamo=True,
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             input_names=["images"],
-            output_names=["boxes_xyxy", "scores"],
+            output_names=OUTPUTS,
         )
     assert program is not None  # it is where dynamo=True
-    program.model.metadata_props.update(metadata)
+    program.model.metadata_props.update(metadata | FOR_READERS)
     content = program.model_proto.SerializeToString()
-    compare(content, images, boxes_xyxy, scores)
+    compare(content, images, expected)
     return content
 
 
@@ -181,16 +195,19 @@ def silenced() -> Iterator[None]:
             logging.disable(level)
 
 
-def compare(content: bytes, images: Tensor, boxes_xyxy: Tensor, scores: Tensor) -> None:
+def compare(content: bytes, images: Tensor, expected: Sequence[Tensor]) -> None:
     """Prints how far onnxruntime's outputs are from PyTorch's, in batches of 1 and N.
 
-    images: (N, 3, S, S). boxes_xyxy: (N, A, 4) and scores: (N, A, K), PyTorch's. Raises
-    UserError where the two are too far apart.
+    images: (N, 3, S, S). expected: OUTPUTS, PyTorch's. Raises UserError where the two are
+    too far apart.
     """
     try:
         import onnxruntime
     except ImportError:
-        print("not compared with PyTorch, for want of onnxruntime: pip install 'kdmini[export]'")
+        print(
+            "not compared with PyTorch, for want of onnxruntime: "
+            "pip install -e '.[export]' in the checkout"
+        )
         return
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -198,11 +215,12 @@ def compare(content: bytes, images: Tensor, boxes_xyxy: Tensor, scores: Tensor) 
     score_error = np.float64(0)
     for count in (1, len(images)):
         batch = {"images": images[:count].numpy()}
-        onnx_boxes, onnx_scores = session.run(["boxes_xyxy", "scores"], batch)
-        box_errors = np.abs(onnx_boxes - boxes_xyxy[:count].numpy())
-        score_errors = np.abs(onnx_scores - scores[:count].numpy())
-        box_error = np.maximum(box_error, box_errors.max())  # NaN wins
-        score_error = np.maximum(score_error, score_errors.max())
+        pairs = zip(session.run(OUTPUTS, batch), expected, strict=True)
+        fused, boxes, scores = (np.abs(found - true[:count].numpy()) for found, true in pairs)
+        for errors in (fused[:, :4], boxes):
+            box_error = np.maximum(box_error, errors.max())  # NaN wins
+        for errors in (fused[:, 4:], scores):
+            score_error = np.maximum(score_error, errors.max())
 
     difference = (
         f"largest difference from PyTorch in batches of 1 and {len(images)}: "
@@ -217,6 +235,7 @@ def compare(content: bytes, images: Tensor, boxes_xyxy: Tensor, scores: Tensor) 
 
 
 def main(argv: list[str] | None = None) -> None:
+    output.guard(needed=True)
     parser = argparse.ArgumentParser(
         prog="python -m kdmini.tools.export",
         description=__doc__,
@@ -227,7 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, help="default: the name of the weights, with another ending"
     )
-    parser.add_argument("--imgsz", type=int, help="S; default: that of the training")
+    parser.add_argument(
+        "--imgsz", type=argument(ImageSize), help="S; default: that of the training"
+    )
     args = parser.parse_args(argv)
     signals.exit_on_signals()
     try:

@@ -4,18 +4,25 @@ import fcntl
 import hashlib
 import http.client
 import os
+import queue
+import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from kdmini.contracts import UserError
+from kdmini.typed import short
 
 CHUNK_BYTES = 1 << 20
-TIMEOUT_S = 30
+TIMEOUT_S = 30  # for an answer to begin, and between two pieces of it
+SLOWEST = 10_000  # bytes a second, over PERIOD_S: VOC2012 then takes two days
+PERIOD_S = 60
 PAGE_STARTS = (b"<!doctype html", b"<html")  # of a web page, in lower case
 
 
@@ -26,13 +33,14 @@ def digest_of(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, new_hash).hexdigest()
 
 
-def fetch(url: str, path: Path, digest: str, size: int | None = None) -> Path:
+def fetch(url: str, path: Path, digest: str, size: int) -> Path:
     """Download `url` to `path`, unless the file with that digest is there already.
 
     digest: "sha256:<hex>" or "md5:<hex>"; size: bytes. The download grows in
     `<path>.part`, which a dropped connection leaves behind for the next call to resume,
-    and takes its name only when size and digest are right. Returns `path`. Raises
-    UserError when offline, and when another file comes than expected.
+    and takes its name only when size and digest are right. A body that does not end is
+    cut off one byte over `size`. Returns `path`. Raises UserError when offline, when the
+    server is slower than SLOWEST, and when another file comes than expected.
     """
     algorithm, _, expected = digest.partition(":")
     part = path.with_name(path.name + ".part")
@@ -55,38 +63,55 @@ def fetch(url: str, path: Path, digest: str, size: int | None = None) -> Path:
             _check(url, part, algorithm, expected, size)
             os.replace(part, path)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__  # some of it is what the server said
         raise UserError(
-            f"cannot download {url} ({reason}): call again to resume, "
+            f"cannot download {url} ({short(reason)}): call again to resume, "
             f"or put the file, obtained by other means, at {path}"
         ) from error
     return path
 
 
-def _download(url: str, file: BinaryIO, size: int | None, name: str) -> None:
+def _download(url: str, file: BinaryIO, size: int, name: str) -> None:
     """Append to `file`, open for appending, what it lacks; start over where need be."""
     file.seek(0, os.SEEK_END)
-    if size is not None and file.tell() > size:
+    if file.tell() > size:
         _empty(file)
-    if size is not None and file.tell() == size:
+    if file.tell() == size:
         return
 
     with _open_from(url, file.tell()) as reply:
         content_range = reply.headers.get("Content-Range", "")
         if not content_range.startswith(f"bytes {file.tell()}-"):
             _empty(file)
-        start = file.tell()
-        length = reply.headers.get("Content-Length")
-        total = start + int(length) if length else size
-        with tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=name) as bar:
-            while chunk := reply.read(CHUNK_BYTES):
-                bar.update(file.write(chunk))
-                if size is not None and file.tell() > size:
-                    return  # the wrong file, whatever follows: spare the disk
+        end = size + 1  # then it is the wrong file, whatever follows
+        if reply.length is not None:  # what is announced
+            end = min(end, file.tell() + reply.length)
+        _copy(reply, file, end, name)
 
-    # read(n) ends quietly when the connection drops
-    if total is not None and file.tell() < total:
-        raise http.client.IncompleteRead(b"", total - file.tell())
+    # read1() ends quietly when the connection drops
+    if file.tell() < min(end, size):
+        raise http.client.IncompleteRead(b"", end - file.tell())
+
+
+def _copy(reply: http.client.HTTPResponse, file: BinaryIO, end: int, name: str) -> None:
+    """Append the reply until the file has `end` bytes, or no more come."""
+    start = file.tell()
+    period_began = time.monotonic()
+    in_period = 0  # bytes
+    with tqdm(total=end, initial=start, unit="B", unit_scale=True, desc=name) as bar:
+        while file.tell() < end:
+            chunk = reply.read1(min(end - file.tell(), CHUNK_BYTES))
+            if not chunk:
+                return
+            bar.update(file.write(chunk))
+            in_period += len(chunk)
+            seconds = time.monotonic() - period_began
+            if seconds < PERIOD_S:
+                continue
+            if in_period < SLOWEST * seconds:
+                raise TimeoutError(f"slower than {SLOWEST:,} bytes a second")
+            period_began = time.monotonic()
+            in_period = 0
 
 
 def _empty(file: BinaryIO) -> None:
@@ -110,25 +135,44 @@ def _open(url: str, start: int) -> http.client.HTTPResponse:
     if start:
         headers["Range"] = f"bytes={start}-"
     request = urllib.request.Request(url, headers=headers)
-    return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    return _soon(partial(urllib.request.urlopen, request, timeout=TIMEOUT_S))
 
 
-def _check(url: str, part: Path, algorithm: str, expected: str, size: int | None) -> None:
+def _soon(call: Callable[[], http.client.HTTPResponse]) -> http.client.HTTPResponse:
+    """The outcome of the call, if it is there in time: a socket's own time limit begins again
+    with every byte that comes.
+    """
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(call())
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer = outcome.get(timeout=TIMEOUT_S)
+    except queue.Empty:
+        raise TimeoutError("timed out before an answer began") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _check(url: str, part: Path, algorithm: str, expected: str, size: int) -> None:
     """Delete `part` and raise UserError if it is not the file expected."""
     digest = digest_of(part, algorithm)
     part_size = part.stat().st_size
-    if digest == expected and size in (None, part_size):
+    if digest == expected and size == part_size:
         return
 
     with part.open("rb") as file:
         beginning = file.read(512).lstrip().lower()
     part.unlink()
     came = "a web page (HTML)" if beginning.startswith(PAGE_STARTS) else "another file"
-    wanted = f"{algorithm} {expected}"
-    if size is not None:
-        wanted += f", {size} bytes"
     raise UserError(
-        f"{url}: {came} came: expected {wanted}, "
+        f"{url}: {came} came: expected {algorithm} {expected}, {size} bytes, "
         f"got {algorithm} {digest}, {part_size} bytes; "
         "it was deleted, try again or obtain the file by other means"
     )

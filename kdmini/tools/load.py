@@ -4,6 +4,7 @@ A weight file says its scale, its classes and the image size it was trained at, 
 config is needed. Images by themselves have targets without objects.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,7 +18,7 @@ from kdmini.data.pictures import FORMATS, decode
 from kdmini.detection.truth import Boxes, Target
 from kdmini.detection.yolo11 import weights
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.detection.yolo11.pickled import interpret, unzip
+from kdmini.typed import printable
 from kdmini.weightfile import find
 
 DEFAULT_IMGSZ = 640  # pixels, of a file that states no size to work with
@@ -35,27 +36,20 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple
     """
     weights_path = find(path)
     with redirect_stdout(None):  # YOLO11 reads the file again, and says what it is
-        scale = weights.read(weights_path).scale
+        file = weights.read(weights_path)
 
     detector = YOLO11(
         names=[],
-        scale=list(scale) if isinstance(scale, tuple) else scale,
+        scale=file.scale or "s",  # every file that names its classes states its scale too
         weights={"path": str(weights_path), "classes": "keep"},
     )
-    return detector.eval().to(device), trained_imgsz(weights_path)
+    return detector.eval().to(device), usable_imgsz(file.imgsz)
 
 
-def trained_imgsz(path: Path) -> int:
-    """The image size that a readable file states, or DEFAULT_IMGSZ for an unusable one."""
-    content: Any = interpret(unzip(path.read_bytes())["data.pkl"])
-    if "imgsz" in content:  # best.pt of kdmini
-        imgsz = content["imgsz"]
-    else:  # a public file keeps it among the settings of its training
-        settings = content.get("train_args")
-        imgsz = settings.get("imgsz") if isinstance(settings, dict) else None
-
-    usable = type(imgsz) is int and 0 < imgsz <= MAX_IMGSZ and imgsz % STRIDE == 0
-    return imgsz if usable else DEFAULT_IMGSZ
+def usable_imgsz(stated: Any) -> int:
+    """The image size that a file states, or DEFAULT_IMGSZ for one that is not to be used."""
+    usable = type(stated) is int and 0 < stated <= MAX_IMGSZ and stated % STRIDE == 0
+    return stated if usable else DEFAULT_IMGSZ
 
 
 class Photographs:
@@ -90,9 +84,12 @@ class Photographs:
 
     def read(self, path: Path) -> np.ndarray:
         """An image file as (H, W, 3) uint8 RGB. Raises UserError."""
-        if not path.is_file():  # a pipe would be waited for
-            raise UserError(f"{path}: no such file")
-        return decode(path, self.formats)
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise UserError(f"{printable(path)}: no such file")
+        try:
+            return decode(path, self.formats)
+        except UserError as error:
+            raise UserError(printable(error)) from None
 
 
 def without_objects(name: str) -> Target:

@@ -6,6 +6,8 @@ python -m kdmini.tools.predict runs/voc/best.pt photographs/ --out found
 FOLDER then holds each picture with its boxes, and predictions.json: for every image its
 file, width, height, the picture drawn, and the detections as box_xyxy (pixels of the file),
 label and score, best first. Pixels are taken as stored: EXIF turns nothing, as in training.
+In a name of a file that is not UTF-8 the other bytes stand as JSON's \\udc80 to \\udcff, which
+Python turns back into that very name.
 
 Legend: N images, A anchor points, K classes.
 """
@@ -14,6 +16,7 @@ import argparse
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,15 +27,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from kdmini import signals
+from kdmini import output, signals
+from kdmini.bounds import ImageSize, Share
 from kdmini.contracts import Prediction, UserError
-from kdmini.data.loader import ValLoader, check_size
+from kdmini.data.loader import ValLoader
 from kdmini.data.store import Store
 from kdmini.detection.boxes import select
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.device import pick_device
 from kdmini.files import write_whole
 from kdmini.tools.load import Photographs, load_detector
+from kdmini.typed import argument, printable, short
 
 Image.init()
 OUTSIDE = "EPS"  # Pillow would hand such a file to another program
@@ -41,6 +46,7 @@ ENDINGS = {ending for ending, name in Image.registered_extensions().items() if n
 
 BATCH = 8  # images
 MAX_DET = 300  # detections of an image
+LONGEST_STEM = 200  # bytes; a name of a file has 255 at most
 
 # Okabe and Ito's colours, which the colour-blind tell apart; black is left out
 BLUE = "#0072B2"  # the one dark enough for white text
@@ -61,16 +67,13 @@ def predict(
     score: float = 0.25,
     iou: float = 0.7,
     device: str = "auto",
-) -> list[Path]:
-    """Writes pictures and predictions.json to `out` -> the images that could not be read.
+) -> int:
+    """Writes pictures and predictions.json to `out` -> how many inputs could not be used.
 
-    Each of these was named. imgsz: that of the training where it is None. Raises UserError.
+    Each of these was named. imgsz: that of the training where it is None. Raises UserError
+    where none is left.
     """
-    check_share("--score", score)
-    check_share("--iou", iou)
-    if imgsz:
-        check_size(imgsz, "--imgsz")
-    paths = find_images(inputs)
+    paths, refused = find_images(inputs)
     names = picture_names(paths)
     detector, trained_imgsz = load_detector(weights, pick_device(device))
     detector.fold()
@@ -81,9 +84,15 @@ def predict(
     entries: list[dict[str, Any]] = []
     with tqdm(total=len(store), desc="detect", unit="img") as bar:
         for path, prediction in detect(detector, store, score, iou):
-            # decoded once more: the store has it no larger than the detector sees it
-            image = Image.fromarray(photographs.read(path))
-            save_jpeg(draw(image, prediction, detector.names), out / names[path])
+            bar.update()
+            try:
+                # decoded once more: the store has it no larger than the detector sees it
+                image = Image.fromarray(photographs.read(path))
+                save_jpeg(draw(image, prediction, detector.names), out / names[path])
+            except UserError as error:
+                refused += 1
+                print(error, file=sys.stderr)
+                continue
             entry = {
                 "file": str(path),
                 "width": image.width,
@@ -92,35 +101,52 @@ def predict(
                 "detections": as_json(prediction, detector.names),
             }
             entries.append(entry)
-            bar.update()
-    write_whole(out / "predictions.json", json.dumps(entries, indent=1, ensure_ascii=False))
+    # what UTF-8 cannot say becomes an escape of JSON
+    text = json.dumps(entries, indent=1, ensure_ascii=False)
+    write_whole(out / "predictions.json", text.encode(errors="backslashreplace"))
     objects = sum(len(entry["detections"]) for entry in entries)
     print(
         f"{len(entries):,} images, {objects:,} objects of score over {score}; "
         f"pictures and predictions.json in {out}"
     )
-    return photographs.refused
+    return refused + len(photographs.refused)
 
 
-def check_share(option: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{option}: {value} is not a number from 0 to 1")
+def find_images(inputs: Sequence[str]) -> tuple[list[Path], int]:
+    """Files as named, and of a folder those with the ending of a picture; each once.
 
-
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Files as named, and of a folder those with the ending of a picture; each once."""
+    And how many folders have none, or cannot be looked into; each of these is named.
+    Raises UserError where no file is left.
+    """
     paths: list[Path] = []
+    refused = 0
     for path in map(Path, inputs):
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
-        if not inside:
-            raise UserError(
-                f"{path}: no pictures in this folder; name one that holds them, or files"
-            )
+        try:
+            inside = pictures_in(path) if os.path.isdir(path) else [path]
+        except UserError as error:
+            refused += 1
+            print(error, file=sys.stderr)
+            continue
         paths += inside
-    unique = {path.resolve(): path for path in paths}
-    return list(unique.values())
+    if not paths:
+        raise UserError("no image to look at; each folder is named above")
+    unique = {os.path.realpath(path): path for path in paths}
+    return list(unique.values()), refused
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Raises UserError where there are none."""
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)
+    except OSError as error:
+        raise UserError(
+            f"{printable(folder)}: cannot be looked into ({error.strerror}); name another"
+        ) from error
+    if not files:
+        raise UserError(
+            f"{printable(folder)}: no pictures in this folder; name one that holds them, or files"
+        )
+    return files
 
 
 def picture_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -128,11 +154,15 @@ def picture_names(paths: Sequence[Path]) -> dict[Path, str]:
     names: dict[Path, str] = {}
     taken: set[str] = set()  # in small letters, for file systems that do not tell A from a
     for path in paths:
-        name = path.stem
+        # so many bytes that an ending and a number still fit the file system
+        stem = path.stem
+        while len(os.fsencode(stem)) > LONGEST_STEM:
+            stem = stem[:-1]
+        name = stem
         number = 1
         while name.lower() in taken:
             number += 1
-            name = f"{path.stem}-{number}"
+            name = f"{stem}-{number}"
         taken.add(name.lower())
         names[path] = f"{name}.jpg"
     return names
@@ -143,9 +173,9 @@ def prepare(out: Path, paths: Sequence[Path]) -> None:
 
     Raises UserError where an image lies in it, or would be overwritten through a link.
     """
-    of_links = {path.parent.resolve() for path in paths}
-    of_files = {path.resolve().parent for path in paths}
-    if out.resolve() in of_links | of_files:
+    of_links = {os.path.realpath(path.parent) for path in paths}
+    of_files = {os.path.dirname(os.path.realpath(path)) for path in paths}
+    if os.path.realpath(out) in of_links | of_files:
         raise UserError(
             f"--out {out}: the images lie there, and are never overwritten; name another folder"
         )
@@ -232,7 +262,8 @@ def draw(image: Image.Image, prediction: Prediction, names: list[str]) -> Image.
         pen.rectangle(box, outline="black", width=line + 1)  # a dark rim shows on any ground
         pen.rectangle(box, outline=colour, width=line)
     for box, label, score, colour in zip(boxes, labels, scores, colours, strict=True):
-        write(pen, font, f"{names[label]} {score:.2f}", box, colour, line, width)
+        name = short(names[label])[1:-1]  # it is out of a file
+        write(pen, font, f"{name} {score:.2f}", box, colour, line, width)
     return picture
 
 
@@ -263,6 +294,7 @@ def save_jpeg(picture: Image.Image, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    output.guard(needed=True)
     parser = argparse.ArgumentParser(
         prog="python -m kdmini.tools.predict",
         description=__doc__,
@@ -273,12 +305,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="default: predictions"
     )
-    parser.add_argument("--imgsz", type=int, help="default: that of the training")
+    parser.add_argument("--imgsz", type=argument(ImageSize), help="default: that of the training")
     parser.add_argument(
-        "--score", type=float, default=0.25, help="objects under it are not shown; default: 0.25"
+        "--score",
+        type=argument(Share),
+        default=0.25,
+        help="objects under it are not shown; default: 0.25",
     )
     parser.add_argument(
-        "--iou", type=float, default=0.7, help="boxes that overlap more are one; default: 0.7"
+        "--iou",
+        type=argument(Share),
+        default=0.7,
+        help="boxes that overlap more are one; default: 0.7",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args(argv)
@@ -291,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     if refused:
         sys.exit(
-            f"error: images that could not be read, and are named above: {len(refused):,}; "
+            f"error: images and folders that could not be used, and are named above: {refused:,}; "
             "the others are done"
         )
 

@@ -1,14 +1,16 @@
 """Every key of a config, in a page: `python -m kdmini.tools.reference > docs/config.md`.
 
-Keys, types and defaults are those of the signatures, and the meanings are those of the
-docstrings: the constructor is the schema.
+Keys, types, defaults and ranges are those of the signatures, and the meanings are those of
+the docstrings: the constructor is the schema.
 """
 
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
+from kdmini import output
+from kdmini.bounds import Range
 from kdmini.config import locate
 from kdmini.typed import title
 
@@ -23,7 +25,8 @@ another's keys with `<<`, by YAML's own rule: its own keys win.
 
 This page is written by `python -m kdmini.tools.reference > docs/config.md`, from the
 signatures and docstrings, and a test holds it to them. A key without a default has to be
-given.
+given. A number outside its range is refused: infinity too, unless the range ends there, and
+NaN always. A list or a mapping has a range for each kind of number in it.
 """
 
 
@@ -104,13 +107,14 @@ def chapter(section: Section) -> str:
     lines = [f"\n## {section.title}\n", f"`{section.target}`. {section.about}".rstrip() + "\n"]
     if not parameters:
         return "\n".join([*lines, "No keys.\n"])
-    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines += ["| key | type | default | range | meaning |", "|---|---|---|---|---|"]
     meanings = described(target)
     for parameter in parameters:
         cells = (
             f"`{parameter.name}`",
             kind_of(parameter),
             default_of(parameter),
+            "; ".join(map(str, ranges(parameter.annotation))),
             meanings.get(parameter.name, ""),
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -143,6 +147,14 @@ def kind_of(parameter: inspect.Parameter) -> str:
     return text.replace("'", "").replace(" | ", " or ").replace("None", "null")
 
 
+def ranges(kind: Any) -> list[Range]:
+    """Those of the numbers in an annotation, each once, in order."""
+    if get_origin(kind) is Annotated:
+        return [note for note in get_args(kind) if isinstance(note, Range)]
+    found = [within for part in get_args(kind) for within in ranges(part)]
+    return list(dict.fromkeys(found))
+
+
 def default_of(parameter: inspect.Parameter) -> str:
     default = parameter.default
     if default is parameter.empty:
@@ -156,5 +168,10 @@ def default_of(parameter: inspect.Parameter) -> str:
     return f"`{default}`"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    output.guard(needed=True)
     print(page(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdmini import config
+from kdmini import checkpoint, config
 from kdmini.contracts import UserError
 from kdmini.runlog import RunFolder
+from kdmini.typed import printable
 
 MAX_NAME = 80  # characters; a longer name of a row does not fit a table
 LARGEST = 1e300  # of a value; beyond are infinity and integers that are no float
@@ -29,6 +30,11 @@ class Run(NamedTuple):
         """What the runs of one row have in common."""
         return {key: value for key, value in self.settings.items() if key not in UNSHARED}
 
+    def names(self) -> list[str]:
+        """Of the classes, as best.pt has them; none before it is there."""
+        best = Path(self.path) / "best.pt"
+        return list(checkpoint.load(best).get("names", [])) if best.exists() else []
+
     def keys_logged(self) -> list[str]:
         """In the order in which they came."""
         records = [record for record in self.records if isinstance(record, dict)]
@@ -36,14 +42,14 @@ class Run(NamedTuple):
 
     def series(self, key: str) -> dict[int, float]:
         """epoch, from 0 on and in order -> value, where it is a finite number."""
-        logged = {}
+        logged: dict[int, Any] = {}
         for record in self.records:
             if isinstance(record, dict) and type(record.get("epoch")) is int:
                 logged[record["epoch"]] = record.get(key)
         return {
             epoch: value
             for epoch, value in sorted(logged.items())
-            if epoch >= 0 and isinstance(value, int | float) and abs(value) < LARGEST
+            if epoch >= 0 and type(value) in (int, float) and abs(value) < LARGEST
         }
 
 
@@ -154,4 +160,4 @@ def in_words(value: Any) -> str:
         return built or "+".join(inner) or "given"
     if isinstance(value, bool):
         return str(value).lower()
-    return " ".join(str(value).split())
+    return printable(" ".join(str(value).split()))

@@ -13,6 +13,7 @@ before training.
 import argparse
 import hashlib
 import io
+import math
 import os
 import re
 import struct
@@ -21,9 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kdmini import signals
+from kdmini import output, signals
 from kdmini.contracts import UserError
+from kdmini.files import check_kind
 from kdmini.runlog import RunFolder
+from kdmini.tools.rows import LARGEST
+from kdmini.typed import short
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -32,7 +36,7 @@ try:
 except ImportError:
     sys.exit(
         "error: event files are written by tensorboard, which is not installed: "
-        "pip install 'kdmini[tb]'"
+        "pip install -e '.[tb]' in the checkout"
     )
 
 SECONDS = 5.0  # between two looks of --follow
@@ -95,9 +99,9 @@ def scalars(run: Path) -> list[Event]:
         records = RunFolder(run, lead=False).records()
         written_at = path.stat().st_mtime if records else 0.0
         steps = [int(record["epoch"]) + 1 for record in records]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error!r}); repair it or leave the run out"
+            f"{path}: cannot be read ({short(error)}); repair it or leave the run out"
         ) from error
     return [
         Event(wall_time=written_at, step=step, summary=summary_of(record))
@@ -110,9 +114,14 @@ def summary_of(record: dict[str, Any]) -> Summary:
     values = [
         Summary.Value(tag=key, simple_value=value)
         for key, value in record.items()
-        if key != "epoch" and isinstance(value, int | float)
+        if key != "epoch" and is_number(value)
     ]
     return Summary(value=values)
+
+
+def is_number(value: Any) -> bool:
+    """Also infinity and NaN, which TensorBoard shows, but nothing that is no float."""
+    return type(value) in (int, float) and not LARGEST < abs(value) < math.inf
 
 
 def pictures(run: Path) -> list[Event]:
@@ -120,6 +129,7 @@ def pictures(run: Path) -> list[Event]:
     step = max((event.step for event in scalars(run)), default=0)
     events = []
     for path in sorted((run / "pictures").glob("*.png")):
+        check_kind(path)
         try:
             content = path.read_bytes()
             written_at = path.stat().st_mtime
@@ -186,6 +196,7 @@ def watch(runs: list[Path], follow: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    output.guard(needed=True)
     parser = argparse.ArgumentParser(
         prog="python -m kdmini.tools.tensorboard",
         description=__doc__,

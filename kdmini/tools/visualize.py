@@ -30,18 +30,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kdmini import config, engine, signals
+from kdmini import config, engine, output, signals
 from kdmini.assemble import Sections, Sets, make_model, tap_pairs, with_weights
 from kdmini.contracts import Metric, UserError
 from kdmini.data.loader import TrainLoader, ValLoader
 from kdmini.data.pictures import decode
 from kdmini.data.store import Store
 from kdmini.device import pick_device, precision
-from kdmini.distill.attention import attention_map, map_distance
+from kdmini.distill.attention import attention_map, map_distance, to_largest
 from kdmini.files import write_whole
 from kdmini.optim import Recipe
 from kdmini.runlog import RunFolder
@@ -60,9 +59,6 @@ DEFAULT_IMAGES = 6  # of a picture, where none are named
 MAX_IMAGES = 24  # of a picture
 BATCH = 12  # that are rendered, for a picture of training
 DRAWN_FROM = 256  # of the training set that are decoded for it, at most
-
-# norm of an attention map: 1, and less only where eps outweighs what it is made of
-DARK = 0.5
 
 
 def visualize(source: Path, files: Sequence[Path], out: Path | None = None) -> None:
@@ -142,8 +138,20 @@ def of_run(folder: Path, files: Sequence[Path]) -> Figures:
         autocast, _ = precision(recipe.amp, device)
         engine.evaluate(networks.after, ValLoader(val_store, recipe.batch), metric, autocast)
         yield from draw_task(Material(metric=metric))
-    distill: dict[str, Any] = sections.distill or {"taps": TAPS}
-    yield from of_networks(networks, scenes, tap_pairs(distill["taps"]))
+    taps = sections.distill["taps"] if sections.distill else own_taps(networks.after)
+    yield from of_networks(networks, scenes, tap_pairs(taps))
+
+
+def own_taps(student: Any) -> list[Any]:
+    """Of a run that names none: those of a YOLO11, if the student is one."""
+    modules = dict(student.named_modules())
+    if all(tap in modules for tap in TAPS):
+        return TAPS
+    print(
+        f"its config names no taps, and {type(student).__name__} has none of a YOLO11; "
+        "to see maps, name layers of it: a section `distill` with `taps`"
+    )
+    return []
 
 
 def refuse_unreadable(files: Sequence[Path]) -> None:
@@ -232,7 +240,7 @@ def attention(
     columns = {}
     for number, tap in enumerate(taps):
         feats = [of_side[number] for of_side in sides.values()]
-        maps = [attention_map(feat).cpu().numpy() for feat in feats]
+        maps = [attention_map(to_largest(feat)).cpu().numpy() for feat in feats]
         captions = [""] * len(scenes.targets)
         if len(feats) == 2:
             one, other = feats
@@ -246,23 +254,21 @@ def attention(
             f"Where the network looks, {' and '.join(names)}: "
             "sum of squares over the channels, not aligned"
         )
-    every = [maps for column in columns.values() for maps in column.maps]  # (N, H, W) each
-    if any(np.linalg.norm(maps, axis=(1, 2)).min() < DARK for maps in every):
-        title += (
-            "\nA map that is all dark is of features so small that eps outweighs them, "
-            "as before any training"
-        )
     return draw.attention(scenes.pictures, scenes.ids, names, columns, title)
 
 
 def distances(one: Tensor, other: Tensor, goal: Tensor | None) -> list[str]:
     """What stands under the maps of each image: how far apart they are.
 
-    And how far each is from the goal's, if there is one. All features are (N, C, H, W).
+    And how far each is from the goal's, if there is one. All features are (N, C, H, W), and
+    compared by maps of unit norm, however weak they are.
     """
+    one = to_largest(one)
+    other = to_largest(other)
     captions = [f"distance {apart:.3f}" for apart in map_distance(one, other).tolist()]
     if goal is None:
         return captions
+    goal = to_largest(goal)
     first = map_distance(one, goal).tolist()
     last = map_distance(other, goal).tolist()
     return [
@@ -272,6 +278,7 @@ def distances(one: Tensor, other: Tensor, goal: Tensor | None) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    output.guard(needed=True)
     parser = argparse.ArgumentParser(
         prog="python -m kdmini.tools.visualize",
         description=__doc__,

@@ -11,7 +11,8 @@ from PIL import Image
 
 from bench.make_voc320 import IDS, make, year_of
 from kdmini.contracts import UserError
-from kdmini.detection.voc import VOC, read_annotation
+from kdmini.detection.voc import VOC
+from kdmini.detection.voc_xml import read_annotation
 from tests.conftest import ROOT
 
 DATA = ROOT.parent / "shared/data"

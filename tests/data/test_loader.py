@@ -6,7 +6,7 @@ import torch
 
 from kdmini.contracts import UserError
 from kdmini.data.layout import Frame, letterbox
-from kdmini.data.loader import Augment, TrainLoader, ValLoader, check_size, uniforms
+from kdmini.data.loader import Augment, TrainLoader, ValLoader, uniforms
 from kdmini.data.render import render
 from kdmini.data.store import Store
 from tests.data.arrays import NoTruth, Pictures, noise
@@ -300,8 +300,3 @@ def test_a_batch_larger_than_the_set_is_refused():
     refused(lambda: loader_of(some_pictures(5), batch=6), "batch", "6", "5")
     refused(lambda: loader_of(some_pictures(9), batch=6, limit=5), "batch", "6", "5")
     assert len(loader_of(some_pictures(5), batch=5)) == 1
-
-
-@pytest.mark.parametrize("imgsz", [0, -32, 16, 100, 321])
-def test_an_image_size_that_is_no_multiple_of_32_is_refused(imgsz):
-    refused(lambda: check_size(imgsz), "imgsz", str(imgsz), "32")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from kdmini.contracts import UserError
-from kdmini.data.pictures import decode
+from kdmini.data.pictures import decode, read
 
 PIXELS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "messy" / "pixels"
 
@@ -46,6 +46,71 @@ def test_sixteen_bits_are_scaled_and_not_saturated(tmp_path):
     assert decoded.shape == (64, 64, 3)
     exact = ramp[:, :, None] / 65535 * 255
     assert np.abs(decoded.astype(float) - exact).max() <= 1
+
+
+def deep_png(path: Path, values: np.ndarray) -> None:
+    """A PNG of 16 bits a value: (H, W, C), where C is 2 of grey and 3 of colour with alpha or
+    without.
+    """
+    height, width, channels = values.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("largest", [65535, 4012, 255])
+def test_the_bits_that_a_deep_image_uses_are_told(tmp_path, channels, largest):
+    values = np.full((3, 4, channels), largest)
+    deep_png(tmp_path / "a.png", values)
+    picture = read(tmp_path / "a.png")
+    used = {65535: 16, 4012: 12, 255: 8}[largest]
+    assert picture.used_bits == used
+    assert (picture.pixels == largest >> 8).all()
+
+
+def test_an_image_of_eight_bits_is_not_deep(tmp_path):
+    Image.new("L", (4, 3), 5).save(tmp_path / "a.png")
+    assert read(tmp_path / "a.png").used_bits is None
+    assert read(tmp_path / "a.png", bits=12).pixels.max() == 5
+
+
+@pytest.mark.parametrize("bits", [8, 9, 12, 15, 16])
+def test_stated_bits_become_eight(tmp_path, bits):
+    values = np.linspace(0, 2**bits - 1, 16 * 16).astype(np.uint16).reshape(16, 16, 1)
+    deep_png(tmp_path / "a.png", values)
+    pixels = read(tmp_path / "a.png", bits=bits).pixels
+    assert np.array_equal(pixels[..., :1], values >> (bits - 8))
+    assert pixels.max() == 255
+
+
+def test_stated_bits_that_cannot_be_honoured_are_refused(tmp_path):
+    deep_png(tmp_path / "grey.png", np.full((3, 4, 1), 4012))
+    deep_png(tmp_path / "colour.png", np.full((3, 4, 3), 4012))
+    with pytest.raises(UserError, match=r"grey\.png: its values take 12 bits, which `bits: 11`"):
+        read(tmp_path / "grey.png", bits=11)
+    with pytest.raises(UserError, match=r"colour\.png: .* or store 8 bits"):
+        read(tmp_path / "colour.png", bits=12)  # Pillow reads the upper 8 alone
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation, expected", [(1, 1), (3, 3), (8, 8), (0, 1), (9, 1)])
+def test_the_orientation_is_read_and_turns_nothing(tmp_path, kind, orientation, expected):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(tmp_path / "a", kind, exif=exif)
+    picture = read(tmp_path / "a")
+    assert picture.orientation == expected
+    assert picture.pixels.shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"MM", b"MM\0*\0\0\0\xff", b"Exif\0\0junk" * 9])
+def test_broken_exif_is_no_exif(tmp_path, kind, exif):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a", kind, exif=exif)
+    assert read(tmp_path / "a").orientation == 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "BMP"])

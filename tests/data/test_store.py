@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdmini.contracts import UserError
+from kdmini.contracts import BadObjects, UserError
 from kdmini.data import store as store_module
 from kdmini.data.layout import letterbox
 from kdmini.data.pictures import pack, shrink
@@ -106,7 +106,7 @@ def test_offsets_do_not_wrap_at_two_to_the_31(monkeypatch):
     # of 1.6e9 pixels each by their own account, for no machine here could hold them
     pixel = np.zeros(1, np.int32)
     size = (40_000, 40_000)
-    huge = [store_module.Picture(pixel, size, size, {"id": str(i)}) for i in range(4)]
+    huge = [store_module.Picture(pixel, size, size, {"id": str(i)}, "") for i in range(4)]
     monkeypatch.setattr(store_module, "decode_all", lambda *args: iter(huge))
     store = Store(Pictures(noise([(1, 1)] * 4)), 32, storage="resident")
     assert store.offsets.tolist() == [0, 1_600_000_000, 3_200_000_000, 4_800_000_000]
@@ -165,13 +165,6 @@ def test_limit_is_the_same_random_subset_every_time():
 def test_without_a_limit_that_matters_all_are_kept():
     for limit in (None, 50, 51):
         assert subset(50, limit) == list(range(50))
-
-
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_under_one_is_refused_by_name(limit):
-    with pytest.raises(UserError, match=f"limit: {limit} ") as caught:
-        Store(Pictures(noise([(4, 4)])), 32, limit=limit)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_empty_dataset_is_refused():
@@ -253,6 +246,20 @@ def test_bad_images_are_left_out_where_that_is_asked_for(cache, capsys, storage,
     for position, i in enumerate(good):
         assert np.array_equal(unpacked(store, position), images[i])
     assert len(store.pixels) == store.sizes.prod(1).sum()
+
+
+@STORAGE
+def test_bad_objects_are_left_out_where_that_is_asked_for(cache, capsys, storage):
+    images = noise([(4, 4)] * 3)
+    rest = (images[1], {"id": "the rest"})
+    faulty = Pictures([images[0], BadObjects(["1.xml: one", "1.xml: two"], rest), images[2]])
+    with pytest.raises(UserError, match=r"^val: 2 objects are bad, as 1\.xml: one\. .*=skip$"):
+        Store(faulty, 32, storage=storage, name="val")
+    assert capsys.readouterr().err.count("1.xml: ") == 2
+    store = Store(faulty, 32, storage=storage, on_bad="skip", name="val")
+    assert ids(store) == ["picture 0", "the rest", "picture 2"]
+    assert np.array_equal(unpacked(store, 1), images[1])
+    assert "val: 2 objects are bad and left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("on_bad", ["stop", "skip"])

@@ -52,7 +52,8 @@ def one(tmp_path: Path, text: str, **settings) -> VOC:
     add(tmp_path / "set", "a", text, **settings)
     write_split(tmp_path / "set", "train", "a")
     dataset = VOC(str(tmp_path / "set"), ["train"])
-    if isinstance(dataset.records[0], UserError):
+    record = dataset.records[0]
+    if isinstance(record, UserError) or record.annotation.faults:
         dataset[0]  # raises it
     return dataset
 

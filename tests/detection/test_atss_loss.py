@@ -136,6 +136,23 @@ def test_assignment_is_that_of_the_paper(seed: int, size: tuple[int, int], objec
         assert torch.equal(assigned.boxes_xyxy[n, positive], boxes_xyxy[positive])
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_few_images_at_a_time_are_equal_to_the_bit(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (160, 224)
+    objects = 30
+    anchors = anchors_of(empty_maps(*size))
+    targets = random_targets(np.random.default_rng(2), 3, objects, size)
+    whole = assign(anchors, targets)
+    assert (whole.labels >= 0).any(1).all()
+    pairs = (objects + 1) * len(anchors.points)  # one more object is padding
+    monkeypatch.setattr("kdmini.detection.boxes.MOST_PAIRS", together * pairs)
+    parts = assign(anchors, targets)
+    assert torch.equal(parts.labels, whole.labels)
+    assert torch.equal(parts.boxes_xyxy, whole.boxes_xyxy)
+
+
 def test_losses_are_those_of_the_papers() -> None:
     rng = np.random.default_rng(3)
     size = (64, 96)

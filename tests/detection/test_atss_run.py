@@ -31,6 +31,7 @@ data:
   val: {{<<: *set, splits: [val]}}
 student: {{build: kdmini.detection.atss:ATSS, backbone: resnet18, width: 8}}
 teacher: {{build: kdmini.detection.atss:ATSS, backbone: resnet18, width: 16}}
+allow_void: true
 distill:
   taps: [p3, p4, p5]
   align: all

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from kdmini.contracts import UserError
-from kdmini.detection.average_precision import SCORES, DetectionMetric
+from kdmini.detection.average_precision import DETECTION, OBJECT, SCORES, DetectionMetric
+from kdmini.detection.boxes import intersection
+from kdmini.detection.matching import MOST_PAIRS, overlapping_pairs
 from kdmini.detection.truth import Detections, Target
 from tests.detection.reference_scores import COCO_SCORES, devkit_scores, pycocotools_scores
 from tests.detection.scenes import (
@@ -335,3 +337,43 @@ def test_detections_without_their_target_are_refused() -> None:
     with pytest.raises(ValueError, match="1 detections for 0 targets"):
         metric.update([detections([], [], [])], [])
     assert metric.image_ids == []
+
+
+# --- dense images
+
+
+@pytest.mark.parametrize("most", [1, 7, 64])
+def test_pairs_by_parts_are_the_same_pairs(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = measure(random_scene(1, images=9, per_object=4))
+    classes = [(detected, objects) for _, detected, objects in metric.by_class()]
+    whole = [overlapping_pairs(*both) for both in classes]
+    assert sum(len(pairs.iou) for pairs in whole) > 100
+    monkeypatch.setattr("kdmini.detection.matching.MOST_PAIRS", most)
+    for both, expected in zip(classes, whole, strict=True):
+        for part, values in zip(overlapping_pairs(*both), expected, strict=True):
+            assert part.dtype == values.dtype
+            assert np.array_equal(part, values)
+
+
+def test_pairs_of_dense_images_are_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 detections and 1,000 objects an image: 6 million pairs of 150 bytes, compared in
+    six parts.
+    """
+    rng = np.random.default_rng(0)
+    rows = {}
+    for kind, count in ((DETECTION, 300), (OBJECT, 1000)):
+        rows[kind] = np.zeros(20 * count, kind)
+        rows[kind]["image"] = np.repeat(np.arange(20), count)
+        corner = rng.uniform(0, 600, (20 * count, 2))
+        sides = rng.uniform(4, 24, (20 * count, 2))
+        rows[kind]["boxes_xyxy"] = np.concatenate([corner, corner + sides], 1)
+    sizes = []
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(a))
+        return intersection(a, b)
+
+    monkeypatch.setattr("kdmini.detection.matching.intersection", counted)
+    overlapping_pairs(rows[DETECTION], rows[OBJECT])
+    assert sum(sizes) == 6_000_000
+    assert max(sizes) < 1.01 * MOST_PAIRS

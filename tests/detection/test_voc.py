@@ -13,7 +13,8 @@ from PIL import Image
 
 from kdmini.contracts import UserError
 from kdmini.data.store import Store
-from kdmini.detection.voc import VOC, VOC_NAMES, read_annotation
+from kdmini.detection.voc import VOC, VOC_NAMES
+from kdmini.detection.voc_xml import read_annotation
 from tests.data.voc_folder import BOX, add, bndbox, one, thing, write_split, xml
 
 
@@ -60,7 +61,7 @@ def test_names_are_in_the_usual_order():
 
 def test_dataset_pickles_serves_threads_and_writes_nothing(tmp_path):
     names = [f"{number:02}" for number in range(20)]
-    outside = thing(box=bndbox(50, 50, 60, 60))
+    outside = thing(box=bndbox(90, 50, 95, 60))
     for number, name in enumerate(names):
         add(tmp_path / "set", name, xml(outside + thing()), size=(40 + number, 30))
     write_split(tmp_path / "set", "train", *names)
@@ -72,7 +73,8 @@ def test_dataset_pickles_serves_threads_and_writes_nothing(tmp_path):
         samples = list(pool.map(dataset.__getitem__, range(20)))
     assert [image.shape[1] for image, _ in samples] == list(range(40, 60))
     assert dataset.report() == (
-        "19 images whose <size> is wrong, 20 boxes under 1 px dropped in 20 images"
+        "19 images of another size than stated, as set/01 (pixels count), "
+        "20 boxes mostly outside the picture in 20 images"
     )
     assert tree_hash(tmp_path) == before
 
@@ -80,22 +82,26 @@ def test_dataset_pickles_serves_threads_and_writes_nothing(tmp_path):
 # --- boxes
 
 
+OUTSIDE = "1 boxes mostly outside the picture in 1 images"
+
+
 @pytest.mark.parametrize(
-    ("box", "expected"),
+    ("box", "expected", "report"),
     [
-        ((1, 1, 40, 30), [0, 0, 40, 30]),
-        ((0, -5, 50, 90), [0, 0, 40, 30]),
-        ((2.5, 3.25, 10.75, "1.2e1"), [1.5, 2.25, 10.75, 12]),
-        ((" 11 ", "\n6", "30 ", "25\n"), [10, 5, 30, 25]),
-        ((7, 7, 7, 7), [6, 6, 7, 7]),  # one pixel
-        ((40, 30, 40, 30), [39, 29, 40, 30]),  # the last pixel
-        ((41, 5, 60, 20), None),  # outside
-        ((5, 31, 20, 40), None),
-        ((39.6, 5, 44, 20), [38.6, 4, 40, 20]),
-        ((40.5, 5, 44, 20), None),  # half a pixel is left
+        ((1, 1, 40, 30), [0, 0, 40, 30], ""),
+        ((0, -5, 50, 60), [0, 0, 40, 30], ""),
+        ((0, -5, 50, 90), [0, 0, 40, 30], OUTSIDE),
+        ((2.5, 3.25, 10.75, "1.2e1"), [1.5, 2.25, 10.75, 12], ""),
+        ((" 11 ", "\n6", "30 ", "25\n"), [10, 5, 30, 25], ""),
+        ((7, 7, 7, 7), [6, 6, 7, 7], ""),  # one pixel
+        ((40, 30, 40, 30), [39, 29, 40, 30], ""),  # the last pixel
+        ((41, 5, 60, 20), None, OUTSIDE),
+        ((5, 31, 20, 40), None, OUTSIDE),
+        ((39.6, 5, 44, 20), [38.6, 4, 40, 20], OUTSIDE),
+        ((40.5, 5, 44, 20), None, OUTSIDE),  # half a pixel is left
     ],
 )
-def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path, box, expected):
+def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path, box, expected, report):
     dataset = one(tmp_path, xml(thing(box=bndbox(*box)) + thing("cat")))
     _, target = dataset[0]
     boxes = [[10, 5, 30, 25]]
@@ -105,7 +111,7 @@ def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path, box, expected):
     assert len(target["labels"]) == len(target["difficult"]) == len(boxes)
 
     dataset[0]  # a second look is not a second loss
-    assert dataset.report() == ("" if expected else "1 boxes under 1 px dropped in 1 images")
+    assert dataset.report() == report
 
 
 def test_parts_are_not_objects(tmp_path):
@@ -129,8 +135,8 @@ PART_ALONE = f"<part><name>head</name>{BOX}</part>"  # a part's box is not the o
         (thing(box=bndbox(11, 6, "wide", 25)), "xmax is 'wide'"),
         (thing(box=bndbox(11, 6, 30, "")), "ymax is ''"),
         (thing(box=BOX.replace("<ymin>6</ymin>", "")), "ymin is ''"),
-        (thing(box=""), "xmin is ''"),
-        (thing(box=PART_ALONE), "xmin is ''"),
+        (thing(box=""), "it has no <bndbox> but nothing"),
+        (thing(box=PART_ALONE), "it has no <bndbox> but <part>"),
         (thing(name=" "), "<name> is empty"),
         (thing(extra="<difficult>maybe</difficult>"), "<difficult> is 'maybe'"),
     ],
@@ -191,45 +197,98 @@ def size_xml(width, height):
     [
         (size_xml(40, 30), False),
         (size_xml(400, 30), True),
+        (size_xml("40.0", "30"), False),
         (size_xml(0, 0), True),
-        (size_xml(30, 40), True),  # swapped, but no EXIF turn behind it
         ("", False),
         ("<size><width>wide</width></size>", False),
     ],
 )
-def test_pixels_are_trusted_over_size(tmp_path, capsys, size, counted):
-    dataset = one(tmp_path, xml(thing(box=bndbox(11, 6, 400, 25)), size))
+def test_pixels_are_trusted_over_size(tmp_path, size, counted):
+    dataset = one(tmp_path, xml(thing(box=bndbox(11, 6, 40.5, 25)), size))
     for _ in range(2):
         assert dataset[0][1]["boxes_xyxy"].tolist() == [[10, 5, 40, 25]]
-    assert capsys.readouterr().err.count("pixels count") == counted
-    assert dataset.report() == ("1 images whose <size> is wrong" if counted else "")
+    wrong = "1 images of another size than stated, as set/a (pixels count)"
+    assert dataset.report() == (wrong if counted else "")
 
 
-@pytest.fixture(params=[3, 6, 8])
-def exif_orientation(request, tmp_path):
-    """The orientation in the EXIF of the only image of a set; 6 and 8 swap its sides."""
-    one(tmp_path, xml(thing()))
+def with_exif(tmp_path, orientation, text, size=(40, 30)):
+    """The dataset of one image with that EXIF and annotation."""
+    add(tmp_path / "set", "a", text)
+    write_split(tmp_path / "set", "train", "a")
     exif = Image.Exif()
-    exif[0x0112] = request.param
-    path = tmp_path / "set" / "JPEGImages" / "a.jpg"
-    Image.new("RGB", (40, 30)).save(path, exif=exif)
-    return request.param
+    exif[0x0112] = orientation
+    Image.new("RGB", size).save(tmp_path / "set" / "JPEGImages" / "a.jpg", exif=exif)
+    return VOC(str(tmp_path / "set"), ["train"])
 
 
-def test_exif_turns_nothing(tmp_path, exif_orientation):
-    dataset = VOC(str(tmp_path / "set"), ["train"])
-    assert dataset[0][0].shape == (30, 40, 3)
+TALL = thing(box=bndbox(5, 6, 20, 39))  # fits 30x40 only
+WIDE = thing(box=bndbox(5, 6, 39, 20))  # fits 40x30 only
+EITHER = thing()
+HUGE = thing(box=bndbox(5, 6, 60, 60))
+STORED = size_xml(40, 30)
+TURNED = size_xml(30, 40)
+JUNK = size_xml(400, 30)
+TWICE = size_xml(80, 60)
 
 
-def test_an_annotation_of_the_turned_image_is_an_error(tmp_path, exif_orientation):
-    turned = xml(thing(), size_xml(30, 40))
-    (tmp_path / "set" / "Annotations" / "a.xml").write_text(turned)
-    dataset = VOC(str(tmp_path / "set"), ["train"])
-    if exif_orientation == 3:  # upside down keeps its sides: the size alone is wrong
-        assert dataset[0][0].shape == (30, 40, 3)
-    else:
-        with pytest.raises(UserError, match=r"a\.jpg: 40x30, turned by EXIF, but 30x40 in"):
+@pytest.mark.parametrize(
+    "orientation, size, box, verdict",
+    [
+        # a quarter turn: the size tells, or the boxes do
+        (6, STORED, EITHER, ""),
+        (6, STORED, TALL, ""),
+        (8, STORED, WIDE, ""),
+        (6, "", TALL, "turned by EXIF: boxes fit only 30x40"),
+        (6, "", WIDE, ""),
+        (5, "", EITHER, "turned by EXIF: boxes may belong to either"),
+        (8, TURNED, EITHER, "turned by EXIF: boxes may belong to either"),
+        (6, TURNED, TALL, "turned by EXIF: boxes fit only 30x40"),
+        (6, TURNED, WIDE, ""),
+        (7, JUNK, EITHER, "turned by EXIF: boxes may belong to either"),
+        # half a turn and mirrors keep the size, so nothing tells
+        (2, STORED, EITHER, "turned by EXIF: boxes may belong to either"),
+        (3, STORED, WIDE, "turned by EXIF: boxes may belong to either"),
+        (4, "", EITHER, "turned by EXIF: boxes may belong to either"),
+        (3, "", "", ""),  # nothing to lie wrong
+        # no turn, or one that is not known
+        (1, TURNED, TALL, "but 30x40 in its annotation: boxes fit only 30x40"),
+        (0, TURNED, TALL, "but 30x40 in its annotation: boxes fit only 30x40"),
+        (0, TURNED, EITHER, "but 30x40 in its annotation: boxes may belong to either"),
+        (0, TURNED, HUGE, "but 30x40 in its annotation: boxes fit neither"),
+        (0, TURNED, WIDE, ""),
+        (0, TURNED, "", ""),
+        (9, "", EITHER, ""),
+        # the same picture, larger or smaller
+        (0, TWICE, EITHER, "but 80x60 in its annotation: boxes may belong to either"),
+        (0, TWICE, HUGE, "but 80x60 in its annotation: boxes fit only 80x60"),
+        (0, size_xml(20, 15), WIDE, ""),
+        # another picture, or another aspect
+        (0, JUNK, EITHER, ""),
+        (0, size_xml(400, 90), HUGE, "but 400x90 in its annotation: boxes fit only 400x90"),
+    ],
+)
+def test_boxes_that_may_belong_to_another_picture_are_refused(
+    tmp_path, orientation, size, box, verdict
+):
+    dataset = with_exif(tmp_path, orientation, xml(box, size))
+    if verdict:
+        with pytest.raises(UserError, match=rf"a\.jpg: 40x30 pixels, {verdict}; store it as"):
             dataset[0]
+        dataset.samples.as_stored = True
+    image, _ = dataset[0]
+    assert image.shape == (30, 40, 3)
+
+
+def test_exif_that_boxes_do_not_follow_is_counted(tmp_path):
+    dataset = with_exif(tmp_path, 6, xml(WIDE))
+    dataset[0]
+    assert dataset.report() == "1 images turned by EXIF, and their boxes are not"
+
+
+def test_a_square_turned_by_exif_is_refused(tmp_path):
+    dataset = with_exif(tmp_path, 6, xml(EITHER, size_xml(40, 40)), (40, 40))
+    with pytest.raises(UserError, match="40x40 pixels, turned by EXIF: boxes may belong"):
+        dataset[0]
 
 
 # --- whole files

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdmini.contracts import View
-from kdmini.distill.attention import AttentionTransfer, attention_map, map_distance
+from kdmini.distill.attention import AttentionTransfer, attention_map, map_distance, to_largest
 
 REDUCTIONS: Any = ("notes", "sample", "mean_square")
 NO_TARGETS: Any = {}
@@ -151,6 +151,27 @@ def test_maps_do_not_see_scale_sign_or_order_of_channels() -> None:
     twice = torch.cat([feat, feat], 1)
     for same in (37.5 * feat, -feat, feat[:, torch.randperm(7)], twice):
         assert torch.allclose(attention_map(same), expected)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6])
+def test_maps_to_look_at_do_not_see_scale_however_small(factor: float) -> None:
+    """Where eps = 1e-8 makes the others darker."""
+    torch.manual_seed(0)
+    feat = torch.randn(2, 7, 5, 6)
+    found = attention_map(to_largest(factor * feat))
+    assert torch.allclose(found, attention_map(feat), rtol=1e-5)
+    if factor < 1:
+        assert attention_map(factor * feat).norm() < 0.1
+    half = (1e-6 * feat).half()
+    assert torch.allclose(attention_map(to_largest(half)).flatten(1).norm(dim=1), torch.ones(2))
+
+
+def test_one_image_does_not_scale_another_and_zeros_stay_zeros() -> None:
+    torch.manual_seed(0)
+    feat = torch.randn(2, 7, 5, 6)
+    loud = torch.stack([feat[0], 1e9 * feat[1]])
+    assert torch.allclose(attention_map(to_largest(loud)), attention_map(feat), rtol=1e-5)
+    assert not to_largest(torch.zeros(1, 2, 3, 3)).any()
 
 
 def test_maps_see_where() -> None:

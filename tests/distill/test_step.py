@@ -126,6 +126,23 @@ def test_distances_are_those_of_the_maps_with_and_without_alignment() -> None:
     assert distances["aligned/stem"].item() == pytest.approx(aligned)
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3])
+def test_logged_distances_do_not_see_how_strongly_a_student_fires(factor: float) -> None:
+    """An untrained student's features are so weak that eps would outweigh them, and its
+    distance be 1 whatever the teacher.
+    """
+    student, teacher = pair()
+    distillation = distil(student.eval(), teacher, {}).eval()
+    before = distillation.distances(student, images(3))
+    norm = student.deep[1]
+    with torch.no_grad():  # a ReLU follows
+        norm.weight.mul_(factor)
+        norm.bias.mul_(factor)
+    after = distillation.distances(student, images(3))
+    for name, value in before.items():
+        assert after[name].item() == pytest.approx(value.item(), rel=1e-4), name
+
+
 @pytest.mark.parametrize("kind", ["aligned", "raw"])
 def test_distances_are_summed_over_the_taps(kind: str) -> None:
     student, teacher = pair()

@@ -19,6 +19,7 @@ import eval as eval_script
 import train as train_script
 from examples.shapes import SHAPE_NAMES as NAMES
 from kdmini import assemble, config
+from kdmini.contracts import UserError
 from kdmini.detection.voc import VOC
 from tests.commands import newest, records, run
 from tests.conftest import ROOT, write_config
@@ -172,6 +173,28 @@ def test_a_set_is_read_in_each_layout(kind: str, here: Path, shapes: Path, scene
             assert np.array_equal(read_image, image)
             assert np.array_equal(read_target["labels"], target["labels"])
             np.testing.assert_allclose(read_target["boxes_xyxy"], target["boxes_xyxy"], atol=1e-4)
+
+
+def test_a_table_may_have_images_without_objects_and_says_which_lines_are_wrong(
+    here: Path,
+) -> None:
+    Image.new("RGB", (64, 48)).save(here / "empty.png")
+    good = "file,class,xmin,ymin,xmax,ymax\n"
+    build = config.locate("csv_boxes:CsvBoxes", "own.md")
+    (here / "good.csv").write_text(good + "empty.png,,,,,\nempty.png\n")
+    image, target = build(str(here), "good.csv", ["cat"])[0]
+    assert image.shape == (48, 64, 3)
+    assert target["boxes_xyxy"].shape == (0, 4)
+    assert target["boxes_xyxy"].dtype == np.float32
+    assert target["labels"].shape == (0,)
+
+    for line in ("empty.png,cow,1,2,3,4", "empty.png,cat,one,2,3,4", "empty.png,cat,1"):
+        (here / "bad.csv").write_text(f"{good}{line}\n")
+        with pytest.raises(UserError, match=r"^empty\.png: .*; correct its lines in the table$"):
+            build(str(here), "bad.csv", ["cat"])[0]
+    (here / "bad.csv").write_text("file,class,x,y\nempty.png,cat,1,2\n")
+    with pytest.raises(UserError, match=r"^empty\.png: 'xmin'"):
+        build(str(here), "bad.csv", ["cat"])[0]
 
 
 def test_this_much_xml_is_enough(here: Path) -> None:

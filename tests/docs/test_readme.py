@@ -42,5 +42,5 @@ def test_its_term_distils(mine: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     teacher = f"teacher: {{build: kdmini.detection.yolo11.model:YOLO11, scale: {TINY}}}\n"
     mine.write_text(mine.read_text() + teacher + blocks(README, "yaml")[1])
-    run(train_script, "--config", mine, *TINY_RUN, "student.weights=null")
+    run(train_script, "--config", mine, *TINY_RUN, "student.weights=null", "allow_void=true")
     assert records(tmp_path / "run")[-1]["loss/l2"] > 0

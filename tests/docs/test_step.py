@@ -62,7 +62,13 @@ def test_it_is_as_long_as_it_says(program: dict[str, Any]) -> None:
 def test_the_program_makes_the_step_of_the_loop(program: dict[str, Any], data: Path) -> None:
     settings = config.load(
         ROOT / "configs" / "demo.yaml",
-        [f"data.root={data}", "device=cpu", "teacher.weights=null", "train.warmup_epochs=0"],
+        [
+            f"data.root={data}",
+            "device=cpu",
+            "teacher.weights=null",
+            "allow_void=true",
+            "train.warmup_epochs=0",
+        ],
     )
     sections = config.call(Sections, settings, "demo.yaml")
     recipe = sections.recipe()

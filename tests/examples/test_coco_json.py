@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pycocotools.coco import COCO
 import train as train_script
 from examples.coco_json import CocoJson
 from examples.shapes import SHAPE_NAMES
-from kdmini.contracts import UserError
+from kdmini.contracts import BadObjects, UserError
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
 from tests.commands import run
@@ -157,11 +158,11 @@ def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path):
     dog = {**OBJECT, "category_id": 90}
     cat = {**OBJECT, "category_id": 3}
     objects = [
-        {**dog, "bbox": [-5, 20.5, 10, 50]},
+        {**dog, "bbox": [-5, 20.5, 10, 19]},
         {**cat, "bbox": [40, 5, 10, 10]},
         {**cat, "bbox": [3, 3, 0, 9]},
         {**cat, "bbox": [39, 29, 1, 1]},
-        {**cat, "bbox": [30, 0, 99999, 2], "iscrowd": 1},
+        {**cat, "bbox": [30, 0, 15, 2], "iscrowd": 1},
     ]
     dataset = one(tmp_path, objects)
     for _ in range(2):  # a second look is not a second loss
@@ -169,7 +170,9 @@ def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path):
         assert target["boxes_xyxy"].tolist() == [[0, 20.5, 5, 30], [39, 29, 40, 30], [30, 0, 40, 2]]
         assert target["labels"].tolist() == [1, 0, 0]
         assert target["difficult"].tolist() == [False, False, True]
-    assert dataset.report() == "2 boxes under 1 px dropped"
+    assert dataset.report() == (
+        "1 boxes under 1 px dropped in 1 images, 1 boxes mostly outside the picture in 1 images"
+    )
 
 
 def test_an_image_without_annotations_is_background(tmp_path):
@@ -212,6 +215,30 @@ def test_a_faulty_annotation_is_named(tmp_path, change, message):
     assert "set.json: " in line
     assert message in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "annotation 2: bbox [0.1, 0.2, 0.5, 0.5] is in parts of"),
+        ({"bbox": [0, 0, 1, 1, 1]}, "annotation 2: bbox [0, 0, 1, 1, 1] is not x, y, width"),
+    ],
+)
+def test_only_the_annotation_is_left_out_where_only_that_is_bad(tmp_path, change, message):
+    dataset = one(tmp_path, [OBJECT, {**OBJECT, "id": 2, **change}])
+    with pytest.raises(BadObjects) as error:
+        dataset[0]
+    assert message in str(error.value)
+    store = Store(dataset, 32, on_bad="skip")
+    assert store.targets[0]["boxes_xyxy"].tolist() == [[10, 5, 30, 15.5]]
+
+
+@pytest.mark.parametrize("value, crowd", [(0, False), (1, True), (None, False), (True, True)])
+def test_iscrowd_is_read_or_refused(tmp_path, value, crowd):
+    _, target = one(tmp_path, [{**OBJECT, "iscrowd": value}])[0]
+    assert target["difficult"].tolist() == [crowd]
+    with pytest.raises(UserError, match="annotation 1: iscrowd is '1', not 0 or 1"):
+        one(tmp_path, [{**OBJECT, "iscrowd": "1"}])
 
 
 SAME_ID = {**IMAGE, "file_name": "b.png"}
@@ -303,16 +330,57 @@ def test_a_name_below_the_folder_is_followed(tmp_path):
     assert len(target["labels"]) == 1
 
 
+NO_SIZE = {"id": 7, "file_name": "a.png"}
+
+
+@pytest.mark.parametrize(
+    "orientation, image, verdict",
+    [
+        (3, IMAGE, "turned by EXIF: boxes may belong to either"),
+        (6, IMAGE, ""),  # the file says that it means the pixels as stored
+        (6, {**IMAGE, "width": 30, "height": 40}, "turned by EXIF: boxes may belong to either"),
+        (6, NO_SIZE, "turned by EXIF: boxes may belong to either"),
+        (1, NO_SIZE, ""),
+        (1, {**IMAGE, "width": float("nan")}, ""),
+        (1, {**IMAGE, "width": 0}, ""),
+        (1, {**IMAGE, "width": 80, "height": 60}, "but 80x60 in its annotation: boxes may belong"),
+        (1, {**IMAGE, "width": 55}, ""),
+    ],
+)
+def test_the_rule_of_exif_and_sizes_is_that_of_voc(tmp_path, orientation, image, verdict):
+    dataset = one(tmp_path, images=[image])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(tmp_path / "images/a.png", exif=exif)
+    if verdict:
+        with pytest.raises(UserError, match=rf"a\.png: 40x30 pixels, {verdict}"):
+            dataset[0]
+        dataset.samples.as_stored = True
+    assert dataset[0][1]["boxes_xyxy"].tolist() == [[10, 5, 30, 15.5]]
+
+
+def test_files_and_classes_are_found_in_either_spelling(tmp_path):
+    photo = "사진.png"
+    apart = unicodedata.normalize("NFD", photo)
+    categories = [{"id": 90, "name": unicodedata.normalize("NFD", "개")}]
+    for listed, stored in ((photo, apart), (apart, photo)):
+        root = tmp_path / str(len(listed))
+        images = [{**IMAGE, "file_name": listed}]
+        dataset = one(root, images=images, categories=categories, names=["새", "개"])
+        (root / "images/a.png").rename(root / "images" / stored)
+        assert dataset[0][1]["labels"].tolist() == [1]
+
+
 def test_pixels_of_another_size_are_refused_and_left_out(tmp_path, capsys):
     images = [
         IMAGE,
         {**IMAGE, "id": 8, "file_name": "b.png"},
         {**IMAGE, "id": 9, "file_name": "c.png"},
     ]
-    dataset = one(tmp_path, images=images)
+    dataset = one(tmp_path, [OBJECT, {**OBJECT, "id": 2, "image_id": 8}], images)
     Image.new("RGB", (30, 40)).save(tmp_path / "images/b.png")
     (tmp_path / "images/c.png").write_text("<html>")
-    with pytest.raises(UserError, match=r"b\.png: 30x40 pixels, but 40x30 in set\.json"):
+    with pytest.raises(UserError, match=r"b\.png: 30x40 pixels, but 40x30 in its"):
         dataset[1]
     assert [target["id"] for target in Store(dataset, 32, on_bad="skip").targets] == ["a.png"]
     warnings = capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-optuna = pytest.importorskip("optuna", reason="needs optuna: pip install 'kdmini[sweep]'")
+optuna = pytest.importorskip("optuna", reason="needs optuna: pip install -e '.[sweep]'")
 
 from examples import sweep  # noqa: E402 - after the check for its package
 from kdmini import config  # noqa: E402

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_boxes_are_clipped_and_dropped_under_one_pixel(tmp_path):
         np.testing.assert_allclose(target["boxes_xyxy"], expected, rtol=1e-6)
         assert target["labels"].tolist() == [1, 0, 2]
         assert target["difficult"].tolist() == [False] * 3
-    assert dataset.report() == "2 boxes under 1 px dropped"
+    assert dataset.report() == "2 boxes under 1 px dropped in 1 images"
 
 
 def test_images_without_labels_are_background_and_endings_of_all_kinds_are_found(tmp_path):
@@ -188,20 +189,58 @@ def test_all_faulty_files_are_named_at_once_and_can_be_left_out(tmp_path, capsys
     with pytest.raises(UserError, match="4 of 5 images are bad"):
         Store(dataset, 32)
     lines = [line for line in capsys.readouterr().err.splitlines() if str(tmp_path) in line]
-    messages = ["a.txt:1:", "b.png: not a usable", "train/c: image or", "train/d: image or"]
+    messages = ["a.txt:1:", "b.png: not a usable", "train/c.png: a link that", "d.txt: a link that"]
     for line, message in zip(lines, messages, strict=True):
         assert message in line
     assert [target["id"] for target in Store(dataset, 32, on_bad="skip").targets] == ["e.png"]
+
+
+def test_only_the_line_is_left_out_where_only_that_is_bad(tmp_path, capsys):
+    dataset = one(tmp_path, "1 .5 .5 .5 .5\n0 .1 .1 .2 .1 .2 .2 .1 .2\n")  # a polygon
+    with pytest.raises(UserError, match=r"val: 1 objects are bad, as .*a\.txt:2: "):
+        Store(dataset, 32, name="val")
+    store = Store(dataset, 32, name="val", on_bad="skip")
+    assert store.targets[0]["labels"].tolist() == [1]
+    assert "val: 1 objects are bad and left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label, refused", [("1 .5 .5 .5 .5", True), ("", False), (None, False)])
+def test_two_images_cannot_have_the_labels_of_one(tmp_path, label, refused):
+    add(tmp_path, "a.jpg", label)
+    add(tmp_path, "a.png", label)
+    dataset = YoloTxt(str(tmp_path), names=NAMES)
+    for index in range(2):
+        if refused:
+            with pytest.raises(UserError, match=r"a\.jpg: 'a\.png' has the same name; which"):
+                dataset[index]
+        else:
+            assert len(dataset[index][1]["labels"]) == 0
+
+
+def test_labels_are_found_in_either_spelling_and_macos_leaves_nothing(tmp_path):
+    add(tmp_path, f"{unicodedata.normalize('NFD', '사진')}.jpg")
+    add(tmp_path, "b.png")
+    (tmp_path / "labels/train/사진.txt").write_text("2 .5 .5 .5 .5")
+    for part in ("images/train/._b.png", "labels/train/._사진.txt"):
+        (tmp_path / part).write_bytes(b"\0\5\26\7")
+    (tmp_path / "images/train/more").mkdir()
+    dataset = YoloTxt(str(tmp_path), names=NAMES)
+    assert sorted(len(dataset[index][1]["labels"]) for index in range(2)) == [0, 1]
+    assert dataset.report() == "1 images without a label file, 1 folders below not read"
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_an_image_that_exif_turns_is_refused_unless_it_is_background(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    with pytest.raises(UserError, match=r"a\.jpg: turned by EXIF"):
+    with pytest.raises(UserError, match=r"a\.jpg: 40x30 pixels, turned by EXIF: boxes may"):
         one(tmp_path, "1 .5 .5 .5 .5", exif=exif)[0]
     image, _ = one(tmp_path, "", exif=exif)[0]
     assert image.shape == (30, 40, 3)
+    add(tmp_path, "a.jpg", "1 .5 .5 .5 .5", exif=exif)
+    image, target = YoloTxt(str(tmp_path), names=NAMES, as_stored=True)[0]
+    assert image.shape == (30, 40, 3)
+    assert target["boxes_xyxy"].tolist() == [[10, 7.5, 30, 22.5]]
 
 
 def test_labels_follow_images_in_either_layout(tmp_path):

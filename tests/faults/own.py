@@ -1,6 +1,7 @@
 """A copy of the generated set that a test may spoil."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,11 +39,12 @@ class Own:
         self.image(name).unlink()
         return self.folder / "JPEGImages" / f"{name}.jpg"
 
-    def read(self) -> VOC:
-        return VOC(str(self.folder), ["train"], names=SHAPES)
+    def read(self, **settings: Any) -> VOC:
+        return VOC(str(self.folder), ["train"], names=SHAPES, **settings)
 
-    def store(self, on_bad: str = "stop", size: int = 64) -> Store:
-        return Store(self.read(), size, workers=2, storage="resident", on_bad=on_bad, name="train")
+    def store(self, on_bad: str = "stop", size: int = 64, **settings: Any) -> Store:
+        dataset = self.read(**settings)
+        return Store(dataset, size, workers=2, storage="resident", on_bad=on_bad, name="train")
 
 
 def pixels(store: Store, index: int) -> np.ndarray:

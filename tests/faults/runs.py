@@ -119,8 +119,11 @@ class Runs:
         return list(self.run.rglob("*.tmp"))
 
     def files(self) -> dict[Path, tuple[bytes, int]]:
-        """All that is in the run folder, but the lock, with the time it was written."""
-        paths = [path for path in self.run.rglob("*") if path.is_file() and path.name != "lock"]
+        """All that is in the run folder, but the lock and the log, with the time it was
+        written.
+        """
+        files = [path for path in self.run.rglob("*") if path.is_file()]
+        paths = [path for path in files if path.name not in ("lock", "log.txt")]
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
     def copy(self, folder: Path) -> "Runs":

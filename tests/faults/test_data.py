@@ -90,7 +90,8 @@ def test_links_that_lead_out_of_the_folder_are_refused(own, outside, train, caps
         content = path.read_bytes()
         path.unlink()
         path.symlink_to(target)
-        output += one_line(train(), f"{called}: a link that leads out of the set; put a copy")
+        refusal = f"{called}: a link that leads out of the set; put a copy"
+        output += one_line(train("train.batch=1"), refusal)
         path.unlink()
         path.write_bytes(content)
     captured = capsys.readouterr()
@@ -135,13 +136,12 @@ def test_an_overlap_of_train_and_val_stops_unless_it_is_allowed(own, train):
 
 def test_a_batch_of_images_without_objects_trains(own, train):
     empty = "<annotation><size><width>64</width><height>64</height></size></annotation>"
-    for name in own.names():
+    for name in own.names()[1:]:
         own.xml(name).write_text(empty)
     torch.manual_seed(0)
     model = YOLO11(SHAPES, scale=TINY).train()
-    loader = TrainLoader(own.store(), 8, 1, Augment())
-    images, targets = next(loader.epoch(0))
-    assert (targets["labels"] == -1).all()
+    batches = TrainLoader(own.store(), 8, 1, Augment(mosaic=0)).epoch(0)
+    images, targets = next(batch for batch in batches if (batch[1]["labels"] == -1).all())
     losses = model.loss(model(images), targets)
     sum(losses.values()).backward()
     assert losses["cls"] > 0
@@ -153,7 +153,59 @@ def test_a_batch_of_images_without_objects_trains(own, train):
     assert done.code == 0, done.text
     assert "skipped" not in done.text
     assert "nan" not in done.text
-    survived(TOO_LITTLE, tried=2)
+
+    own.xml(own.names()[0]).write_text(empty)
+    with pytest.raises(UserError, match="train: none of the 24 images has an object"):
+        own.store()
+    survived(TOO_LITTLE, tried=3)
+
+
+ROBNDBOX = "<robndbox><cx>9</cx><cy>9</cy><w>4</w><h>4</h><angle>0.1</angle></robndbox>"
+
+
+def in_parts(text: str) -> str:
+    return re.sub(r"(min>|max>)\d+<", r"\g<1>0.5<", text)
+
+
+def wrapped(text: str) -> str:
+    """All objects in one more element."""
+    text = text.replace("<object>", "<objects><object>", 1)
+    return "</object></objects>".join(text.rsplit("</object>", 1))
+
+
+def rotated(text: str) -> str:
+    return re.sub("<bndbox>.*?</bndbox>", ROBNDBOX, text, flags=re.DOTALL)
+
+
+def enlarged(text: str) -> str:
+    """Boxes of an image twice as large, of no stated size."""
+    text = re.sub("<size>.*?</size>", "", text, flags=re.DOTALL)
+    return re.sub(r"(min>|max>)(\d+)<", lambda m: f"{m[1]}{2 * int(m[2]) + 40}<", text)
+
+
+def emptied(text: str) -> str:
+    return re.sub("<object>.*</object>", "", text, flags=re.DOTALL)
+
+
+LOST = {  # what is done to every XML -> what is said
+    in_parts: "are parts of the sides",
+    wrapped: "<object> within <objects>",
+    rotated: "no <bndbox> but <robndbox>",
+    enlarged: "boxes lie outside their images",
+    emptied: "none of the 24 images has an object",
+}
+
+
+@pytest.mark.parametrize("spoil", LOST)
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_training_on_no_object_at_all_stops_with_the_reason(own, spoil, on_bad):
+    for name in own.names():
+        own.xml(name).write_text(spoil(own.xml(name).read_text()))
+    with pytest.raises(UserError) as error:
+        own.store(on_bad)
+    assert LOST[spoil] in str(error.value)
+    assert "\n" not in str(error.value)
+    survived("Data: all boxes lost for one reason")
 
 
 def test_no_detections_at_all_score_zero(own):

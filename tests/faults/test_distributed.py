@@ -73,6 +73,19 @@ class Slow(DetectionMetric):
 """
 
 
+DATA = """
+import os
+from kdmini.contracts import UserError
+from kdmini.detection.voc import VOC
+
+class Torn(VOC):
+    def __getitem__(self, index):
+        if os.environ.get("RANK") == "1" and index == 5:
+            raise UserError("an image that this machine lacks")
+        return super().__getitem__(index)
+"""
+
+
 class Ended(NamedTuple):
     code: int
     text: str
@@ -87,6 +100,7 @@ class Launch:
         self.output = folder / "output"
         (folder / "upset.py").write_text(TERM)
         (folder / "slow.py").write_text(METRIC)
+        (folder / "torn.py").write_text(DATA)
         path = os.pathsep.join([str(folder), str(ROOT)])
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -154,7 +168,8 @@ def finite(tensors: dict[str, Tensor]) -> bool:
 def check_folder(folder: Path, epochs: int) -> None:
     """One set of files, all whole, every line once."""
     names = sorted(path.name for path in (folder / "run").iterdir())
-    assert names == ["best.pt", "ckpt", "config.yaml", "lock", "metrics.jsonl", "results.csv"]
+    files = ["best.pt", "ckpt", "config.yaml", "lock", "log.txt", "metrics.jsonl", "results.csv"]
+    assert names == files
     assert [record["epoch"] for record in records(folder)] == list(range(-1, epochs))
     assert len(list((folder / "run/ckpt").iterdir())) == 2
     for path in existing(folder / "run/ckpt"):
@@ -187,6 +202,21 @@ def test_a_run_of_two_ranks_leaves_one_set_of_files_and_goes_on(config_file: Pat
     check_folder(folder, 4)
     assert finite(load(existing(folder / "run/ckpt")[-1])["student"])
     survived("Processes: stop signal to one of two ranks, NaN on one, resumed", tried=2)
+
+
+def test_ranks_that_see_other_images_stop_before_the_first_step(config_file: Path) -> None:
+    folder = config_file.parent
+    term = upset(folder)
+    torn = ["data.train.build=torn:Torn", "data.on_bad=skip"]
+    ended = Launch(folder, "--config", config_file, *term, *torn).wait()
+    assert ended.code == 1
+    fault = "data.train, image '000005' on rank 0 there, on rank 1 not there"
+    for rank in range(2):
+        assert f"error: rank {rank}: the ranks have not read the same: {fault}" in ended.text
+    assert "SIGABRT" not in ended.text
+    assert not list(folder.glob("calls*"))
+    assert not (folder / "run").exists()
+    survived("Processes: two ranks that read other images", of="runs without a word")
 
 
 ENDS = {

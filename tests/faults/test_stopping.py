@@ -90,7 +90,33 @@ def test_control_signals_that_nothing_delays_do_lose_steps(runs: Runs) -> None:
     assert runs.newest() == STEPS
 
 
-def test_a_second_signal_leaves_at_once_with_the_old_checkpoint(runs: Runs) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGHUP, signal.SIGHUP),  # bash and the system, when a terminal closes
+        (signal.SIGTERM, signal.SIGTERM),  # `timeout`, to its child and then to its group
+        (signal.SIGINT, signal.SIGINT),  # the terminal and a launcher
+        (signal.SIGINT, signal.SIGTERM),
+    ],
+)
+def test_a_signal_that_comes_twice_loses_no_step(
+    runs: Runs, whole: Wholes, first: signal.Signals, second: signal.Signals
+) -> None:
+    def twice(done: int) -> None:
+        if done == 8:
+            signal.raise_signal(first)
+            signal.raise_signal(second)
+
+    done = runs.tried(runs.watched(runs.begin(), twice))
+    assert done.code == 128 + first, done.text
+    lost = runs.steps() - runs.newest()
+    done = runs.tried(runs.watched(runs.resume()))
+    assert done.code == 0, done.text
+    assert_as_never_stopped(runs, whole())
+    survived("Saving: the same stop told twice", lost, of="steps")
+
+
+def test_a_second_ctrl_c_leaves_at_once_with_the_old_checkpoint(runs: Runs) -> None:
     def hang(done: int) -> None:
         if done == STEPS + 1:
             print("within a step that takes long")
@@ -101,7 +127,7 @@ def test_a_second_signal_leaves_at_once_with_the_old_checkpoint(runs: Runs) -> N
     before = runs.files()
     begun = time.monotonic()
     child.send(signal.SIGINT)
-    time.sleep(0.1)
+    time.sleep(signals.ECHO_S + 0.1)
     assert child.running()
     child.send(signal.SIGINT)
     assert child.wait() == 130, child.text()

@@ -122,7 +122,7 @@ def overlong(path: Path, best: Path) -> None:
 
 
 def task(name: str) -> Write:
-    fragment = f"cultralytics.nn.tasks\n{name}Model\n".encode()
+    fragment = f"cultralytics.nn.tasks\n{name}Model\n)R".encode()
     return lambda path, best: bare(path, 2, fragment)
 
 
@@ -165,7 +165,7 @@ OF_ANOTHER_KIND = {
     "pose": File(task("Pose"), "is a pose checkpoint"),
     "segmentation": File(task("Segmentation"), "is a segmentation checkpoint"),
     "classification": File(task("Classification"), "is a classification checkpoint"),
-    "a run's checkpoint": File(checkpoint_of_the_run, "no YOLO11"),
+    "a run's checkpoint": File(checkpoint_of_the_run, "a checkpoint of a run of kdmini, which"),
 }
 
 

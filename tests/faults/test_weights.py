@@ -19,6 +19,7 @@ import torch
 import train as train_script
 from kdmini import checkpoint
 from kdmini.detection.yolo11 import weights
+from kdmini.detection.yolo11.pickled import Pickled
 from tests.faults.attempts import assert_one_line, assert_refused, attempts
 from tests.faults.children import run, script
 from tests.faults.entries import ENTRIES, Finished, finish, good_file, newest, put_back
@@ -119,7 +120,7 @@ def unpickle_plainly() -> None:
     def load_plainly(path: Path, **settings: Any) -> Any:
         return load(path, map_location="cpu", weights_only=False)
 
-    weights.interpret = lambda pickled: Plain(io.BytesIO(pickled)).load()
+    weights.interpret = lambda pickled: Pickled(Plain(io.BytesIO(pickled)).load(), set())
     checkpoint.torch.load = load_plainly
 
 

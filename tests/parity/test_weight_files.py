@@ -139,8 +139,9 @@ OTHERS = {
     "SegmentationModel:yolo11n-seg": "is a segmentation checkpoint",
     "ClassificationModel:yolo11n-cls": "is a classification checkpoint",
     "OBBModel:yolo11n-obb": "is a obb checkpoint",
-    "DetectionModel:yolov8n": "names '.*C2f'",
-    "DetectionModel:yolo12n": "names '.*A2C2f'",
+    "DetectionModel:yolov8n": "C2f' as 'model.2'.*made of 'yolov8n.yaml'",
+    "DetectionModel:yolo12n": "A2C2f' as 'model.6'.*made of 'yolo12n.yaml'",
+    "DetectionModel:yolov10n": "has a one-to-one head",
 }
 
 
@@ -179,5 +180,5 @@ def test_other_files_are_refused_by_name(folder: Path, case: str) -> None:
 
 
 def test_a_fused_file_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="getattr"):
+    with pytest.raises(UserError, match="is fused"):
         weights.read(folder / "n-80-fused.pt")

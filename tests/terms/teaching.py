@@ -19,6 +19,7 @@ SMALL = [
     f"student.scale={TINY}",
     "teacher.scale=[0.5, 0.125, 1024]",
     "teacher.weights=null",
+    "allow_void=true",
 ]
 
 

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import train as train_script
+from kdmini.checkpoint import save_best
+from kdmini.detection.yolo11.model import YOLO11
 from kdmini.tools.compare import OKABE_ITO, curves, main, spread
 from kdmini.tools.rows import group, read_run
 from tests.commands import run
@@ -18,6 +21,13 @@ class Bare:
     """A metric without a `summary`."""
 
     fitness = "AP50-95"
+
+
+class Own:
+    """A metric whose fitness depends on its settings, and which needs the classes."""
+
+    def __init__(self, names: list[str], of: str):
+        self.fitness = f"{of} of {len(names)}"
 
 
 class Nameless:
@@ -119,15 +129,32 @@ def test_a_metric_without_a_summary_has_all_its_scores_shown(tmp_path, capsys):
     assert "the best epoch by AP50-95" in text
 
 
+def test_a_row_has_the_scores_of_its_own_metric(tmp_path, capsys):
+    first = write(tmp_path / "first", [0.1])
+    own = {"metric": {"build": f"{__name__}:Own", "of": "recall"}}
+    other = write(tmp_path / "other", [None, None], settings=own)
+    save_best(tmp_path / "other" / "best.pt", YOLO11(["a", "b"], [0.5, 0.0625, 1024]), 64, 0, 0.5)
+    before, first_epoch, second_epoch = Path(other, "metrics.jsonl").read_text().splitlines()
+    lines = [before]
+    for line, score in ((first_epoch, 0.6), (second_epoch, 0.4)):
+        scored = {"score/recall of 2": score, "score/strays": True}
+        lines.append(json.dumps(json.loads(line) | scored))
+    Path(other, "metrics.jsonl").write_text("\n".join(lines))
+
+    text = compare(tmp_path, capsys, first, other)
+    header, row, own_row = rows_of(text)
+    scores = ["VOC07", "VOC", "AP50-95", "recall of 2", "strays"]
+    assert header[1:7] == [*scores, "best epoch"]
+    assert row[4:7] == ["-", "-", "1"]
+    assert own_row[1:7] == ["-", "-", "-", "0.6000 (n=1)", "-", "1"]
+    assert "best epoch by recall of 2" in text
+
+
 def test_rows_of_another_metric_are_said_to_be(tmp_path, capsys):
     first = write(tmp_path / "first", [0.1])
     other = write(tmp_path / "other", [0.2], settings={"metric": {"build": "a.b:Other"}})
     text = compare(tmp_path, capsys, first, other)
-    line = (
-        "build=a.b:Other: scored by a.b:Other; the table shows the scores of "
-        "kdmini.detection.average_precision:DetectionMetric"
-    )
-    assert line in text.splitlines()
+    assert "build=a.b:Other: scored by a.b:Other, best epoch by AP50-95" in text.splitlines()
     assert text.count("scored by") == 1
 
 
@@ -203,10 +230,6 @@ def damaged(tmp_path):
     path.write_text(text[: text.index('"epoch": 2') + 30])
     (tmp_path / "fresh/metrics.jsonl").unlink()
     lines = [
-        "[1, 2]",
-        "7",
-        '{"epoch": "2", "score/AP50-95": 0.9}',
-        '{"score/AP50-95": 0.9}',
         '{"epoch": 1, "score/AP50-95": NaN}',
         '{"epoch": 2, "score/AP50-95": Infinity, "images/s": "fast"}',
         '{"epoch": 3, "score/AP50-95": 1' + "0" * 400 + "}",
@@ -239,15 +262,16 @@ def test_curves_go_as_far_as_all_runs_of_a_row_have_come(damaged):
 
 def test_folders_that_are_no_runs_are_named_and_the_others_compared(tmp_path, capsys):
     good = write(tmp_path / "good", [0.1])
-    names = ("missing", "empty", "yaml", "text", "binary", "deep", "folder")
+    names = ("missing", "empty", "yaml", "text", "binary", "deep", "list", "folder")
     bad = {name: tmp_path / name for name in names}
     bad["empty"].mkdir()
-    for name in ("yaml", "text", "binary", "deep", "folder"):
+    for name in ("yaml", "text", "binary", "deep", "list", "folder"):
         write(bad[name], [0.1])
     (bad["yaml"] / "config.yaml").write_text("seed: 1\nseed: 2\n")
     (bad["text"] / "config.yaml").write_text("text")
     (bad["binary"] / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
     (bad["deep"] / "metrics.jsonl").write_text("[" * 200_000)
+    (bad["list"] / "metrics.jsonl").write_text("[1, 2]")
     (bad["folder"] / "metrics.jsonl").unlink()
     (bad["folder"] / "metrics.jsonl").mkdir()
     missing, *others = map(str, bad.values())
@@ -295,7 +319,7 @@ def test_without_matplotlib_the_table_is_there_and_a_line_says_what_to_install(
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     main([write(tmp_path / "a", [0.1]), "--out", str(tmp_path / "out")])
-    line = "no picture: it takes matplotlib, `pip install 'kdmini[plots]'`\n"
+    line = "no picture: it takes matplotlib, `pip install -e '.[plots]'` in the checkout\n"
     assert capsys.readouterr().out.endswith(line)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["compare.md"]
 

@@ -32,3 +32,10 @@ def test_a_line_that_is_alone_is_named_at_its_axis() -> None:
     assert "hint, lambda" in labels
     assert "lr" in labels
     assert "sum over the taps" in labels
+
+
+def test_what_is_no_finite_number_is_in_no_panel() -> None:
+    values = {"a": True, "b": float("nan"), "c": 10**400, "d": "0.5", "e": float("inf"), "f": 1}
+    record = {"epoch": 0, **{f"score/{name}": value for name, value in values.items()}}
+    (panel,) = panels_of([record])
+    assert panel.lines == {"f": [(1, 1)]}

@@ -68,10 +68,10 @@ def releases(folder, *urls, extra=()):
     folder.mkdir(exist_ok=True)
     trainval = make_tar(folder / "trainval.tar", ["000001", "000003"], "trainval")
     test = make_tar(folder / "test.tar", ["000002"], "test", extra)
-    archives = [
-        Archive("trainval.tar", trainval, [f"{url}/trainval.tar" for url in urls]),
-        Archive("test.tar", test, [f"{url}/test.tar" for url in urls]),
-    ]
+    archives = []
+    for file, md5 in (("trainval.tar", trainval), ("test.tar", test)):
+        size = (folder / file).stat().st_size
+        archives.append(Archive(file, size, md5, [f"{url}/{file}" for url in urls]))
     return {"2007": Release(archives, 3, {"trainval": 2, "test": 1})}
 
 

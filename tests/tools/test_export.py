@@ -14,7 +14,7 @@ from kdmini.checkpoint import save_best
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.tools import export as tool
-from kdmini.tools.export import main, to_onnx, to_safetensors
+from kdmini.tools.export import Decoded, main, to_onnx, to_safetensors
 from tests.conftest import ROOT
 
 NAMES = ["cup", "잔", 'a "b"']
@@ -143,6 +143,17 @@ def test_onnx_gives_the_outputs_of_the_detector_at_any_batch(model: YOLO11, onnx
         np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
 
 
+def test_the_first_output_has_centres_sides_and_scores_in_rows(onnx: Exported) -> None:
+    session = onnx_session(onnx.path)
+    images = torch.rand(2, 3, IMGSZ, IMGSZ).numpy()
+    fused, boxes_xyxy, scores = session.run(None, {"images": images})
+    assert session.get_outputs()[0].name == "output0"
+    assert fused.shape == (2, 4 + len(NAMES), ANCHORS)
+    low, high = np.split(boxes_xyxy, 2, axis=2)
+    expected = np.concatenate([(low + high) / 2, high - low, scores], 2)
+    np.testing.assert_allclose(fused, expected.transpose(0, 2, 1), rtol=1e-5, atol=1e-4)
+
+
 def test_onnx_says_what_the_detector_is(onnx: Exported) -> None:
     metadata = onnx_session(onnx.path).get_modelmeta().custom_metadata_map
     assert json.loads(metadata["names"]) == NAMES
@@ -165,10 +176,16 @@ def test_a_model_that_is_not_the_detector_is_refused(
 ) -> None:
     images = torch.rand(3, 3, IMGSZ, IMGSZ)
     with torch.no_grad():
-        boxes_xyxy, scores = decode_maps(model(images))
+        fused, boxes_xyxy, scores = Decoded(model)(images)
     content = onnx.path.read_bytes()
-    with pytest.raises(UserError, match="not the detector"):
-        tool.compare(content, images, boxes_xyxy * spoil_boxes, scores + spoil_scores)
+    tool.compare(content, images, [fused, boxes_xyxy, scores])
+    spoilt = torch.cat([fused[:, :4] * spoil_boxes, fused[:, 4:] + spoil_scores], 1)
+    for expected in (
+        [fused, boxes_xyxy * spoil_boxes, scores + spoil_scores],
+        [spoilt, boxes_xyxy, scores],
+    ):
+        with pytest.raises(UserError, match="not the detector"):
+            tool.compare(content, images, expected)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
@@ -178,7 +195,7 @@ def test_a_package_that_is_missing_is_named(
     for name in ("onnx", "onnxscript"):  # whatever is installed, the other one is there
         monkeypatch.setitem(sys.modules, name, sys)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"{package}: pip install 'kdmini\[export\]'"):
+    with pytest.raises(UserError, match=rf"{package}: pip install -e '\.\[export\]'"):
         to_onnx(model, IMGSZ, {})
 
 
@@ -205,5 +222,13 @@ def test_wrong_input_is_one_line(weights: Path, tmp_path: Path) -> None:
     assert "cannot be made" in refusal(weights, "--out", tmp_path / "file" / "a.safetensors")
     assert "cannot write" in refusal(weights, "--out", tmp_path / "taken.safetensors")
     assert "missing.pt" in refusal(tmp_path / "missing.pt")
-    assert "--imgsz: 100" in refusal(weights, "--imgsz", 100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.safetensors"]
+
+
+@pytest.mark.parametrize("imgsz", ["0", "-32", "100", "1000000000", "many"])
+def test_an_image_size_out_of_range_is_refused_by_the_command_line(
+    weights: Path, imgsz: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(weights), "--to", "safetensors", f"--imgsz={imgsz}"])
+    assert capsys.readouterr().err.splitlines()[-1].find("argument --imgsz: ") > 0

@@ -6,10 +6,12 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -86,11 +88,10 @@ def write_part(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
-@pytest.mark.parametrize("size", [len(DATA), None])
-def test_downloads_once(server: Server, path: Path, algorithm: str, size: int | None) -> None:
+def test_downloads_once(server: Server, path: Path, algorithm: str) -> None:
     digest = f"{algorithm}:{hashlib.new(algorithm, DATA).hexdigest()}"
     for _ in range(2):
-        assert fetch(server.url, path, digest, size) == path
+        assert fetch(server.url, path, digest, len(DATA)) == path
         assert path.read_bytes() == DATA
     assert server.asked == [None]
     assert os.listdir(path.parent) == [path.name]
@@ -117,14 +118,14 @@ def test_a_dropped_connection_is_resumed(server: Server, path: Path) -> None:
 def test_a_server_without_ranges_starts_over(server: Server, path: Path) -> None:
     server.takes_ranges = False
     write_part(path, DATA[:5000])
-    assert fetch(server.url, path, DIGEST).read_bytes() == DATA
+    assert fetch(server.url, path, DIGEST, len(DATA)).read_bytes() == DATA
     assert server.asked == ["bytes=5000-"]
 
 
 def test_a_server_that_refuses_the_range_starts_over(server: Server, path: Path) -> None:
     server.refuses_ranges = True
     write_part(path, b"old" * 5000)
-    assert fetch(server.url, path, DIGEST).read_bytes() == DATA
+    assert fetch(server.url, path, DIGEST, len(DATA)).read_bytes() == DATA
     assert server.asked == ["bytes=15000-", None]
 
 
@@ -170,7 +171,7 @@ def test_offline_says_where_to_put_the_file(path: Path) -> None:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/yolo11n.pt"
         with pytest.raises(UserError) as caught:
-            fetch(url, path, DIGEST)
+            fetch(url, path, DIGEST, len(DATA))
     message = str(caught.value)
     assert url in message
     assert str(path) in message
@@ -182,14 +183,78 @@ def test_a_server_that_falls_silent_times_out(path: Path, monkeypatch: pytest.Mo
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/f"
         with pytest.raises(UserError, match="timed out"):
-            fetch(url, path, DIGEST)
+            fetch(url, path, DIGEST, len(DATA))
 
 
 def test_two_at_once_download_it_once(server: Server, path: Path) -> None:
     server.waits_s = 0.1
     with ThreadPoolExecutor(2) as ranks:
-        calls = [ranks.submit(fetch, server.url, path, DIGEST) for _ in range(2)]
+        calls = [ranks.submit(fetch, server.url, path, DIGEST, len(DATA)) for _ in range(2)]
         assert [call.result() for call in calls] == [path, path]
     assert server.asked == [None]
     assert os.listdir(path.parent) == [path.name]
     assert path.read_bytes() == DATA
+
+
+# --- servers that mean no good
+
+
+@contextmanager
+def raw_server(pieces: Iterable[bytes], wait_s: float = 0) -> Iterator[str]:
+    """-> its URL. Whoever asks gets the pieces, one after the other, until he hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with listening.accept()[0] as connection, suppress(OSError):
+                connection.recv(4096)
+                for piece in pieces:
+                    connection.sendall(piece)
+                    time.sleep(wait_s)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/file"
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+def test_a_body_without_end_is_cut_off(path: Path) -> None:
+    endless = chain([OK + b"\r\n"], repeat(b"x" * 65536))
+    with raw_server(endless) as url, pytest.raises(UserError, match=r"another file came.* 1001 b"):
+        fetch(url, path, DIGEST, 1000)
+    assert os.listdir(path.parent) == []
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "many", "1e3", ""])
+def test_a_strange_length_is_no_length(path: Path, length: str) -> None:
+    head = OK + f"Content-Length: {length}\r\n\r\n".encode()
+    with raw_server([head, DATA]) as url:
+        assert fetch(url, path, DIGEST, len(DATA)).read_bytes() == DATA
+
+
+def test_what_a_server_says_is_quoted_and_cut(path: Path) -> None:
+    evil = b"\x1b[2J\x1b]0;title\x07" + b"x" * 5000
+    for answer in (b"HTTP/1.1 404 " + evil + b"\r\n\r\n", evil + b"\r\n\r\n"):
+        with raw_server([answer]) as url, pytest.raises(UserError) as caught:
+            fetch(url, path, DIGEST, 1000)
+        message = str(caught.value)
+        assert message.isprintable()
+        assert len(message) < 300 + len(str(path))
+        assert r"\x1b[2J" in message
+
+
+def test_a_server_that_trickles_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdmini.tools.fetch.PERIOD_S", 0.2)
+    trickle = chain([OK + b"Content-Length: 1000\r\n\r\n"], repeat(b"x"))
+    with raw_server(trickle, 0.02) as url, pytest.raises(UserError, match="slower than 10,000 b"):
+        fetch(url, path, DIGEST, 1000)
+    assert 3 < part_of(path).stat().st_size < 100  # the next call goes on from there
+
+
+def test_an_answer_that_does_not_begin_is_given_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdmini.tools.fetch.TIMEOUT_S", 0.2)
+    headers = chain([OK], repeat(b"X: y\r\n"))
+    with raw_server(headers, 0.02) as url, pytest.raises(UserError, match="timed out before"):
+        fetch(url, path, DIGEST, 1000)

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from kdmini.checkpoint import save_best
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.tools.predict import COLOURS, draw, main, picture_names
+from kdmini.tools.predict import COLOURS, detect, draw, main, picture_names
 
 NAMES = ["cup", "fork", "knife", "spoon"]
 IMGSZ = 64
@@ -187,6 +189,76 @@ def test_bad_images_are_told_of_together_and_the_others_are_done(
     assert "no image could be read" in message
 
 
+def test_a_name_that_is_not_utf8_is_a_name(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = [b"caf\xe9.png", "한글.png".encode(), b"\xff\x1b[31m\n.png", b"x" * 251 + b".png"]
+    for name in names:
+        photograph(40, 30).save(folder / "new.png")
+        (folder / "new.png").rename(folder / os.fsdecode(name))
+    entries = run(weights, folder, out=tmp_path / "out")
+    # such as Python reads them, and such as they are in the file: valid JSON in UTF-8
+    assert sorted(os.fsencode(Path(entry["file"]).name) for entry in entries) == sorted(names)
+    text = (tmp_path / "out" / "predictions.json").read_bytes().decode()
+    assert "caf\\udce9.png" in text
+    assert "한글.png" in text
+    for entry in entries:
+        assert Image.open(entry["file"]).size == (40, 30)
+        assert Image.open(tmp_path / "out" / entry["picture"]).width == 640
+
+
+def test_one_bad_name_does_not_end_the_call(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("first.png", "second.png", "third.png"):
+        photograph(40, 30).save(tmp_path / "in" / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "out" / "second.jpg" / "in the place of a picture").mkdir(parents=True)
+    bad = ["loop", "loop/a.png", "empty", "x" * 300, "line\nbreak.png", "esc\x1b[31m.png"]
+    inputs = [tmp_path / name for name in (*bad, "in")]
+    message = refused(weights, *inputs, "--out", tmp_path / "out")
+    assert f"named above: {len(bad) + 1};" in message
+
+    told = capsys.readouterr().err
+    for name in bad:
+        assert str(tmp_path / name).encode("unicode_escape").decode() + ": no " in told
+    assert "second.jpg (Is a directory)" in told
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [Path(entry["file"]).name for entry in entries] == ["first.png", "third.png"]
+    assert all((tmp_path / "out" / entry["picture"]).is_file() for entry in entries)
+
+
+def test_a_picture_that_vanishes_is_one_that_could_not_be_read(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first.png", "second.png"):
+        photograph(40, 30).save(tmp_path / name)
+
+    def loses_the_first(*args: Any) -> Any:
+        (tmp_path / "first.png").unlink()
+        return detect(*args)
+
+    monkeypatch.setattr("kdmini.tools.predict.detect", loses_the_first)
+    inputs = [tmp_path / "first.png", tmp_path / "second.png"]
+    assert "named above: 1;" in refused(weights, *inputs, "--out", tmp_path / "out")
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert Path(entry["file"]).name == "second.png"
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[31m", "x" * 2_000_000, ""])
+def test_any_class_name_is_drawn_on_one_short_line(name: str) -> None:
+    prediction = {
+        "boxes_xyxy": torch.tensor([[100.0, 100.0, 500.0, 400.0]]),
+        "scores": torch.tensor([0.9]),
+        "labels": torch.tensor([0]),
+    }
+    picture = draw(Image.new("RGB", (640, 480), "white"), prediction, [name])
+    column = np.asarray(picture)[:, 101]  # above the box there is the plate alone
+    assert 15 < (column[:98] != 255).any(1).sum() < 40
+
+
 def test_images_of_one_name_have_pictures_of_their_own(weights: Path, tmp_path: Path) -> None:
     names = ["a/x.png", "b/x.jpg", "b/X.bmp", "c/x.png"]
     widths = dict(zip((tmp_path / name for name in names), (700, 800, 900, 1000), strict=True))
@@ -262,7 +334,9 @@ def test_the_best_box_is_drawn_last() -> None:
     assert picture.getpixel((500, 250)) == (0xE6, 0x9F, 0x00)
 
 
-def test_wrong_input_is_told_in_one_line(weights: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_told_in_one_line(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = tmp_path / "a.png"
     photograph(40, 30).save(image)
     empty = tmp_path / "empty"
@@ -270,12 +344,23 @@ def test_wrong_input_is_told_in_one_line(weights: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("a file")
     out = ["--out", tmp_path / "out"]
-    assert "no pictures" in refused(weights, empty, *out)
+    assert "each folder is named above" in refused(weights, empty, *out)
+    assert f"{empty}: no pictures in this folder" in capsys.readouterr().err
     assert "file" in refused(weights, image, "--out", file)
     assert "file" in refused(weights, image, "--out", file / "below")
     assert "missing.pt" in refused(tmp_path / "missing.pt", image, *out)
     assert "no weight file" in refused(image, image, *out)
-    assert "--score" in refused(weights, image, *out, "--score", 25)
-    assert "--iou" in refused(weights, image, *out, "--iou", "nan")
-    assert "--imgsz: 100" in refused(weights, image, *out, "--imgsz", 100)
     assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    "option", ["--score=25.0", "--score=-1.0", "--iou=nan", "--iou=inf", "--imgsz=0", "--imgsz=100"]
+)
+def test_a_number_out_of_range_is_refused_by_the_command_line(
+    weights: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, _, value = option.partition("=")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(weights), "a.png", option])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: argument {name}: {value} is out of range; use " in last

@@ -69,6 +69,17 @@ def test_every_number_is_there_once_at_its_epoch_under_its_key(run: Path) -> Non
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
+def test_what_is_no_number_is_left_out(run: Path) -> None:
+    values = {"a": True, "b": 10**400, "c": "0.5", "d": None, "e": 0.5}
+    record = {"epoch": 9, **{f"score/{name}": value for name, value in values.items()}}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    tensorboard.main([str(run)])
+    scores = {tag for tag in read(run).Tags()["scalars"] if tag.startswith("score/")}
+    assert not scores & {f"score/{name}" for name in "abcd"}
+    assert points(read(run), "score/e") == [(10, 0.5)]
+
+
 def test_pictures_are_shown_as_they_are(run: Path) -> None:
     tensorboard.main([str(run)])
     reader = read(run)
@@ -143,8 +154,8 @@ def refusal(run: Path) -> str:
     "name, content, message",
     [
         ("metrics.jsonl", b"\xff\n", "metrics.jsonl: cannot be read"),
-        ("metrics.jsonl", b'{"loss/box": 1}\n', "metrics.jsonl: cannot be read"),
-        ("metrics.jsonl", b"[1]\n", "metrics.jsonl: cannot be read"),
+        ("metrics.jsonl", b'{"loss/box": 1}\n', "metrics.jsonl:1: "),
+        ("metrics.jsonl", b"[1]\n", "metrics.jsonl:1: '[1]' is no record of an epoch"),
         ("pictures/curves.png", b"half", "curves.png: is no PNG"),
         ("pictures/curves.png", tensorboard.PNG_SIGNATURE + b"half", "curves.png: is no PNG"),
         ("tensorboard", b"", "cannot write"),
@@ -165,4 +176,4 @@ def test_without_the_package_it_is_named(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "pip install 'kdmini[tb]'" in done.stderr
+    assert "pip install -e '.[tb]'" in done.stderr

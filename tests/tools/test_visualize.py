@@ -91,7 +91,7 @@ def tapped(model: torch.nn.Module, images: torch.Tensor) -> list[np.ndarray]:
     for tap in TAPS:
         energy = (feats[tap] ** 2).sum(1)
         norm = np.sqrt((energy**2).sum((1, 2), keepdims=True))
-        maps.append(energy / (norm + 1e-8))
+        maps.append(energy / norm)
     return maps
 
 
@@ -301,6 +301,17 @@ def test_a_run_without_a_teacher_has_no_pair_of_networks(
     assert "best.pt" in capsys.readouterr().out
 
 
+def test_a_student_that_is_no_yolo11_is_said_to_have_no_taps(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert visualize.own_taps(YOLO11(["a"], [0.5, 0.0625, 1024])) == visualize.TAPS
+    assert capsys.readouterr().out == ""
+    assert visualize.own_taps(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))) == []
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "Sequential has none of a YOLO11" in line
+    assert "`distill` with `taps`" in line
+
+
 def test_weights_alone_have_detections_and_their_own_maps(
     run: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -340,3 +351,14 @@ def test_mistakes_are_one_line(arguments: list[str], named: str, run: Path, tmp_
     assert named in message
     assert "\n" not in message
     assert not list(tmp_path.iterdir())
+
+
+def test_an_untrained_network_has_bright_maps_and_a_true_distance():
+    """However weak its features, where the eps of the loss would leave black ones."""
+    torch.manual_seed(0)
+    strong = torch.randn(2, 4, 6, 6)
+    other = torch.randn(2, 8, 6, 6)
+    captions = visualize.distances(strong, other, None)
+    assert visualize.distances(1e-12 * strong, other, None) == captions
+    to_goal = visualize.distances(other, strong, 1e-12 * other)
+    assert to_goal[0].endswith(f"to teacher 0.000 → {captions[0][-5:]}")

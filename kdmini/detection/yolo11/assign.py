@@ -2,7 +2,7 @@
 
 Source: Feng et al., "TOOD", ICCV 2021, section 3.2.
 Every step keeps its shape whatever the number of objects, so nothing here waits for the
-device.
+device. Where a batch is large or dense, a few images at a time bound the memory.
 
 Legend: N images, G objects (padded), A anchor points, K classes.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdmini.detection.boxes import centre_inside, ciou
+from kdmini.detection.boxes import centre_inside, ciou, images_at_once
 from kdmini.detection.truth import Targets
 
 ALPHA = 0.5  # exponent of the class score in the alignment
@@ -37,17 +37,37 @@ def assign(
 
     scores (N, A, K) 0..1, boxes_xyxy (N, A, 4) and points (A, 2) in pixels.
     """
-    objects_xyxy = targets["boxes_xyxy"]  # (N, G, 4)
     labels = targets["labels"]  # (N, G)
     if labels.shape[1] == 0:
         return Assignment(torch.zeros_like(boxes_xyxy), torch.zeros_like(scores))
 
+    count = images_at_once(labels.shape[1], len(points))
+    of_images = (scores, boxes_xyxy, targets["boxes_xyxy"], labels)
+    groups = zip(*(tensor.split(count) for tensor in of_images), strict=True)
+    parts = [assign_together(points, *group) for group in groups]
+    if len(parts) == 1:
+        return parts[0]
+    owner_xyxy, target = map(torch.cat, zip(*parts, strict=True))
+    return Assignment(owner_xyxy, target)
+
+
+def assign_together(
+    points: Tensor,
+    scores: Tensor,
+    boxes_xyxy: Tensor,
+    objects_xyxy: Tensor,
+    labels: Tensor,
+) -> Assignment:
+    """As `assign`, of objects_xyxy (N, G, 4) and labels (N, G)."""
     real = (labels >= 0).unsqueeze(-1)  # (N, G, 1), False where padded
     inside = centre_inside(points, objects_xyxy) & real  # (N, G, A)
     overlap = ciou(objects_xyxy.unsqueeze(2), boxes_xyxy.unsqueeze(1))
     overlap = overlap.clamp(min=0) * inside  # (N, G, A)
     object_score = class_score(scores, labels)  # (N, G, A)
-    alignment = object_score.pow(ALPHA) * overlap.pow(BETA)  # (N, G, A)
+    # a cube squared, both by products: pow(6) rounds the last values of a tensor otherwise
+    # than the same values inside one, and so would depend on which images are together
+    overlap_beta = overlap.pow(BETA / 2).square()
+    alignment = object_score.pow(ALPHA) * overlap_beta  # (N, G, A)
     candidate = top_candidates(alignment) & inside
     owned = best_object(candidate, overlap)  # (N, G, A), at most one G an anchor
 

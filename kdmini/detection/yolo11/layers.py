@@ -42,7 +42,8 @@ class Conv(nn.Module):
             bias=False,
         )
         self.bn: nn.Module = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.03)
-        self.act = nn.SiLU(inplace=True) if act else nn.Identity()
+        # not in place: autograd would clone what it needs of the input
+        self.act = nn.SiLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
@@ -184,6 +185,21 @@ class C2PSA(nn.Module):
         return self.cv2(torch.cat([around, through], 1))
 
 
+class Upsample(nn.Upsample):
+    """Twice the height and width, each cell four times."""
+
+    def __init__(self) -> None:
+        super().__init__(scale_factor=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if not torch.amp.is_autocast_available(kind):  # as on `meta`
+            return super().forward(x)
+        # it would make float32 of the map, and of the concatenation behind it
+        with torch.autocast(kind, enabled=False):
+            return super().forward(x)
+
+
 class Concat(nn.Module):
     """Joins maps of one size along their channels."""
 
@@ -204,12 +220,15 @@ class DFL(nn.Module):
 
 
 class Detect(nn.Module):
-    """Decoupled head: at each level 64 distance logits and K class logits a cell."""
+    """Decoupled head: at each level 64 distance logits and K class logits a cell.
 
-    def __init__(self, channels: Sequence[int], num_classes: int):
+    cls_width: channels of the class branch; by default the public rule's for K classes.
+    """
+
+    def __init__(self, channels: Sequence[int], num_classes: int, cls_width: int | None = None):
         super().__init__()
         box_width = max(channels[0] // 4, BOX_CHANNELS)
-        cls_width = max(channels[0], min(num_classes, 100))
+        cls_width = cls_width or max(channels[0], min(num_classes, 100))
         self.cv2 = nn.ModuleList(box_branch(c, box_width) for c in channels)
         self.cv3 = nn.ModuleList(class_branch(c, cls_width, num_classes) for c in channels)
         self.dfl = DFL()

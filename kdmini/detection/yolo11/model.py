@@ -5,7 +5,6 @@ Layers, widths and depths are those of the published architecture.
 Legend: N images, H W pixels, A anchor points, K classes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kdmini.bounds import Gain
 from kdmini.contracts import Losses, UserError
 from kdmini.detection.boxes import anchor_points, dist_ltrb_to_xyxy, flatten_levels, select
 from kdmini.detection.truth import Detections, Targets
 from kdmini.detection.yolo11 import weights as weight_files
+from kdmini.detection.yolo11.class_rows import CLASS_ROWS, source_rows
 from kdmini.detection.yolo11.layers import (
     BOX_CHANNELS,
     C2PSA,
@@ -27,21 +28,16 @@ from kdmini.detection.yolo11.layers import (
     Concat,
     Conv,
     Detect,
+    Upsample,
 )
 from kdmini.detection.yolo11.loss import detection_loss, expected_dist
-
-SCALES = {  # depth, width, max channels
-    "n": (0.50, 0.25, 1024),
-    "s": (0.50, 0.50, 1024),
-    "m": (0.50, 1.00, 512),
-    "l": (1.00, 1.00, 512),
-    "x": (1.00, 1.50, 512),
-}
+from kdmini.detection.yolo11.sizes import SCALES, Scale, Sizes, sizes_of
 
 HEAD = 23  # the last layer
 HEAD_INPUTS = (16, 19, 22)  # layers of strides 8, 16 and 32
 # every other layer reads the one before it; a Concat reads this one too
 CONCAT_WITH = {12: 6, 15: 4, 18: 13, 21: 10}
+READ_LATER = {*HEAD_INPUTS, *CONCAT_WITH.values()}
 
 
 class YOLO11(nn.Module):
@@ -52,48 +48,64 @@ class YOLO11(nn.Module):
     scale: n, s, m, l, x, or [depth, width, max channels] for one of your own.
     weights: a file (`yolo11s.pt`, `best.pt`), or {path: ..., classes: by_name | keep}
         where the classes differ: `by_name` carries rows over by class name, `keep`
-        builds the file's own head.
+        builds the file's own head. A bare state_dict needs {path: ..., names: [...]},
+        and `sppf_act: false` where it was trained without the SiLU there. The class
+        branch is as wide as the file's.
     box, cls, dfl: gains of the three losses.
     """
 
     def __init__(
         self,
         names: list[str],
-        scale: str | list[float] = "s",
-        weights: str | dict[str, str] | None = None,
-        box: float = 7.5,
-        cls: float = 0.5,
-        dfl: float = 1.5,
+        scale: Scale = "s",
+        weights: str | dict[str, Any] | None = None,
+        box: Gain = 7.5,
+        cls: Gain = 0.5,
+        dfl: Gain = 1.5,
     ):
         super().__init__()
         if isinstance(scale, str) and scale not in SCALES:
             raise UserError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
-        source = {"path": weights} if isinstance(weights, str) else weights or {}
-        classes = source.get("classes")
-        file = weight_files.read(source["path"]) if source else None
-        if file and classes == "keep":
-            names = file.names
+        file = None
+        classes = None
+        if weights:
+            source = weight_files.source_of(weights)
+            classes = source.classes
+            file = weight_files.read(source.path, source.names, source.sppf_act)
+            # before anything of the size that a file or a config claims is built
+            weight_files.check_scale(file, scale)
+            if classes == "keep":
+                names = file.names
 
         self.names = list(names)
-        self.scale = scale
+        self.unread: list[str] = []  # classes of which the file has no row
+        self.scale = scale if isinstance(scale, str) else list(scale)
         self.gains = {"box": box, "cls": cls, "dfl": dfl}
         self.license = file.license if file else ""
         self.sppf_act = file.sppf_act if file else True
-        sizes = SCALES[scale] if isinstance(scale, str) else scale
-        self.model = build_layers(sizes, len(self.names))
+        cls_width = file.cls_width if file else None
+        self.model = build_layers(sizes_of(scale), len(self.names), cls_width)
         if not self.sppf_act:
             self.get_submodule("model.9.cv1").act = nn.Identity()
         if file:
             state = weight_files.fit(file, self.state_dict(), self.names, scale, classes)
             self.load_state_dict(state)
+            known = source_rows(file.names, self.names)
+            self.unread = [name for row, name in enumerate(self.names) if row not in known]
 
     @property
     def card(self) -> dict[str, Any]:
         """What `best.pt` carries beside the tensors.
 
-        `license` is that of the weights training began from.
+        `license` is that of the weights training began from, cls_width the channels of
+        the class branch.
         """
-        return {"scale": self.scale, "sppf_act": self.sppf_act, "license": self.license}
+        return {
+            "scale": self.scale,
+            "cls_width": self.get_parameter(CLASS_ROWS[0]).shape[1],
+            "sppf_act": self.sppf_act,
+            "license": self.license,
+        }
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) RGB 0..1, sides divisible by 32 -> preds."""
@@ -105,13 +117,15 @@ class YOLO11(nn.Module):
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         """-> the maps that the head reads."""
-        outputs: list[Tensor] = []
+        outputs: dict[int, Tensor] = {}
         x: Any = images
         for number, layer in enumerate(self.model[:HEAD]):
             if number in CONCAT_WITH:  # it takes two maps
                 x = [x, outputs[CONCAT_WITH[number]]]
             x = layer(x)
-            outputs.append(x)
+            # no other is kept: without a backward pass its memory is free again
+            if number in READ_LATER:
+                outputs[number] = x
         return [outputs[number] for number in HEAD_INPUTS]
 
     def make_head(self, channels: Sequence[int]) -> Detect:
@@ -150,23 +164,13 @@ class YOLO11(nn.Module):
         return self
 
 
-def build_layers(scale: Sequence[float], num_classes: int) -> nn.ModuleList:
-    """The 24 layers of the public graph for (depth, width, max channels)."""
-    depth, width, max_channels = scale
-    repeats = max(round(2 * depth), 1)
-    wide = width >= 1.0  # m, l and x use C3k in every C3k2
-
-    def scaled(channels: int) -> int:
-        return math.ceil(min(channels, max_channels) * width / 8) * 8
+def build_layers(sizes: Sizes, num_classes: int, cls_width: int | None) -> nn.ModuleList:
+    """The 24 layers of the public graph. cls_width: see Detect."""
+    c64, c128, c256, c512, c1024, repeats, wide = sizes
 
     def block(c_in: int, c_out: int, use_c3k: bool = False, expansion: float = 0.5) -> C3k2:
         return C3k2(c_in, c_out, repeats, use_c3k or wide, expansion)
 
-    c64 = scaled(64)
-    c128 = scaled(128)
-    c256 = scaled(256)
-    c512 = scaled(512)
-    c1024 = scaled(1024)
     layers = [
         # backbone
         Conv(3, c64, 3, 2),
@@ -181,10 +185,10 @@ def build_layers(scale: Sequence[float], num_classes: int) -> nn.ModuleList:
         SPPF(c1024),
         C2PSA(c1024, repeats),
         # neck, down to stride 8
-        nn.Upsample(scale_factor=2),
+        Upsample(),
         Concat(),
         block(c1024 + c512, c512),
-        nn.Upsample(scale_factor=2),
+        Upsample(),
         Concat(),
         block(c512 + c512, c256),
         # and up again to stride 32
@@ -194,7 +198,7 @@ def build_layers(scale: Sequence[float], num_classes: int) -> nn.ModuleList:
         Conv(c512, c512, 3, 2),
         Concat(),
         block(c512 + c1024, c1024, use_c3k=True),
-        Detect((c256, c512, c1024), num_classes),
+        Detect((c256, c512, c1024), num_classes, cls_width),
     ]
     return nn.ModuleList(layers)
 

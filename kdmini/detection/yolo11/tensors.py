@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdmini.detection.yolo11.pickled import Node, Refused
+from kdmini.detection.yolo11.archive import Refused
+from kdmini.detection.yolo11.pickled import Node
 
 MAX_NODES = 20_000  # modules, parameters and buffers of a model
 MAX_NAME = 200  # characters of a dotted name
@@ -36,9 +37,14 @@ def tree_of(root: Node) -> dict[str, Node]:
     return {name: node for name, node in nodes if node is not None}
 
 
+# what a pickle names where a tensor is
+TENSORS = {"torch._utils _rebuild_parameter", "torch._utils _rebuild_tensor_v2"}
+
 DTYPES = {
+    "torch BFloat16Storage": torch.bfloat16,
     "torch HalfStorage": torch.float16,
     "torch FloatStorage": torch.float32,
+    "torch DoubleStorage": torch.float64,
     "torch LongStorage": torch.int64,
 }
 

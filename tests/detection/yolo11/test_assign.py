@@ -1,10 +1,16 @@
 """Task-aligned assignment: who claims an anchor, who gets it, with what score."""
 
+import sys
+from multiprocessing import get_context
+from resource import RUSAGE_SELF, getrusage
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import complete_box_iou
 
+from kdmini.detection.boxes import MOST_PAIRS, anchor_points, images_at_once
 from kdmini.detection.yolo11.assign import assign, best_object
 from tests.detection.yolo11.scenes import (
     CLASSES,
@@ -104,3 +110,69 @@ def test_the_order_of_objects_does_not_matter() -> None:
     assert torch.equal(forwards.scores, backwards.scores)
     owned = forwards.scores.any(-1)
     assert torch.equal(forwards.boxes_xyxy[owned], backwards.boxes_xyxy[owned])
+
+
+# --- dense images
+
+PAIRS = "kdmini.detection.boxes.MOST_PAIRS"
+
+
+def dense(images: int, objects: int, side: int) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """scores, boxes, points, targets of square images: as many objects as there is place for."""
+    torch.manual_seed(images * objects + side)
+    sizes = [(side // stride, side // stride) for stride in (8, 16, 32)]
+    points, stride_of = anchor_points(sizes, (8, 16, 32), torch.device("cpu"))
+    reach = torch.rand(images, len(points), 4) * 3 * stride_of
+    boxes_xyxy = torch.cat([points - reach[..., :2], points + reach[..., 2:]], -1)
+    corner = torch.rand(images, objects, 2) * side
+    objects_xyxy = torch.cat([corner, corner + torch.rand(images, objects, 2) * 30 + 3], -1)
+    labels = torch.randint(-1, CLASSES, (images, objects))  # a quarter is padding
+    # the last anchor belongs to the last object: the last values of the tensors count
+    objects_xyxy[:, -1] = boxes_xyxy[:, -1] + 4 * torch.rand(images, 4)
+    labels[:, -1] = 0
+    scores = torch.rand(images, len(points), CLASSES)
+    return scores, boxes_xyxy, points, {"boxes_xyxy": objects_xyxy, "labels": labels}
+
+
+@pytest.mark.parametrize("together", [1, 2, 3], ids="images at once: {}".format)
+@pytest.mark.parametrize("side", [32, 96, 224], ids="{} px".format)  # 21, 189, 1029 anchors
+def test_a_few_images_at_a_time_are_equal_to_the_bit(
+    side: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for objects in (3, 5, 7, 8, 64):  # so that a tensor ends anywhere in a vector
+        case = dense(5, objects, side)
+        monkeypatch.setattr(PAIRS, 5 * objects * len(case[2]))
+        whole = assign(*case)
+        assert whole.scores.any()
+        monkeypatch.setattr(PAIRS, together * objects * len(case[2]))
+        parts = assign(*case)
+        assert torch.equal(parts.scores, whole.scores)
+        assert torch.equal(parts.boxes_xyxy, whole.boxes_xyxy)
+
+
+def test_the_shapes_decide_how_many_images_are_together() -> None:
+    anchors = 8400  # of 640 px
+    assert images_at_once(8, anchors) >= 32
+    assert images_at_once(16, anchors) >= 16
+    assert images_at_once(1024, anchors) == 1
+    assert images_at_once(100_000, anchors) == 1
+    assert images_at_once(0, 0) == MOST_PAIRS
+
+
+def grown(images: int) -> None:
+    """Ends with code 0 where the images take less than 350 MB: together they take 625."""
+    torch.set_num_threads(1)
+    case = dense(images, 1024, 320)
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    assign(*case)
+    megabytes = (getrusage(RUSAGE_SELF).ru_maxrss - before) / 1e3  # from KiB
+    print(f"{images} images with 1,024 objects: {megabytes:.0f} MB")
+    raise SystemExit(int(megabytes > 350))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_memory_does_not_grow_with_the_dense_images() -> None:
+    child = get_context("spawn").Process(target=grown, args=(6,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdmini.checkpoint import save_best
 from kdmini.contracts import UserError
 from kdmini.data.voc import VOC_NAMES
 from kdmini.detection.yolo11 import weights
+from kdmini.detection.yolo11.class_rows import COCO_NAME
 from kdmini.detection.yolo11.model import YOLO11
 from tests.detection.yolo11.weight_files import COCO_NAMES, ROWS, CocoFile, assert_equal
 
@@ -93,18 +95,33 @@ def test_every_voc_class_takes_its_coco_row(capsys: pytest.CaptureFixture[str]) 
     assert line.endswith("new: none\n")
 
 
-def test_a_class_branch_of_another_width_starts_anew(
-    coco_n: CocoFile, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.manual_seed(3)
-    fresh = YOLO11(VOC_NAMES, "n").state_dict()
-    torch.manual_seed(3)
+def test_the_class_branch_of_n_keeps_the_width_of_the_file(coco_n: CocoFile) -> None:
+    """By the rule for 20 classes it would be 64 wide, and the file's 80 would not fit."""
     source = {"path": str(coco_n.path), "classes": "by_name"}
-    loaded = YOLO11(VOC_NAMES, "n", weights=source).state_dict()
-    assert "80 wide for 80 classes and 64 for 20" in capsys.readouterr().out
-    for key, tensor in loaded.items():
-        expected = fresh if key.startswith("model.23.cv3.") else coco_n.state
-        assert torch.equal(tensor, expected[key]), key
+    loaded = YOLO11(VOC_NAMES, "n", weights=source)
+    assert YOLO11(VOC_NAMES, "n").card["cls_width"] == 64
+    assert loaded.card["cls_width"] == 80
+
+    rows = [COCO_NAMES.index(COCO_NAME.get(name, name)) for name in VOC_NAMES]
+    for key, tensor in loaded.state_dict().items():
+        expected = coco_n.state[key]
+        assert torch.equal(tensor, expected[rows] if key in ROWS else expected), key
+
+
+def test_a_best_pt_of_that_width_loads_and_is_cut_again(coco_n: CocoFile, tmp_path: Path) -> None:
+    source = {"path": str(coco_n.path), "classes": "by_name"}
+    student = YOLO11(VOC_NAMES, "n", weights=source)
+    path = tmp_path / "best.pt"
+    save_best(path, student, imgsz=320, epoch=0, fitness=0.5)
+
+    again = YOLO11(VOC_NAMES, "n", weights=str(path))
+    assert again.card == student.card
+    assert_equal(again.state_dict(), student.state_dict())
+
+    two = YOLO11(["person", "sheep"], "n", weights={"path": str(path), "classes": "by_name"})
+    rows = [VOC_NAMES.index("person"), VOC_NAMES.index("sheep")]
+    for key in ROWS:
+        assert torch.equal(two.state_dict()[key], student.state_dict()[key][rows]), key
 
 
 # --- other classes need a decision
@@ -114,7 +131,7 @@ def test_classes_that_only_one_side_has_are_named_with_the_two_ways_on() -> None
     with pytest.raises(UserError) as caught:
         weights.fit(weight_file(COCO_NAMES), fresh_state(20), VOC_NAMES, "s", None)
     message = str(caught.value)
-    assert "yolo11s.pt has 80 classes, the data 20" in message
+    assert "yolo11s.pt: the file has 80 classes, the data 20" in message
     assert "'airplane'" in message
     assert "'aeroplane'" in message
     assert ROWS[0] in message
@@ -128,9 +145,19 @@ def test_the_same_classes_in_another_order_need_a_decision_too() -> None:
         weights.fit(weight_file(["cat", "dog"]), fresh_state(2), ["dog", "cat"], "s", None)
 
 
-def test_a_decision_that_is_none_is_refused() -> None:
-    with pytest.raises(UserError, match="'by_nam'"):
-        weights.fit(weight_file(VOC_NAMES), fresh_state(20), VOC_NAMES, "s", "by_nam")
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"path": "a.pt", "classes": "by_nam"}, "weights: classes: .*by_name.*got 'by_nam'"),
+        ({"path": "a.pt", "clases": "keep"}, "weights: unknown key `clases`.*`classes`"),
+        ({"classes": "keep"}, "weights: no `path`"),
+        ({"path": "a.pt", "names": "cat"}, "weights: names: expected list"),
+        ({"path": "a.pt", "sppf_act": 1}, "weights: sppf_act: expected bool"),
+    ],
+)
+def test_a_setting_that_is_none_is_refused_by_name(settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        YOLO11(VOC_NAMES, "s", weights=settings)
 
 
 # --- what does not fit
@@ -142,14 +169,13 @@ def fit_voc(
     classes: str | None,
     file: weights.WeightFile | None = None,
     state: dict[str, Tensor] | None = None,
-    scale: Any = "s",
 ) -> dict[str, Tensor]:
     """A YOLO11s of the VOC classes into another, but for what is given."""
     if file is None:
         file = weight_file(VOC_NAMES)
     if state is None:
         state = fresh_state(20)
-    return weights.fit(file, state, VOC_NAMES, scale, classes)
+    return weights.fit(file, state, VOC_NAMES, "s", classes)
 
 
 @every_decision
@@ -158,7 +184,6 @@ def test_a_file_of_the_same_scale_and_classes_fits(classes: str | None) -> None:
     assert_equal(fit_voc(classes, file), file.state)
 
 
-@every_decision
 @pytest.mark.parametrize(
     "scale, title",
     [
@@ -166,10 +191,10 @@ def test_a_file_of_the_same_scale_and_classes_fits(classes: str | None) -> None:
         ([0.5, 0.25, 64], "YOLO11 [0.5, 0.25, 64]"),
     ],
 )
-def test_a_file_of_another_scale_is_refused(classes: str | None, scale: Any, title: str) -> None:
+def test_a_file_of_another_scale_is_refused(scale: Any, title: str) -> None:
     message = f"yolo11s.pt is YOLO11s, the config says {title}"
     with pytest.raises(UserError, match=re.escape(message)):
-        fit_voc(classes, scale=scale)
+        weights.check_scale(weight_file(VOC_NAMES), scale)
 
 
 @every_decision

@@ -18,10 +18,14 @@ from tests.detection.yolo11.watched import read, refused
 from tests.detection.yolo11.weight_files import (
     ROWS,
     PublicClasses,
+    assert_equal,
     own_content,
     own_file,
     public_file,
+    public_model,
     rezipped,
+    rounded,
+    tiny_n,
     zipped,
 )
 from tests.faults.hostile import BOMBS, PAYLOADS, Reduced, payloads, spliced, text
@@ -49,13 +53,31 @@ def test_a_payload_is_refused_wherever_it_stands(
         refused(tmp_path / "f.pt")
 
 
-@pytest.mark.parametrize("kind", ["_forward_hooks", "_parameters", "_modules", "_buffers"])
-def test_a_payload_in_the_state_of_a_module_is_refused(
+@pytest.mark.parametrize("kind", ["_parameters", "_modules", "_buffers"])
+def test_a_payload_in_the_tree_of_a_model_is_refused_by_its_place(
     public: PublicClasses, tmp_path: Path, canary: Path, kind: str
 ) -> None:
-    root = public["DetectionModel"]()
-    getattr(root, kind)["x"] = payloads(canary)["os.system"]
-    refused(public_file(tmp_path / "f.pt", root), "nothing was run")
+    root = public_model(public, tiny_n())
+    for payload in payloads(canary).values():
+        getattr(root, kind)["x"] = payload
+        path = public_file(tmp_path / "f.pt", root)
+        refused(path, "as 'x', which no YOLO11 has.*nothing was run")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_payload_outside_the_tree_of_a_model_is_an_inert_note(
+    public: PublicClasses, tmp_path: Path, canary: Path, protocol: int
+) -> None:
+    """As are the names of optimisers, paths and augmentations that a training leaves there."""
+    model = tiny_n()
+    state = rounded(model.state_dict())
+    root = public_model(public, model)
+    path = tmp_path / "f.pt"
+    for payload in payloads(canary).values():
+        root._forward_hooks[0] = payload
+        root.anything = [payload]
+        public_file(path, root, protocol, train_args={"project": payload}, optimizer=payload)
+        assert_equal(read(path).state, state)
 
 
 MODEL = b"cultralytics.nn.tasks\nDetectionModel\n"  # a name that is allowed
@@ -65,49 +87,57 @@ ITEM = b"}X\x01\0\0\0aK\x01s"  # {"a": 1}
 CALLS: dict[str, tuple[bytes, str]] = {
     "INST, protocol 0": (b"(S'touch CANARY'\nios\nsystem\n.", "opcode STRING"),
     "INST": (b"\x80\x02(ios\nsystem\n.", "opcode INST"),
-    "OBJ": (b"(cos\nsystem\nX\1\0\0\0ao.", "'os.system'"),
+    "OBJ": (b"(cos\nsystem\nX\1\0\0\0ao.", "opcode OBJ"),
     "OBJ of an allowed name": (b"\x80\x02(" + MODEL + b"o.", "opcode OBJ"),
     "STACK_GLOBAL, protocol 4": (
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch CANARY\x85R.",
-        "opcode PROTO '4'",
+        "but 'os.system': nothing was run",
     ),
     "STACK_GLOBAL": (
-        b"\x80\x02X\x02\0\0\0osX\x06\0\0\0system\x93.",
-        "opcode STACK_GLOBAL",
+        b"\x80\x02X\x02\0\0\0osX\x06\0\0\0system\x93)R.",
+        "but 'os.system': nothing was run",
     ),
-    "a dotted module": (b"\x80\x02ctorch\n_utils.os.system\n.", "'torch._utils.os.system'"),
+    "STACK_GLOBAL of what is no text": (b"\x80\x04K\1K\2\x93.", "a name that is none"),
+    "STACK_GLOBAL of a long text": (
+        b"\x80\x04" + text("x" * 301) + text("y") + b"\x93.",
+        "a name that is none",
+    ),
+    "a dotted module": (
+        b"\x80\x02ctorch\n_utils.os.system\n)R.",
+        "but 'torch._utils.os.system'",
+    ),
     "a dotted name": (
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n)R.",
         "__globals__",
     ),
-    "an allowed name, split elsewhere": (
-        b"\x80\x02ctorch.nn.modules\nconv.Conv2d\n.",
-        "'torch.nn.modules.conv.Conv2d'",
+    "the name of a detector, split elsewhere": (
+        b"\x80\x02cultralytics.nn\ntasks.DetectionModel\n)R.",
+        "but 'ultralytics.nn.tasks.DetectionModel'",
     ),
-    "a name that is not allowed": (b"\x80\x02cos\nsystem\n.", "'os.system'"),
+    "a name that is not called": (b"\x80\x02cos\nsystem\n.", "no YOLO11 detector"),
     "EXT1": (b"\x80\x02\x82\x01.", "opcode EXT1"),
-    "BUILD of a class": (b"\x80\x02" + MODEL + ITEM + b"b.", "FrozenInstanceError"),
+    "BUILD of a class": (b"\x80\x02" + MODEL + ITEM + b"b.", "no YOLO11 detector"),
     "BUILD of a class, by slots": (
         b"\x80\x02" + MODEL + b"N" + ITEM + b"\x86b.",
-        "FrozenInstanceError",
+        "no YOLO11 detector",
     ),
     "a call of what was called": (
         b"\x80\x02" + MODEL + b")R)R.",
-        "a call of what is no function",
+        "no YOLO11 detector",
     ),
     "an object of an object": (
         b"\x80\x02" + MODEL + b")\x81)\x81.",
-        "a call of what is no function",
+        "no YOLO11 detector",
     ),
     "a persistent id that is none": (b"\x80\x02]}Q.", "no YOLO11 detector"),
     "PERSID": (b"\x80\x02P0\n.", "opcode PERSID"),
-    "NEWOBJ_EX": (b"\x80\x02" + MODEL + b")}\x92.", "opcode NEWOBJ_EX"),
+    "NEWOBJ_EX": (b"\x80\x02cos\nsystem\n)}\x92.", "but 'os.system': nothing was run"),
     "DUP": (b"\x80\x02N2.", "opcode DUP"),
-    "BYTEARRAY8, protocol 5": (b"\x80\x05\x96\x01\0\0\0\0\0\0\0x.", "opcode PROTO '5'"),
-    "BYTEARRAY8": (b"\x80\x02\x96\x01\0\0\0\0\0\0\0x.", "opcode BYTEARRAY8"),
+    "NEXT_BUFFER": (b"\x80\x05\x97.", "opcode NEXT_BUFFER"),
+    "a protocol that is not there yet": (b"\x80\x06N.", "opcode PROTO '6'"),
     # whose hash may recurse until the stack is full
-    "a tuple for a key": (b"\x80\x02})Ns.", "no list or dict"),
-    "an item for a class": (b"\x80\x02" + MODEL + b"Na.", "no list or dict"),
+    "a tuple for a key": (b"\x80\x02})Ns.", "no YOLO11 detector"),
+    "an item for a class": (b"\x80\x02" + MODEL + b"Na.", "no YOLO11 detector"),
 }
 
 

@@ -32,6 +32,22 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
+# --- on a device
+
+
+def test_its_gradient_waits_for_nothing() -> None:
+    """On CUDA the gradient of a `prod` looks for zeros, and the host with it."""
+    maps = [level.requires_grad_() for level in random_maps(3, 0)]
+    reached = [total(loss_of(maps, targets_of(*SCENES))).grad_fn]
+    for node in reached:
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        reached += [parent for parent in parents if parent not in reached]
+    names = {node.name() for node in reached}
+    assert "MulBackward0" in names
+    waits = ("Prod", "Cumprod", "Nonzero", "MaskedSelect")
+    assert not {name for name in names if name.startswith(waits)}
+
+
 # --- by hand, and in plain loops
 
 

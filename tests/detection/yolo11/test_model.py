@@ -201,9 +201,10 @@ def test_folding_changes_nothing_but_the_number_of_layers(scale: Any) -> None:
 
 
 def test_card_names_the_scale_the_activation_and_the_license() -> None:
-    card = {"scale": TINY, "sppf_act": True, "license": ""}
+    card = {"scale": TINY, "cls_width": 16, "sppf_act": True, "license": ""}
     assert tiny().card == card
-    assert on_meta("n", 2).card == card | {"scale": "n"}
+    assert on_meta("n", 2).card == card | {"scale": "n", "cls_width": 64}
+    assert on_meta("n", 80).card["cls_width"] == 80
 
 
 def test_card_is_plain_and_rebuilds_the_detector(tmp_path: Path) -> None:
@@ -276,3 +277,16 @@ def test_gains_are_the_public_ones_unless_given() -> None:
     default = YOLO11(names(3), TINY).loss(preds, targets)
     for name, gain in {"box": 7.5, "cls": 0.5, "dfl": 1.5}.items():
         assert default[name].item() == pytest.approx(gain * ones[name].item())
+
+
+def test_the_neck_stays_in_half_precision() -> None:
+    """Autocast would double its maps in float32, and the concatenation behind them."""
+    model = YOLO11(["a"], "n")
+    kinds = []
+    for layer in (11, 12, 14, 15):
+        model.get_submodule(f"model.{layer}").register_forward_hook(
+            lambda _, args, output: kinds.append(output.dtype)
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.rand(2, 3, 64, 64))
+    assert kinds == [torch.bfloat16] * 4

@@ -11,6 +11,7 @@ from torch import nn
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11 import weights
 from kdmini.detection.yolo11.model import YOLO11
+from kdmini.tools.load import load_detector
 from tests.detection.yolo11.watched import refused
 from tests.detection.yolo11.weight_files import (
     COCO_NAMES,
@@ -26,6 +27,7 @@ from tests.detection.yolo11.weight_files import (
     public_file,
     public_model,
     rounded,
+    tiny_n,
     zipped,
 )
 
@@ -78,13 +80,6 @@ def test_ema_is_preferred_to_the_model_that_was_stepped(
     assert_equal(weights.read(path).state, state)
 
 
-def tiny_n() -> YOLO11:
-    """Small but for its first convolution, by whose width it is read as scale n."""
-    model = detector(TINY, ["a", "b"])
-    model.model[0].conv = nn.Conv2d(3, 16, 3)
-    return model
-
-
 def test_a_detector_without_the_silu_in_sppf_is_seen(
     public: PublicClasses, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,24 +130,22 @@ def test_a_file_of_another_task_is_called_what_it_is(public: PublicClasses, tmp_
 
 @pytest.mark.parametrize("task", ["Segmentation", "Classification", "OBB"])
 def test_other_tasks_are_known_by_the_name_of_their_model(tmp_path: Path, task: str) -> None:
-    model = f"\x80\x02cultralytics.nn.tasks\n{task}Model\n.".encode("latin1")
+    model = f"\x80\x02cultralytics.nn.tasks\n{task}Model\n)R.".encode("latin1")
     refused(zipped(tmp_path / "f.pt", model), f"is a {task.lower()} checkpoint")
 
 
 @pytest.mark.parametrize(
-    "name, quoted",
+    "model, message",
     [
-        (b"c__builtin__\ngetattr\n", "__builtin__.getattr"),
-        (b"cultralytics.nn.modules.block\nC2f\n", "block.C2f"),
+        (None, "no YOLO11 detector"),
+        ({"model.0.conv.weight": torch.rand(3)}, "a bare state_dict without 'model.23"),
+        (torch.rand(3), "no YOLO11 detector, but 'torch._utils._rebuild_tensor_v2'"),
     ],
 )
-def test_a_name_that_no_yolo11_file_has_is_quoted(tmp_path: Path, name: bytes, quoted: str) -> None:
-    refused(zipped(tmp_path / "f.pt", b"\x80\x02" + name + b"."), quoted)
-
-
-@pytest.mark.parametrize("model", [None, {"model.0.conv.weight": torch.rand(3)}])
-def test_a_file_without_the_tree_of_a_detector_is_refused(tmp_path: Path, model: Any) -> None:
-    refused(public_file(tmp_path / "f.pt", model), "no YOLO11 detector")
+def test_a_file_without_the_tree_of_a_detector_is_refused(
+    tmp_path: Path, model: Any, message: str
+) -> None:
+    refused(public_file(tmp_path / "f.pt", model), message)
 
 
 # --- kdmini's own files
@@ -174,9 +167,29 @@ def test_an_own_file_comes_back_as_it_was_saved(tmp_path: Path, scale: Any, read
 @pytest.mark.parametrize("scale", ["n", TINY])
 def test_an_own_file_that_states_another_scale_does_not_fit(tmp_path: Path, scale: Any) -> None:
     model = detector(scale, ["cat", "dog"])
-    file = weights.read(saved(tmp_path / "best.pt", model, scale="m"))
-    with pytest.raises(UserError, match="YOLO11m"):
-        weights.fit(file, model.state_dict(), model.names, scale, None)
+    path = saved(tmp_path / "best.pt", model, scale="m")
+    with pytest.raises(UserError, match="is YOLO11m, the config says YOLO11"):
+        YOLO11(model.names, scale, weights=str(path))
+    with pytest.raises(UserError, match=r"other shapes in 'model\..*so it is no YOLO11m"):
+        YOLO11(model.names, "m", weights=str(path))
+
+
+@pytest.mark.parametrize(
+    "claimed, message",
+    [
+        ([1e6, 0.0625, 256], "has 1 blocks in 'model.2'"),
+        ([0.5, 1e6, 256], "other shapes in 'model.0.conv.weight'"),
+        ([0.5, 0.0625, 1e6], "other shapes in 'model.7.conv.weight'"),
+    ],
+)
+def test_a_size_that_the_tensors_do_not_bear_out_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claimed: list[float], message: str
+) -> None:
+    model = detector(TINY, ["cat", "dog"])
+    path = saved(tmp_path / "best.pt", model, scale=claimed)
+    monkeypatch.setattr("kdmini.detection.yolo11.model.build_layers", None)
+    with pytest.raises(UserError, match=message):
+        load_detector(path)
 
 
 def saved(path: Path, model: YOLO11, **changes: Any) -> Path:

@@ -104,12 +104,13 @@ def public_model(public: PublicClasses, detector: YOLO11) -> nn.Module:
     root = public["DetectionModel"]()
     root.model = nn.Sequential(*detector.model)
     root.names = dict(enumerate(detector.names))
+    classes = {**public, "Upsample": nn.Upsample}
     for module in root.modules():
-        module.__class__ = public.get(type(module).__name__, type(module))
+        module.__class__ = classes.get(type(module).__name__, type(module))
     return root.half()
 
 
-def public_file(path: Path, model: Any, **changes: Any) -> Path:
+def public_file(path: Path, model: Any, protocol: int = 2, **changes: Any) -> Path:
     content = {
         "date": "2024",
         "version": "8.3.0",
@@ -122,7 +123,7 @@ def public_file(path: Path, model: Any, **changes: Any) -> Path:
         "optimizer": None,
         "train_args": {"lr0": 0.01},
     }
-    torch.save(content | changes, path)
+    torch.save(content | changes, path, pickle_protocol=protocol)
     return path
 
 
@@ -140,6 +141,13 @@ def detector(scale: Any, names: list[str]) -> YOLO11:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             module.num_batches_tracked += 7
+    return model
+
+
+def tiny_n() -> YOLO11:
+    """Small but for its first convolution, by whose width it is read as scale n."""
+    model = detector(TINY, ["a", "b"])
+    model.model[0].conv = nn.Conv2d(3, 16, 3, bias=False)
     return model
 
 
