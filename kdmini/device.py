@@ -43,7 +43,7 @@ def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.am
     in fp16.
     """
     if amp is True:
-        amp = best_half() if device.type == "cuda" else False
+        amp = best_half(device) if device.type == "cuda" else False
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def autocast() -> AbstractContextManager:
@@ -54,5 +54,8 @@ def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.am
     return autocast, scaler
 
 
-def best_half() -> str:
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+def best_half(device: torch.device) -> str:
+    """bf16 where the card computes in it: one that only emulates it is slower than in float32."""
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp16"
