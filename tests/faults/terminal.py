@@ -19,7 +19,9 @@ class Terminal:
     def __init__(self, folder: Path) -> None:
         self.text = b""
         self._master, self._slave = pty.openpty()
-        command = ["bash", "-c", SHELL, os.ttyname(self._slave)]
+        # under nohup SIGHUP came ignored, and a run respects that
+        default = ["env", "--default-signal=HUP,INT"]
+        command = [*default, "bash", "-c", SHELL, os.ttyname(self._slave)]
         self._shell = subprocess.Popen(command, cwd=folder, start_new_session=True)
         self._is_open = True
         self._reader = threading.Thread(target=self._read)

@@ -71,6 +71,8 @@ def test_whatever_is_missing_from_a_checkpoint_is_named(
 ) -> None:
     state = checkpoint.load(stopped.saved()[-1])
     missing = [path for path in paths(state) if not harmless(path, state)]
+    images = [path for path in missing if ", image " in str(path[-1])]
+    missing = [path for path in missing if path not in images[1:]]  # one stands for all
     assert len(missing) > 60
     assert {path[0] for path in missing} == set(state)
     runs = stopped.copy(tmp_path / "copy")
