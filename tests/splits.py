@@ -150,8 +150,9 @@ def sections(reductions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         if path.stem in reductions:
             section[path.stem]["reduction"] = reductions[path.stem]
         found[path.stem] = section
-    # narrower than these maps, and with scores that count
-    found["self_teacher"]["self_teacher"].update(width=10, soft=1e4)
+    if "self_teacher" in found:  # a tree without terms/ has none of them
+        # narrower than these maps, and with scores that count
+        found["self_teacher"]["self_teacher"].update(width=10, soft=1e4)
     for reduction in ("sample", "mean_square"):
         build = "kdmini.distill.attention:AttentionTransfer"
         term = {"build": build, "reduction": reduction, "weight": 1.0}
