@@ -49,9 +49,14 @@ RECIPES = {
 }
 
 
+def folder_of(name: str, seed: str) -> str:
+    """Of the run of a recipe. seed: a number, or a pattern of numbers."""
+    return f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
 def make(name: str, seed: int, runs: Path, overrides: list[str]) -> str:
     """One run; the last line it printed."""
-    folder = runs / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    folder = runs / folder_of(name, str(seed))
     if (folder / "best.pt").exists():
         return "done before"
     command = [sys.executable, "train.py", "--config", CONFIG, *RECIPES[name]]
@@ -69,8 +74,7 @@ def scores(name: str, runs: Path) -> tuple[list[float], list[float]]:
     """AP50-95 of the best and of the last epoch, of each seed that is there."""
     best = []
     last = []
-    pattern = f"{name.replace(', ', '-').replace(' ', '_')}-[0-9]*"
-    for folder in sorted(runs.glob(pattern)):
+    for folder in sorted(runs.glob(folder_of(name, "[0-9]*"))):
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         of_run = [record[SCORE] for record in records if SCORE in record]

@@ -14,7 +14,7 @@ from kdmini import config, distributed
 from kdmini.bounds import Count, Gain, ImageSize, Range, Seed
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import Dataset, Metric, UserError
-from kdmini.data.loader import Augment, TrainLoader, ValLoader
+from kdmini.data.loader import Augment, TrainLoader, ValLoader, refuse_few
 from kdmini.data.store import OnBad, Storage, Store, subset
 from kdmini.device import precision
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
@@ -100,11 +100,9 @@ class Sets(NamedTuple):
         storing = {**self.storing, **settings}
         return Store(dataset, self.imgsz, device, name=name, **storing)
 
-    def refuse_few(self, batch: int) -> None:
-        """Raises UserError where a batch is more than all training images."""
-        images = len(subset(len(self.train), self.storing["limit"]))
-        if 0 < images < batch:
-            raise UserError(f"train.batch: {batch} is more than the {images} training images")
+    def images(self) -> int:
+        """How many there are to learn from, before it is known whether all can be used."""
+        return len(subset(len(self.train), self.storing["limit"]))
 
 
 def make_sets(  # noqa: PLR0913 - the schema of a section
@@ -316,7 +314,8 @@ def make_run(
     sets = sections.sets()
     names = sets.train.names
     sections.make_metric(names)
-    sets.refuse_few(recipe.batch)
+    if images := sets.images():  # a set without any has a line of its own
+        refuse_few(images, recipe.batch)
     autocast, scaler = precision(recipe.amp, device)
     networks = make_networks(sections, recipe, names, sets.imgsz, device)
     void = void_pieces(sections, recipe, networks)

@@ -1,7 +1,6 @@
 """At the outset of a run: what is about to happen, and what would be training for nothing."""
 
 import copy
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +35,7 @@ def void_terms(distillation: Any, epochs: int) -> str:
 
 def void_teacher(section: Mapping[str, Any], teacher: Any, distillation: Any) -> str:
     """Why there is nothing to learn from the teacher; empty where there is."""
-    parameters = inspect.signature(config.locate(section["build"], "teacher")).parameters
+    parameters, _ = config.parameters_of(config.locate(section["build"], "teacher"), "teacher")
     if "weights" in parameters and not section.get("weights"):
         return "teacher: has no weights, so it has learned nothing; give teacher.weights"
     unread = unread_classes(teacher)

@@ -89,8 +89,7 @@ class TrainLoader:
         world: int = 1,
     ):
         check_batch(batch, world)
-        if len(store) < batch:
-            raise UserError(f"train.batch: {batch} is more than the {len(store)} training images")
+        refuse_few(len(store), batch)
         self.store = store
         self.truth = store.truth(store)
         self.imgsz = store.imgsz
@@ -184,6 +183,12 @@ def frames_of(store: Store, indices: np.ndarray, letterboxed: Layout) -> list[Fr
     scale = native / stored / letterboxed.a[:, 0]
     corner = letterboxed.b[:, 0]
     return [Frame(*numbers) for numbers in zip(scale, corner, native, strict=True)]
+
+
+def refuse_few(images: int, batch: int) -> None:
+    """Raises UserError where a batch is more than all training images."""
+    if images < batch:
+        raise UserError(f"train.batch: {batch} is more than the {images} training images")
 
 
 def check_batch(batch: int, world: int) -> None:

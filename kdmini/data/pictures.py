@@ -53,19 +53,22 @@ def read(path: str | Path, formats: tuple[str, ...] = FORMATS, bits: int = DEEP)
         ROOM.take(image.width * image.height)
         deep = "16B" in str(getattr(image, "tile", ""))  # as Pillow's reader of PNG calls it
         grey = image.mode.startswith("I")
+        used_bits = None
         if grey:  # which Pillow's convert would saturate
             values = np.asarray(image)
-            used_bits = int(values.max()).bit_length()
+            if deep:
+                used_bits = int(values.max()).bit_length()
             eight = (values >> (bits - 8)).clip(max=255).astype(np.uint8)
             pixels = np.repeat(eight[:, :, None], 3, axis=2)
         else:
             # a palette with alpha; of one that goes straight to RGB Pillow warns
             opaque = image.convert("RGBA") if "transparency" in image.info else image
             pixels = np.array(opaque.convert("RGB"))
-            used_bits = int(pixels.max()).bit_length() + 8  # of a deep image it gives the upper 8
-        picture = Decoded(pixels, orientation_of(image), used_bits if deep else None)
+            if deep:  # of which it gives the upper 8
+                used_bits = int(pixels.max()).bit_length() + 8
+        picture = Decoded(pixels, orientation_of(image), used_bits)
 
-    if deep and (used_bits > bits or (bits < DEEP and not grey)):
+    if used_bits is not None and (used_bits > bits or (bits < DEEP and not grey)):
         raise UserError(
             f"{path}: its values take {used_bits} bits, which `bits: {bits}` does not scale; "
             "correct `bits`, or store 8 bits"

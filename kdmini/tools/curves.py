@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from matplotlib.ticker import MaxNLocator
 
 from kdmini.tools.draw import COLOURS, MARKERS, SMALL, Axes, Figure, blank, grid, style
-from kdmini.tools.rows import LARGEST
+from kdmini.tools.rows import is_finite
 
 COLUMNS = 3  # of panels
 WIDTH = 15.0  # inches
@@ -71,7 +71,7 @@ def lines_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Line]:
     for record in records:
         epoch = record["epoch"] + 1
         for key, value in record.items():
-            if type(value) in (int, float) and abs(value) < LARGEST:
+            if is_finite(value):
                 lines.setdefault(key, []).append((epoch, value))
     return lines
 

@@ -14,6 +14,11 @@ LARGEST = 1e300  # of a value; beyond are infinity and integers that are no floa
 UNSHARED = ("seed", "run")  # keys in which the runs of one row may differ
 
 
+def is_finite(value: Any) -> bool:
+    """Whether it is a number to draw or to average."""
+    return type(value) in (int, float) and abs(value) < LARGEST
+
+
 class Run(NamedTuple):
     """One run folder, finished or not."""
 
@@ -49,7 +54,7 @@ class Run(NamedTuple):
         return {
             epoch: value
             for epoch, value in sorted(logged.items())
-            if epoch >= 0 and type(value) in (int, float) and abs(value) < LARGEST
+            if epoch >= 0 and is_finite(value)
         }
 
 
