@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdmini import config, engine, output, signals
-from kdmini.assemble import Sections, make_model, with_weights
+from kdmini.assemble import make_model, with_weights
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import UserError
 from kdmini.data.loader import ValLoader
@@ -23,6 +23,7 @@ from kdmini.data.store import Store
 from kdmini.defaults import no_option
 from kdmini.device import pick_device, precision
 from kdmini.outset import unread_classes
+from kdmini.sections import Sections
 
 WIDTH = 9  # columns of a number in the table
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kdmini import checkpoint, config, distributed, engine, output, signals
-from kdmini.assemble import Run, Sections, make_run
+from kdmini.assemble import Run, make_run
 from kdmini.check import STEPS, examine, report
 from kdmini.contracts import UserError
 from kdmini.data.loader import check_batch
@@ -26,6 +26,7 @@ from kdmini.outset import describe
 from kdmini.progress import Progress
 from kdmini.resume import check_inputs, check_resumable, run_of, with_processes
 from kdmini.runlog import FolderLost, RunFolder
+from kdmini.sections import Sections
 
 
 def train(settings: dict[str, Any], source: str, resume: bool = False, check: bool = False) -> None:

@@ -31,7 +31,7 @@ from bench.page import write
 from bench.peer_training import distil
 from bench.protocol import BASELINE, PEER, ROOT, TEACHER, Run, protocol_of, records_of
 from kdmini import checkpoint, config, engine, signals
-from kdmini.assemble import Sections, make_model, with_weights
+from kdmini.assemble import make_model, with_weights
 from kdmini.bounds import Seed
 from kdmini.contracts import UserError
 from kdmini.data.loader import ValLoader
@@ -41,6 +41,7 @@ from kdmini.detection.voc import VOC
 from kdmini.device import pick_device, precision
 from kdmini.files import write_whole
 from kdmini.runlog import RunFolder
+from kdmini.sections import Sections
 from kdmini.typed import argument
 
 LEAST_OBJECTS = 50  # of a class, for its AP to say anything

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 from bench.peer import version, write_yolo
 from kdmini import config
-from kdmini.assemble import Sections, Sets
 from kdmini.contracts import UserError
 from kdmini.device import pick_device
 from kdmini.optim import Recipe
+from kdmini.sections import Sections, Sets
 
 SPPF = 9  # the layer whose activation some releases lack
 VAL_IMAGES = 1  # it validates after the last epoch, whatever it is told

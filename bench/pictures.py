@@ -27,12 +27,13 @@ import torch
 from bench import complexity
 from bench.scene_pictures import align, assigner, attention, distances_beside
 from kdmini import config
-from kdmini.assemble import Sections, make_model, with_weights
+from kdmini.assemble import make_model, with_weights
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import CONCAT_WITH, HEAD
 from kdmini.distill.schedule import piecewise_linear
 from kdmini.files import write_whole
 from kdmini.runlog import RunFolder
+from kdmini.sections import Sections
 from kdmini.tools.draw import COLOURS, DPI, SMALL, Axes, Figure, style
 from kdmini.tools.scenes import feats_at, first_scenes
 

@@ -4,18 +4,16 @@ imports a model, a data set or a term.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from kdmini import config, distributed
-from kdmini.bounds import Count, Gain, ImageSize, Range, Seed
+from kdmini.bounds import Gain, ImageSize
 from kdmini.classes import refuse_other_classes
-from kdmini.contracts import Dataset, Metric, UserError
-from kdmini.data.loader import Augment, TrainLoader, ValLoader, refuse_few
-from kdmini.data.store import OnBad, Storage, Store, subset
+from kdmini.contracts import UserError
+from kdmini.data.loader import TrainLoader, ValLoader, refuse_few
 from kdmini.device import precision
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training
@@ -23,133 +21,8 @@ from kdmini.inputs import Inputs
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.outset import refuse_lone_values, void_teacher, void_terms
 from kdmini.progress import Progress
+from kdmini.sections import Sections
 from kdmini.typed import short
-
-
-@dataclass(frozen=True)
-class Sections:
-    """A config. Each section is a call, checked when it is made: see config.py.
-
-    run: folder of the run.
-    data: images and their ground truth.
-    student: the model that learns.
-    metric: what scores it.
-    train: the recipe.
-    teacher: the model that is imitated; null for none.
-    distill: taps, alignment and terms; null for none.
-    seed: of weights and augmentation.
-    device: auto, cpu, cuda or cuda:1.
-    compile: rendering, student, teacher and terms by torch.compile; it takes minutes on a
-        CPU, so `auto` is CUDA only.
-    deterministic: the same run gives the same bits on CUDA too, more slowly.
-    timeout: minutes that one of several processes waits for another before it gives up.
-    allow_void: train although a term never has a weight, or the teacher has none.
-    allow_changed: resume although images, classes, the teacher or code are not those that the
-        run began with.
-    """
-
-    run: str
-    data: dict[str, Any]
-    student: Any
-    metric: Any
-    train: dict[str, Any]
-    teacher: Any = None
-    distill: Any = None
-    seed: Seed = 0
-    device: str = "auto"
-    compile: bool | Literal["auto"] = "auto"
-    deterministic: bool = False
-    timeout: Annotated[float, Range(0.01, 1_000_000)] = 10.0
-    allow_void: bool = False
-    allow_changed: bool = False
-
-    def recipe(self) -> Recipe:
-        return config.call(Recipe, self.train, "train")
-
-    def sets(self) -> "Sets":
-        return config.call(make_sets, self.data, "data")
-
-    def compiled(self, device: torch.device) -> bool:
-        return device.type == "cuda" if self.compile == "auto" else self.compile
-
-    def make_metric(self, names: list[str]) -> Metric:
-        """Raises UserError where it cannot score."""
-        metric = config.build(self.metric, "metric", names=names)
-        members = ("fitness", "update", "compute")
-        lacking = [name for name in members if not hasattr(metric, name)]
-        if lacking:
-            raise UserError(
-                f"metric.build: what {short(self.metric['build'])} makes has no "
-                f"{', '.join(lacking)}; see Metric in kdmini/contracts.py"
-            )
-        return metric
-
-
-class Sets(NamedTuple):
-    """The two data sets, and how their images are decoded, kept and augmented."""
-
-    train: Dataset
-    val: Dataset
-    imgsz: int
-    augment: Augment
-    storing: dict[str, Any]  # further settings of data/store.py
-
-    def store(self, name: Literal["train", "val"], device: torch.device, **settings: Any) -> Store:
-        """One of the sets, decoded. settings: in place of those of the config."""
-        dataset = self.train if name == "train" else self.val
-        storing = {**self.storing, **settings}
-        return Store(dataset, self.imgsz, device, name=name, **storing)
-
-    def images(self) -> int:
-        """How many there are to learn from, before it is known whether all can be used."""
-        return len(subset(len(self.train), self.storing["limit"]))
-
-
-def make_sets(  # noqa: PLR0913 - the schema of a section
-    train: dict[str, Any],
-    val: dict[str, Any],
-    root: str | None = None,
-    imgsz: ImageSize = 640,
-    augment: dict[str, Any] | None = None,
-    workers: Annotated[int, Range(0, 1024)] = 8,
-    storage: Storage = "auto",
-    limit: Count | None = None,
-    on_bad: OnBad = "stop",
-    allow_overlap: bool = False,
-) -> Sets:
-    """The `data` section.
-
-    train: the data set to learn from.
-    val: the data set to evaluate on.
-    root: folder of both sets, where they do not name their own.
-    imgsz: side of the square images.
-    augment: strengths of the augmentation.
-    workers: threads that decode; 0 counts as 1.
-    storage: where decoded pixels stay: resident on the device, mapped from a scratch file, or
-        auto.
-    limit: use a fixed random subset of that many images of each set.
-    on_bad: what to do about files and objects that cannot be used: stop, or skip them.
-    allow_overlap: accept photographs that are in both sets.
-    """
-    strengths = config.call(Augment, augment or {}, "data.augment")
-    offered = {"root": root} if root else {}
-    train_set = config.build(train, "data.train", **offered)
-    val_set = config.build(val, "data.val", **offered)
-    overlap = photographs(train_set) & photographs(val_set)
-    if overlap and not allow_overlap:
-        raise UserError(
-            f"data: {len(overlap):,} images are in train and val both, such as "
-            f"{'/'.join(min(overlap))}: `exclude` one split from the other, or set "
-            "data.allow_overlap=true"
-        )
-    refuse_other_classes(val_set.names, train_set.names, "data.val", "data.train")
-    storing = {"workers": workers, "storage": storage, "limit": limit, "on_bad": on_bad}
-    return Sets(train_set, val_set, imgsz, strengths, storing)
-
-
-def photographs(dataset: Dataset) -> set[Any]:
-    """What identifies the images of a set, if it knows."""
-    return getattr(dataset, "photographs", set())
 
 
 def make_model(section: Any, where: str, names: list[str], device: torch.device) -> Any:

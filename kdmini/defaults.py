@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdmini import config
-from kdmini.assemble import Sections, make_distillation, make_sets
+from kdmini.assemble import make_distillation
 from kdmini.data.loader import Augment
 from kdmini.distill.step import Weighted
 from kdmini.optim import Recipe
+from kdmini.sections import Sections, make_sets
 
 SECTIONS: dict[str, Callable] = {"data": make_sets, "train": Recipe, "distill": make_distillation}
 

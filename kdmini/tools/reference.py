@@ -41,8 +41,8 @@ class Section(NamedTuple):
 
 
 SECTIONS = [
-    Section("The sections", "kdmini.assemble:Sections", "The keys at the top."),
-    Section("data", "kdmini.assemble:make_sets", "Images and their ground truth."),
+    Section("The sections", "kdmini.sections:Sections", "The keys at the top."),
+    Section("data", "kdmini.sections:make_sets", "Images and their ground truth."),
     Section("data.augment", "kdmini.data.loader:Augment", "What training images go through."),
     Section(
         "data.train, data.val: VOC",

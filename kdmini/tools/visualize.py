@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from kdmini import config, engine, output, signals
-from kdmini.assemble import Sections, Sets, make_model, tap_pairs, with_weights
+from kdmini.assemble import make_model, tap_pairs, with_weights
 from kdmini.contracts import Metric, UserError
 from kdmini.data.loader import TrainLoader, ValLoader
 from kdmini.data.pictures import decode
@@ -44,6 +44,7 @@ from kdmini.distill.attention import attention_map, map_distance, to_largest
 from kdmini.files import write_whole
 from kdmini.optim import Recipe
 from kdmini.runlog import RunFolder
+from kdmini.sections import Sections, Sets
 from kdmini.tools import draw
 from kdmini.tools.curves import curves
 from kdmini.tools.load import FIGURES, Photographs, load_detector

@@ -21,6 +21,7 @@ from examples.shapes import SHAPE_NAMES as NAMES
 from kdmini import assemble, config
 from kdmini.contracts import UserError
 from kdmini.detection.voc import VOC
+from kdmini.sections import make_sets
 from tests.commands import newest, records, run
 from tests.conftest import ROOT, write_config
 from tests.docs.pages import blocks
@@ -164,7 +165,7 @@ def test_a_set_is_read_in_each_layout(kind: str, here: Path, shapes: Path, scene
         shutil.copytree(shapes, root)
     else:
         WRITERS[kind](root, scenes)
-    sets = config.call(assemble.make_sets, section, "data")
+    sets = config.call(make_sets, section, "data")
     for split, dataset in (("train", sets.train), ("val", sets.val)):
         assert dataset.names == NAMES
         assert len(dataset) == len(scenes[split])

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from kdmini import config
-from kdmini.assemble import Sections, make_run
+from kdmini.assemble import make_run
 from kdmini.engine import train_one_epoch
 from kdmini.progress import Progress
+from kdmini.sections import Sections
 from kdmini.signals import Stop
 from tests.docs.pages import blocks
 

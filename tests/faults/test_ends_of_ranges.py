@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from kdmini import config
-from kdmini.assemble import make_distillation, make_sets
+from kdmini.assemble import make_distillation
 from kdmini.bounds import Seed
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, uniforms
 from kdmini.distill.step import Weighted
 from kdmini.optim import Recipe
+from kdmini.sections import make_sets
 from tests.conftest import ROOT, TINY, write_config
 from tests.every_number import Key, every_key, high_end, low_end, numbers_in
 from tests.faults.record import survived

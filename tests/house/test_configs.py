@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from kdmini import config
-from kdmini.assemble import Sections, make_sets
 from kdmini.data.loader import Augment
 from kdmini.optim import Recipe
+from kdmini.sections import Sections, make_sets
 from tests.house.source import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

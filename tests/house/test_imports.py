@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "classes": (),
     "inputs": ("distributed", "typed"),
     "outset": ("config", "distributed", "engine", "optim"),
-    "defaults": ("assemble", "config", "data", "distill", "optim"),
+    "defaults": ("assemble", "config", "data", "distill", "optim", "sections"),
     "resume": ("checkpoint", "config", "defaults", "distributed", "inputs", "progress"),
     "data": ("files",),
     # a term works for any model
@@ -48,19 +48,20 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # models, data and terms arrive as arguments
     "engine": ("progress", "device", "optim", "distributed", "signals"),
     # models, data sets and terms are named in the config
+    "sections": ("classes", "config", "data", "optim", "typed"),
     "assemble": (
         *("classes", "config", "data", "device", "distill", "distributed", "engine", "inputs"),
-        *("optim", "outset", "progress", "typed"),
+        *("optim", "outset", "progress", "sections", "typed"),
     ),
     "check": ("assemble", "engine", "inputs", "signals"),
     "train": (
         *("assemble", "check", "checkpoint", "config", "data.loader", "defaults", "device"),
         *("distributed", "engine", "optim", "outset", "output", "progress", "resume", "runlog"),
-        "signals",
+        *("sections", "signals"),
     ),
     "eval": (
         *("assemble", "classes", "config", "data.loader", "data.store", "defaults", "device"),
-        *("engine", "outset", "output", "signals"),
+        *("engine", "outset", "output", "sections", "signals"),
     ),
 }
 ANYTHING = ("tools", "examples")  # these may import all rooms, and none imports them
