@@ -12,7 +12,7 @@ NEWEST = .venv-newest
 # benchmarks measure; raise it once `make parity PEER=...` has passed
 PEER ?= 8.4.190
 
-.PHONY: setup demo test test-newest constraints faults long parity bench lint
+.PHONY: setup demo test test-newest constraints faults long cuda parity bench lint
 
 setup: $(VENV)/.installed
 
@@ -39,7 +39,7 @@ demo: setup
 	$(RUN) -m kdmini.tools.visualize $(RUNS)/demo
 
 test: setup
-	$(RUN) -m pytest --ignore tests/faults -m 'not parity and not long'
+	$(RUN) -m pytest --ignore tests/faults -m 'not parity and not long and not cuda'
 
 # the same with the newest version of every package, in an environment of its own that is made anew
 test-newest:
@@ -59,6 +59,10 @@ faults: setup
 # the demo from end to end, and a detector that has to overfit sixteen photographs
 long: setup
 	$(RUN) -m pytest tests/long
+
+# train.py on a CUDA card that is pretended, by a machine without one; needs g++
+cuda: setup
+	$(RUN) -m pytest tests/cuda
 
 parity: setup $(ORACLE)/.installed
 	KDMINI_ORACLE=$(ORACLE) $(RUN) -m pytest -m parity

@@ -2,11 +2,11 @@
 
 python -m bench.complexity [--imgsz 640]
 
-Needs no GPU and no weights: everything runs on the meta device, where tensors have
+Needs no GPU and no weights: what is counted here runs on the meta device, where tensors have
 shapes and no content. A multiply-add is two FLOPs. Tables: YOLO11 n, s and m; the
 attention maps of m and s, tap by tap, beside the research notes' table (N = 64) and
-beside the forward passes; and an estimate of the memory of a training step. The tables
-stand in docs/speed.md and docs/notes.md.
+beside the forward passes; and batch sizes by card, from the memory of a training step. The tables
+stand in docs/speed.md, docs/notes.md and docs/small.md.
 Legend: N images, C channels, H W cells.
 """
 
@@ -172,7 +172,7 @@ def main() -> None:
         "Parameters, and FLOPs of a forward pass": counts,
         maps: taps_beside_notes,
         "What distillation adds to an image, forward": taps_per_image,
-        "Batch size by card, bf16: estimated, not measured": sizing,
+        "Batch size by card, 640 pixels, bf16: counted, not measured": lambda _: sizing(),
     }
     for title, part in parts.items():
         print(f"\n{title}\n\n{part(imgsz)}")

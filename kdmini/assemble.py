@@ -14,7 +14,7 @@ from kdmini.bounds import Gain, ImageSize
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import UserError
 from kdmini.data.loader import TrainLoader, ValLoader, refuse_few
-from kdmini.device import precision
+from kdmini.device import Autocast, half_of, precision
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training
 from kdmini.inputs import Inputs
@@ -127,7 +127,12 @@ class Networks(NamedTuple):
 
 
 def make_networks(
-    sections: Sections, recipe: Recipe, names: list[str], imgsz: int, device: torch.device
+    sections: Sections,
+    recipe: Recipe,
+    names: list[str],
+    imgsz: int,
+    device: torch.device,
+    autocast: Autocast,
 ) -> Networks:
     """The order matters. The copy for the average comes after the weights were loaded, and
     before taps are attached, which it would take along; taps come before compilation, for a
@@ -152,9 +157,13 @@ def make_networks(
     )
     inputs.add_code([student, *distillation.terms.values()])
     distillation.to(device)
+    half = half_of(autocast, device)
+    if half and teacher is not None and hasattr(teacher, "hold_in"):
+        teacher.hold_in(half)
     refuse_lone_values(student, distillation, recipe.batch // distributed.world(), imgsz)
     if sections.compiled(device):
         student.compile(dynamic=False)
+        student.loss = torch.compile(student.loss, dynamic=False)
         distillation.compile(dynamic=False)
     # align modules and terms learn too; the teacher does not
     optimizer = make_sgd([student, distillation], recipe)
@@ -190,7 +199,7 @@ def make_run(
     if images := sets.images():  # a set without any has a line of its own
         refuse_few(images, recipe.batch)
     autocast, scaler = precision(recipe.amp, device)
-    networks = make_networks(sections, recipe, names, sets.imgsz, device)
+    networks = make_networks(sections, recipe, names, sets.imgsz, device, autocast)
     void = void_pieces(sections, recipe, networks)
     faults = "; ".join(filter(None, void.values()))
     if faults and not limit and not sections.allow_void:

@@ -93,9 +93,10 @@ class Model(Protocol):
     (a file, which `eval.py --weights` fills in).
 
     Optional: `features(images)` runs all of the network but its head, for the hooks on it, and
-    returns nothing; `fold()` merges BatchNorm into the convolutions of a frozen copy; `card` is a
-    dict of plain values that `best.pt` carries, so that the weights can be loaded without
-    the config; `unread` lists the classes of which its file of weights knew nothing, so that they
+    returns nothing; `fold()` merges BatchNorm into the convolutions of a frozen copy;
+    `hold_in(dtype)` keeps its weights in the type that autocast would make of them; `card` is a
+    dict of plain values that `best.pt` carries, so that the weights can be loaded without the
+    config; `unread` lists the classes of which its file of weights knew nothing, so that they
     are not scored; `make_head(channels)` makes a fresh head for maps of these channels, whose
     output `loss` understands.
     """

@@ -54,6 +54,14 @@ def precision(amp: bool | str, device: torch.device) -> tuple[Autocast, torch.am
     return autocast, scaler
 
 
+def half_of(autocast: Autocast, device: torch.device) -> torch.dtype | None:
+    """The type in which it has convolutions computed; None in float32."""
+    with autocast():
+        if not torch.is_autocast_enabled(device.type):
+            return None
+        return torch.get_autocast_dtype(device.type)
+
+
 def best_half(device: torch.device) -> str:
     """bf16 where the card computes in it: one that only emulates it is slower than in float32."""
     with torch.cuda.device(device):

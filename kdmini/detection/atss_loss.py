@@ -82,7 +82,8 @@ def assign(anchors: Anchors, targets: Targets) -> Assignment:
     # one more object that is padding: G is never 0
     objects_xyxy = F.pad(targets["boxes_xyxy"], (0, 0, 0, 1))  # (N, G, 4)
     labels = F.pad(targets["labels"], (0, 1), value=-1)  # (N, G)
-    count = images_at_once(labels.shape[1], len(anchors.points))
+    images, objects = labels.shape
+    count = images_at_once(images, objects, len(anchors.points))
     groups = zip(objects_xyxy.split(count), labels.split(count), strict=True)
     parts = [assign_together(anchors, *group) for group in groups]
     if len(parts) == 1:

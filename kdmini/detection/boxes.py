@@ -20,9 +20,10 @@ EPS = 1e-7  # keeps divisions finite
 INSIDE = 1e-9  # pixels by which a point has to lie inside a box
 MAX_CANDIDATES = 30_000  # of one image, before NMS: bounds its time on an untrained model
 
-# of an object and an anchor that are compared at once: an assignment takes some 50 bytes for
-# each, so 200 MB
-MOST_PAIRS = 1 << 22
+# of an object and an anchor that are compared at once, for each image of the batch: an
+# assignment takes some 50 bytes for a pair, so 50 MB an image, where a step keeps five times as
+# much of it at 640 px
+MOST_PAIRS = 1 << 20
 
 
 def left_top(boxes_xyxy: Tensor) -> Tensor:
@@ -167,13 +168,14 @@ def centre_inside(points: Tensor, objects_xyxy: Tensor) -> Tensor:
     return nearest_side > INSIDE
 
 
-def images_at_once(objects: int, anchors: int) -> int:
-    """How many images of G objects (padded) and A anchors are assigned together, 1 at least.
+def images_at_once(images: int, objects: int, anchors: int) -> int:
+    """How many of the images, of G objects (padded) and A anchors each, are assigned together, 1
+    at least.
 
     The shapes alone decide, so that nothing waits for the device.
     """
     pairs = max(objects * anchors, 1)
-    return max(MOST_PAIRS // pairs, 1)
+    return max(images * MOST_PAIRS // pairs, 1)
 
 
 def select(

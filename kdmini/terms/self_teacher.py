@@ -229,7 +229,9 @@ def conv_block(c_in: int, c_out: int, kernel: int = 1, groups: int = 1) -> nn.Mo
 
 def up(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, 2H, 2W): the nearest cell."""
-    return F.interpolate(x, scale_factor=2.0)
+    # autocast would make float32 of the map, and of what is added to it
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2.0)
 
 
 def down(x: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from bench import complexity, memory
 from bench.meta import detector, image, parameters
-from tests.conftest import ROOT, TINY
-
-TINY_SCALE = [float(part) for part in TINY.strip("[]").split(",")]
+from tests.conftest import ROOT
 
 # scale, classes, parameters, GFLOPs at 640 px without the products of layer 10's attention
 PUBLISHED = [
@@ -90,62 +88,8 @@ def test_the_notes_total_is_the_sum_of_their_layers() -> None:
     assert round(sum(layer.mb for layer in noted), 2) == 10.49
 
 
-def test_bytes_alive_are_counted_as_on_paper() -> None:
-    with memory.Live() as live:
-        first = torch.empty(1000)  # 4000 bytes
-        second = first * 2  # 8000
-        view = second[:10]
-        assert (live.now, live.peak) == (8000, 8000)
-        del second
-        assert live.now == 8000  # the view holds it
-        del view
-        third = first.double()  # 4000 + 8000
-        assert (live.now, live.peak) == (12000, 12000)
-        first.add_(1)
-        del third
-    assert (live.now, live.peak) == (4000, 12000)
-
-
-def test_what_lives_after_a_forward_pass_is_what_autograd_saves_and_the_preds() -> None:
-    model = detector(TINY_SCALE).train()
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved.setdefault(storage._cdata, storage)
-        return tensor
-
-    def give_back(tensor: Tensor) -> Tensor:
-        return tensor
-
-    with (
-        memory.Live() as live,
-        torch.autograd.graph.saved_tensors_hooks(keep, give_back),
-    ):
-        preds = model(torch.empty(2, 3, 64, 64, device="meta"))
-    alive = {key: storage.nbytes() for key, storage in saved.items() if key not in own}
-    for pred in preds:
-        alive[pred.untyped_storage()._cdata] = pred.nbytes
-    assert live.now == sum(alive.values())
-
-
-def test_memory_is_a_line_in_the_batch_size() -> None:
-    needed = memory.need(64, TINY_SCALE, TINY_SCALE)
-    eight = memory.step_peak(8, 64, TINY_SCALE, TINY_SCALE)
-    assert eight.live == pytest.approx(8 * needed.per_image, rel=0.02)
-    assert eight.fixed == needed.fixed
-
-
-def test_a_teacher_costs_memory() -> None:
-    distilled = memory.step_peak(8, 64, TINY_SCALE, TINY_SCALE)
-    alone = memory.step_peak(8, 64, None, TINY_SCALE)
-    assert alone.live < distilled.live
-    assert alone.fixed < distilled.fixed
-
-
 def test_the_largest_batch_that_fits() -> None:
-    needed = memory.Need(fixed=2**30, per_image=2**30 // 4)
+    needed = memory.Need(fixed=2**30, image=2**30 // 4)
     room = (10 * memory.SHARE - memory.CONTEXT - 1) * 4  # images
     fitting = [size for size in memory.SIZES if size <= room]
     assert memory.largest(10, needed) == max(fitting)
@@ -160,6 +104,7 @@ def test_the_largest_batch_that_fits() -> None:
         (complexity.counts, "speed"),
         (complexity.taps_beside_notes, "notes"),
         (complexity.taps_per_image, "speed"),
+        (lambda _: memory.sizing(), "small"),
     ],
 )
 def test_the_documents_have_the_tables_as_they_are_counted(

@@ -39,7 +39,7 @@ def test_a_compiled_run_equals_an_eager_one(config_file: Path, tmp_path: Path) -
     run(train_script, "--config", config_file, f"run={tmp_path / 'eager'}", "compile=false")
     # the counter counts what was compiled, and eager is eager
     assert counters["frames"]["ok"] == compiled_frames
-    # student, teacher, terms and rendering, with and without gradients and mosaic: not once
+    # student, loss, teacher, terms and rendering, with and without gradients and mosaic: not once
     # more for every step
     assert compiled_frames <= 8, compiled_frames
 

@@ -38,10 +38,11 @@ def assign(
     scores (N, A, K) 0..1, boxes_xyxy (N, A, 4) and points (A, 2) in pixels.
     """
     labels = targets["labels"]  # (N, G)
-    if labels.shape[1] == 0:
+    images, objects = labels.shape
+    if objects == 0:
         return Assignment(torch.zeros_like(boxes_xyxy), torch.zeros_like(scores))
 
-    count = images_at_once(labels.shape[1], len(points))
+    count = images_at_once(images, objects, len(points))
     of_images = (scores, boxes_xyxy, targets["boxes_xyxy"], labels)
     groups = zip(*(tensor.split(count) for tensor in of_images), strict=True)
     parts = [assign_together(points, *group) for group in groups]

@@ -9,11 +9,25 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDES = (8, 16, 32)  # pixels a cell, of the three levels of the head
 REG_MAX = 16  # bins of the distance distribution: a side is 0 to 15 strides away
 BOX_CHANNELS = 4 * REG_MAX  # distance logits of a cell; K class logits follow
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Without the count of its batches, which only a momentum of None asks for: on a card it
+    would be a launch for each of some 80 layers.
+    """
+
+    momentum: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = (self.running_mean, self.running_var)
+        learned = (self.weight, self.bias)
+        return F.batch_norm(x, *statistics, *learned, self.training, self.momentum, self.eps)
 
 
 class Conv(nn.Module):
@@ -41,7 +55,7 @@ class Conv(nn.Module):
             groups=groups,
             bias=False,
         )
-        self.bn: nn.Module = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.03)
+        self.bn: nn.Module = BatchNorm(c_out, eps=1e-3, momentum=0.03)
         # not in place: autograd would clone what it needs of the input
         self.act = nn.SiLU() if act else nn.Identity()
 

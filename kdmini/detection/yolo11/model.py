@@ -163,6 +163,16 @@ class YOLO11(nn.Module):
                 module.bn = nn.Identity()
         return self
 
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Keeps the weights of convolutions in the type in which autocast computes them, in
+        place.
+
+        For a frozen copy: of weights that do not learn, autocast makes a copy at every step.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(dtype)
+
 
 def build_layers(sizes: Sizes, num_classes: int, cls_width: int | None) -> nn.ModuleList:
     """The 24 layers of the public graph. cls_width: see Detect."""

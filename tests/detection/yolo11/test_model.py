@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11
@@ -198,6 +199,33 @@ def test_folding_changes_nothing_but_the_number_of_layers(scale: Any) -> None:
     for a, b, c in zip(before, after, again, strict=True):
         assert (a - b).abs().max() < 1e-5 * a.abs().max()
         assert torch.equal(b, c)
+
+
+def test_a_frozen_copy_held_in_half_precision_computes_the_same_bits() -> None:
+    """Autocast then has none of its weights to cast at every step."""
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            Casts.count += func is torch.ops.aten._to_copy.default
+            return func(*args, **(kwargs or {}))
+
+    model = tiny(scale="n").fold()
+    images = torch.rand(2, 3, 64, 64)
+    counts = []
+    outputs = []
+    for _ in range(2):
+        Casts.count = 0
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts():
+            outputs.append(model(images))
+        counts.append(Casts.count)
+        model.hold_in(torch.bfloat16)
+    for cast_each_time, held in zip(*outputs, strict=True):
+        assert cast_each_time.dtype == torch.bfloat16
+        assert torch.equal(cast_each_time, held)
+    assert counts[0] > 150
+    assert counts[1] < 5
 
 
 def test_card_names_the_scale_the_activation_and_the_license() -> None:
