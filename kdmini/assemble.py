@@ -14,7 +14,7 @@ from kdmini.bounds import Gain, ImageSize
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import UserError
 from kdmini.data.loader import TrainLoader, ValLoader, refuse_few
-from kdmini.device import precision
+from kdmini.device import is_compiled, precision
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training
 from kdmini.inputs import Inputs
@@ -127,7 +127,12 @@ class Networks(NamedTuple):
 
 
 def make_networks(
-    sections: Sections, recipe: Recipe, names: list[str], imgsz: int, device: torch.device
+    sections: Sections,
+    recipe: Recipe,
+    names: list[str],
+    imgsz: int,
+    device: torch.device,
+    compiled: bool,
 ) -> Networks:
     """The order matters. The copy for the average comes after the weights were loaded, and
     before taps are attached, which it would take along; taps come before compilation, for a
@@ -153,7 +158,7 @@ def make_networks(
     inputs.add_code([student, *distillation.terms.values()])
     distillation.to(device)
     refuse_lone_values(student, distillation, recipe.batch // distributed.world(), imgsz)
-    if sections.compiled(device):
+    if compiled:
         student.compile(dynamic=False)
         distillation.compile(dynamic=False)
     # align modules and terms learn too; the teacher does not
@@ -190,13 +195,14 @@ def make_run(
     if images := sets.images():  # a set without any has a line of its own
         refuse_few(images, recipe.batch)
     autocast, scaler = precision(recipe.amp, device)
-    networks = make_networks(sections, recipe, names, sets.imgsz, device)
+    compiled = is_compiled(sections.compile, device)
+    networks = make_networks(sections, recipe, names, sets.imgsz, device, compiled)
     void = void_pieces(sections, recipe, networks)
     faults = "; ".join(filter(None, void.values()))
     if faults and not limit and not sections.allow_void:
         raise UserError(f"{faults}; or train all the same with allow_void=true")
 
-    settings: dict[str, Any] = {"compiled": sections.compiled(device)}
+    settings: dict[str, Any] = {"compiled": compiled}
     if limit:
         settings["limit"] = limit
     share = {"rank": distributed.rank(), "world": distributed.world()}
