@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from kdmini import output, signals
+from kdmini import memory, output, signals
 from kdmini.bounds import ImageSize, Share
 from kdmini.contracts import Prediction, UserError
 from kdmini.data.loader import ValLoader
@@ -322,9 +322,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     signals.exit_on_signals()
     try:
-        refused = predict(
-            args.weights, args.inputs, args.out, args.imgsz, args.score, args.iou, args.device
-        )
+        with memory.bounded("lower --imgsz, name fewer images, or take --device cpu"):
+            refused = predict(
+                args.weights, args.inputs, args.out, args.imgsz, args.score, args.iou, args.device
+            )
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     if refused:
