@@ -35,6 +35,7 @@ from kdmini.data.store import Store
 from kdmini.detection.boxes import select
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.device import pick_device
+from kdmini.engine import on_cpu
 from kdmini.files import write_whole
 from kdmini.tools.load import Photographs, load_detector
 from kdmini.typed import argument, printable, short
@@ -203,7 +204,7 @@ def detect(
     """-> each image and what is detected in it, in pixels of the file."""
     for images, targets, to_file in ValLoader(store, BATCH):
         with torch.no_grad():
-            predictions = to_file(best_classes(detector(images), score, iou))
+            predictions = to_file(on_cpu(best_classes(detector(images), score, iou)))
         for target, prediction in zip(targets, predictions, strict=True):
             yield Path(target["id"]), prediction
 
