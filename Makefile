@@ -56,9 +56,10 @@ constraints: test-newest
 faults: setup
 	$(RUN) -m pytest tests/faults
 
-# the demo from end to end, and a detector that has to overfit sixteen photographs
+# the demo from end to end, a detector that has to overfit sixteen photographs, and what is asked of a
+# GPU asked of the CPU
 long: setup
-	$(RUN) -m pytest tests/long
+	$(RUN) -m pytest tests/long tests/bench/test_first_gpu.py
 
 # train.py on a CUDA card that is pretended, by a machine without one; needs g++
 cuda: setup

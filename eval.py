@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdmini import config, engine, output, signals
+from kdmini import config, engine, memory, output, signals
 from kdmini.assemble import make_model, with_weights
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import UserError
@@ -187,7 +187,9 @@ def main() -> None:
     signals.exit_on_signals()
     try:
         settings = config.load(args.config, args.overrides)
-        show(evaluate(settings, args.config, args.weights, args.teacher), args.save)
+        with memory.bounded(memory.remedy_of(settings)):
+            scored = evaluate(settings, args.config, args.weights, args.teacher)
+            show(scored, args.save)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kdmini import checkpoint, config, distributed, engine, output, signals
+from kdmini import checkpoint, config, distributed, engine, memory, output, signals
 from kdmini.assemble import Run, make_run
 from kdmini.check import STEPS, examine, report
 from kdmini.contracts import UserError
@@ -247,14 +247,9 @@ def in_one_line(error: BaseException, settings: dict[str, Any]) -> str:
         # without a code, torchrun would take it for the end of the run
         alone = distributed.world() == 1
         return "" if alone or error.code else "left before the end of the run"
-    if isinstance(error, torch.OutOfMemoryError):
-        batch = settings["train"]["batch"]
-        imgsz = settings["data"].get("imgsz", "640 (the default)")
-        return (
-            f"out of memory on the device with train.batch={batch} at data.imgsz={imgsz}: lower "
-            "one of them, or set train.amp=true or data.storage=mapped; the checkpoints written "
-            "so far are whole"
-        )
+    if place := memory.exhausted(error):
+        remedy = memory.remedy_of(settings)
+        return f"out of memory on {place}: {remedy}; the checkpoints written so far are whole"
     return distributed.lost_a_rank(error)
 
 
@@ -286,7 +281,7 @@ def main() -> None:
         if args.resume:
             settings["run"] = folder
         train(settings, path, resume=bool(args.resume), check=args.check)
-    except (UserError, RuntimeError, SystemExit) as error:
+    except (UserError, RuntimeError, MemoryError, SystemExit) as error:
         line = in_one_line(error, settings)
         if not line:
             raise

@@ -23,7 +23,7 @@ from bench.step import TAPS, Ours, Student
 from kdmini import engine
 from kdmini.bounds import Count, ImageSize
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
-from kdmini.data.store import Store
+from kdmini.data.store import Storage, Store
 from kdmini.detection.average_precision import DetectionMetric
 from kdmini.detection.truth import Boxes, Target
 from kdmini.detection.voc import VOC_NAMES
@@ -71,10 +71,18 @@ class Noise:
 class Epoch:
     """An epoch by engine.train_one_epoch, and its bare models."""
 
-    def __init__(self, imgsz: int, batch: int, steps: int, compiled: bool, device: torch.device):
+    def __init__(
+        self,
+        imgsz: int,
+        batch: int,
+        steps: int,
+        compiled: bool,
+        device: torch.device,
+        storage: Storage = "resident",
+    ):
         pictures = Noise(batch * steps)
         with redirect_stderr(io.StringIO()):  # a progress bar
-            store = Store(pictures, imgsz, device, storage="resident", compiled=compiled)
+            store = Store(pictures, imgsz, device, storage=storage, compiled=compiled)
         recipe = Recipe(epochs=1000, batch=batch, nbs=batch)
         loader = TrainLoader(store, batch, recipe.epochs, Augment(close_mosaic=0))
         images, targets = next(loader.epoch(0))
@@ -131,14 +139,14 @@ def main() -> None:
     choose_algorithms(deterministic=False)
     kind = "compiled" if args.compile else "eager"
     print(
-        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, "
+        f"{measure.machine(device.type)}, imgsz {args.imgsz}, batch {args.batch}, "
         f"{args.steps} steps an epoch, {args.rounds} rounds, {kind}, {len(TAPS)} taps\n"
     )
     epoch = Epoch(args.imgsz, args.batch, args.steps, args.compile, device)
     works = {"bare models": epoch.run_bare, "epoch": epoch.run}
     rest = {"batches alone": epoch.render, "evaluation": epoch.evaluate}
-    seconds = measure.take_turns(works, args.rounds, args.device)
-    seconds_of_rest = measure.take_turns(rest, args.rounds, args.device)
+    seconds = measure.take_turns(works, args.rounds, device.type)
+    seconds_of_rest = measure.take_turns(rest, args.rounds, device.type)
 
     images = args.batch * args.steps
     print(measure.table(seconds, "bare models", images, "image"))

@@ -28,6 +28,7 @@ from kdmini.bounds import Count, ImageSize
 from kdmini.detection.truth import Targets
 from kdmini.detection.voc import VOC_NAMES
 from kdmini.detection.yolo11.model import YOLO11
+from kdmini.device import pick_device
 from kdmini.distill.align import Shapes
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
@@ -140,7 +141,7 @@ class Ours(Student):
         return sum(task.values()) + sum(kd.values())
 
 
-def noise(batch: int, imgsz: int, device: str) -> tuple[Tensor, Targets]:
+def noise(batch: int, imgsz: int, device: torch.device | str) -> tuple[Tensor, Targets]:
     """Random images and OBJECTS random boxes in each."""
     images = torch.rand(batch, 3, imgsz, imgsz, device=device)
     corners = torch.rand(batch, OBJECTS, 2, 2, device=device).sort(2).values
@@ -179,11 +180,12 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    device = pick_device(args.device)
 
     torch.manual_seed(2)
-    images, targets = noise(args.batch, args.imgsz, args.device)
+    images, targets = noise(args.batch, args.imgsz, device)
     print(
-        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, "
+        f"{measure.machine(device.type)}, imgsz {args.imgsz}, batch {args.batch}, "
         f"{args.rounds} rounds\n"
     )
     notes = Notes(images, targets)
@@ -196,7 +198,7 @@ def main() -> None:
     teachers: dict[str, Callable[[], object]] = {NOTES: notes.run_teacher}
     for name, variant in variants.items():
         teachers[name] = variant.run_teacher
-    seconds = measure.take_turns(teachers, args.rounds, args.device)
+    seconds = measure.take_turns(teachers, args.rounds, device.type)
     print("The teacher alone; the notes' form has BatchNorm and head:\n")
     print(measure.table(seconds, NOTES, args.batch, "image"))
 
@@ -206,7 +208,7 @@ def main() -> None:
     }
     for name, variant in variants.items():
         steps[name] = variant.step
-        if args.device == "cpu":
+        if device.type == "cpu":
             check_equal(notes, variant)
     opponents = [NOTES]
     with tempfile.TemporaryDirectory() as scratch:
@@ -217,7 +219,7 @@ def main() -> None:
         else:
             steps[peer.name] = peer.step
             opponents.append(peer.name)
-        seconds = measure.take_turns(steps, args.rounds, args.device)
+        seconds = measure.take_turns(steps, args.rounds, device.type)
     for opponent in opponents:
         print("\nThe step:\n\n" + measure.table(seconds, opponent, args.batch, "image"))
 

@@ -23,6 +23,7 @@ from kdmini.bounds import Count, ImageSize
 from kdmini.detection.truth import Targets
 from kdmini.detection.voc import VOC_NAMES
 from kdmini.detection.yolo11.model import YOLO11
+from kdmini.device import pick_device
 from kdmini.typed import argument
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -84,12 +85,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=argument(Count), default=9)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    device = pick_device(args.device)
     torch.manual_seed(0)
-    images, targets = noise(args.batch, args.imgsz, args.device)
+    images, targets = noise(args.batch, args.imgsz, device)
     works = {name: term(path, images, targets) for name, path in configs().items()}
-    seconds = measure.take_turns(works, args.rounds, args.device)
+    seconds = measure.take_turns(works, args.rounds, device.type)
     print(
-        f"{measure.machine(args.device)}, imgsz {args.imgsz}, batch {args.batch}, "
+        f"{measure.machine(device.type)}, imgsz {args.imgsz}, batch {args.batch}, "
         f"{args.rounds} rounds\n"
     )
     print(measure.table(seconds, "attention", args.batch, "image"))

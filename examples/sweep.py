@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdmini import config, output, signals
+from kdmini import config, memory, output, signals
 from kdmini.bounds import Count
 from kdmini.contracts import UserError
 from kdmini.typed import argument
@@ -108,7 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     signals.exit_on_signals()
     try:
         ranges = [read_range(text) for text in args.ranges]
-        study = sweep(args.config, ranges, args.trials, args.out)
+        with memory.bounded(
+            "lower train.batch or data.imgsz, or set data.storage=mapped, in CONFIG"
+        ):
+            study = sweep(args.config, ranges, args.trials, args.out)
     except UserError as error:
         sys.exit(f"error: {error}")
     best = study.best_trial

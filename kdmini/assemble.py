@@ -14,7 +14,7 @@ from kdmini.bounds import Gain, ImageSize
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import UserError
 from kdmini.data.loader import TrainLoader, ValLoader, refuse_few
-from kdmini.device import Autocast, half_of, precision
+from kdmini.device import Autocast, half_of, is_compiled, precision
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training
 from kdmini.inputs import Inputs
@@ -133,6 +133,7 @@ def make_networks(
     imgsz: int,
     device: torch.device,
     autocast: Autocast,
+    compiled: bool,
 ) -> Networks:
     """The order matters. The copy for the average comes after the weights were loaded, and
     before taps are attached, which it would take along; taps come before compilation, for a
@@ -161,7 +162,7 @@ def make_networks(
     if half and teacher is not None and hasattr(teacher, "hold_in"):
         teacher.hold_in(half)
     refuse_lone_values(student, distillation, recipe.batch // distributed.world(), imgsz)
-    if sections.compiled(device):
+    if compiled:
         student.compile(dynamic=False)
         student.loss = torch.compile(student.loss, dynamic=False)
         distillation.compile(dynamic=False)
@@ -199,13 +200,14 @@ def make_run(
     if images := sets.images():  # a set without any has a line of its own
         refuse_few(images, recipe.batch)
     autocast, scaler = precision(recipe.amp, device)
-    networks = make_networks(sections, recipe, names, sets.imgsz, device, autocast)
+    compiled = is_compiled(sections.compile, device)
+    networks = make_networks(sections, recipe, names, sets.imgsz, device, autocast, compiled)
     void = void_pieces(sections, recipe, networks)
     faults = "; ".join(filter(None, void.values()))
     if faults and not limit and not sections.allow_void:
         raise UserError(f"{faults}; or train all the same with allow_void=true")
 
-    settings: dict[str, Any] = {"compiled": sections.compiled(device)}
+    settings: dict[str, Any] = {"compiled": compiled}
     if limit:
         settings["limit"] = limit
     share = {"rank": distributed.rank(), "world": distributed.world()}

@@ -1,20 +1,27 @@
-"""Where a run computes, how exactly it repeats, and in which precision."""
+"""Where a run computes, how exactly it repeats, in which precision, and whether compiled."""
 
 import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from kdmini.contracts import UserError
 
 Autocast = Callable[[], AbstractContextManager]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LONGEST = 160  # characters of what a compiler says
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
+    """`auto` is CUDA where there is one. Raises UserError for a device that is not there.
+
+    A card with a number becomes the current one: what names no card means that one.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:1?\d)?", name):
@@ -25,6 +32,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"device: {name} was asked for, but torch finds {count} CUDA devices; use auto or cpu"
         )
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -67,3 +76,37 @@ def best_half(device: torch.device) -> str:
     with torch.cuda.device(device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "fp16"
+
+
+def is_compiled(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+    """`compile` of the config -> whether this run compiles.
+
+    `auto`: on CUDA, if torch.compile works there. Raises UserError where it does not and is
+    asked for.
+    """
+    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+        return False
+    fault = compiler_fault(device)
+    if not fault:
+        return True
+    without = f"torch.compile does not work on {device.type} here ({fault})"
+    remedy = "install a C++ compiler, Python's headers and, for CUDA, triton"
+    if wanted == "auto":
+        print(f"compile: {without}: this runs uncompiled, more slowly; {remedy}")
+        return False
+    raise UserError(f"compile: {without}; {remedy}, or set compile=false")
+
+
+@cache
+def compiler_fault(device: torch.device) -> str:
+    """What is wrong with torch.compile on the device, in a line; empty where it works."""
+    try:
+        torch.compile(square, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # its parts raise whatever they like
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0][:LONGEST]
+    return ""
+
+
+def square(x: Tensor) -> Tensor:
+    return x * x

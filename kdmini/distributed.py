@@ -37,8 +37,12 @@ def start(device: torch.device, timeout: float) -> torch.device:
     if device.type == "cuda":
         device = device_of_rank(int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+    settings: dict[str, Any] = {"timeout": timedelta(minutes=timeout)}
+    if device.type == "cuda":
+        # else NCCL would guess the card of a barrier
+        dist.init_process_group("nccl", device_id=device, **settings)
+    else:
+        dist.init_process_group("gloo", **settings)
     if rank():
         output.be_silent()  # rank 0 speaks for all; errors come from every rank
     return device

@@ -202,15 +202,32 @@ def evaluate(
     for images, targets, to_file in bar:
         with autocast():
             preds = model(images)
-        predictions = to_file(model.decode(preds))
-        batches.append(([on_cpu(prediction) for prediction in predictions], targets))
+        predictions = to_file(on_cpu(model.decode(preds)))
+        batches.append((predictions, targets))
     for predictions, targets in distributed.deal(batches):
         metric.update(predictions, targets)
     return metric.compute()
 
 
-def on_cpu(prediction: Prediction) -> Prediction:
-    return {name: value.cpu() for name, value in prediction.items()}
+def on_cpu(predictions: list[Prediction]) -> list[Prediction]:
+    """The predictions of a batch, on the CPU. All tensors of one type come in one copy, for
+    the host waits at each.
+    """
+    moved: list[dict[str, Tensor]] = [dict(prediction) for prediction in predictions]
+    places: dict[torch.dtype, list[tuple[int, str]]] = {}
+    for n, prediction in enumerate(moved):
+        for name, value in prediction.items():
+            if not value.is_cpu:
+                places.setdefault(value.dtype, []).append((n, name))
+
+    for of_type in places.values():
+        values = [moved[n][name] for n, name in of_type]
+        flat = torch.cat([value.reshape(-1) for value in values]).cpu()
+        parts = flat.split([value.numel() for value in values])
+        for (n, name), value, part in zip(of_type, values, parts, strict=True):
+            # a copy, or each would keep and send to other ranks the whole batch
+            moved[n][name] = part.view(value.shape).clone()
+    return [*moved]
 
 
 @torch.no_grad()

@@ -208,8 +208,11 @@ class EMA:
         difference = torch._foreach_sub([state[name] for name in floating], averages)
         torch._foreach_mul_(difference, share)
         torch._foreach_add_(averages, difference)
-        for name in state.keys() - set(floating):
-            average[name].copy_(state[name])
+        counts = [name for name, value in state.items() if not value.is_floating_point()]
+        if counts:
+            torch._foreach_copy_(
+                [average[name] for name in counts], [state[name] for name in counts]
+            )
 
 
 def mend(buffers: list[Tensor], spare: list[Tensor]) -> None:

@@ -29,7 +29,7 @@ class Sections:
     seed: of weights and augmentation.
     device: auto, cpu, cuda or cuda:1.
     compile: rendering, student, teacher and terms by torch.compile; it takes minutes on a
-        CPU, so `auto` is CUDA only.
+        CPU, so `auto` is CUDA only, where a compiler works.
     deterministic: the same run gives the same bits on CUDA too, more slowly.
     timeout: minutes that one of several processes waits for another before it gives up.
     allow_void: train although a term never has a weight, or the teacher has none.
@@ -57,9 +57,6 @@ class Sections:
 
     def sets(self) -> "Sets":
         return config.call(make_sets, self.data, "data")
-
-    def compiled(self, device: torch.device) -> bool:
-        return device.type == "cuda" if self.compile == "auto" else self.compile
 
     def make_metric(self, names: list[str]) -> Metric:
         """Raises UserError where it cannot score."""

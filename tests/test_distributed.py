@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdmini import distributed
 from kdmini.data.loader import Augment
 from kdmini.data.store import Store
 from kdmini.distill.attention import attention_map
@@ -326,3 +327,31 @@ def test_ranks_that_have_read_other_data_all_stop_with_its_number(ranks: Ranks) 
             "image '000022' on rank 0 there, on rank 1 not there; and 1 more"
             in (result["read"][20])
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cuda", ("nccl", torch.device("cuda", 1))),
+        ("cpu", ("gloo", None)),
+    ],
+)
+def test_nccl_is_told_the_card_of_its_rank(
+    monkeypatch: pytest.MonkeyPatch, kind: str, expected
+) -> None:
+    """Without it a barrier would guess one."""
+    met = []
+    current = []
+
+    def meet(backend: str, timeout: Any, device_id: Any = None) -> None:
+        met.append((backend, device_id))
+
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    card = distributed.start(torch.device(kind), timeout=1)
+    assert met == [expected]
+    assert card == (expected[1] or torch.device("cpu"))
+    assert current == ([card] if kind == "cuda" else [])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kdmini.optim import EMA
+from tests.pretended import Operations
 from tests.test_optim import small
 
 
@@ -184,3 +185,14 @@ def test_a_state_of_fewer_updates_than_none_is_refused():
     ema = EMA(nn.Linear(1, 1), decay=0.9, tau=10)
     with pytest.raises(ValueError, match="an average of -1 updates"):
         ema.load_state_dict({**ema.state_dict(), "updates": -1})
+
+
+def test_an_update_takes_no_more_operations_for_a_larger_model():
+    counts = []
+    for size in (1, 5):
+        model = nn.Sequential(*[small() for _ in range(size)])
+        ema = EMA(model, decay=0.9, tau=5.0)
+        with Operations() as operations:
+            ema.update(model)
+        counts.append(sum(n for name, n in operations.counts.items() if name != "detach"))
+    assert counts[0] == counts[1]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from kdmini.contracts import UserError
 from kdmini.device import precision
-from kdmini.engine import Training, attention_distances, evaluate, train_one_epoch
+from kdmini.engine import Training, attention_distances, evaluate, on_cpu, train_one_epoch
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.progress import Progress
 from kdmini.signals import Stop
+from tests.pretended import card
 
 CPU = torch.device("cpu")
 SCORES = torch.tensor([0.5])
@@ -270,6 +271,80 @@ def test_evaluate_hands_every_batch_to_the_metric_in_native_pixels_without_gradi
     assert evaluate(model, batches, Metric(), autocast) == {"batches": 3}
     assert updates == [([{"scores": 2 * SCORES}] * 4, [number] * 4, False) for number in range(3)]
     assert not model.training
+
+
+class Elsewhere(Tensor):
+    """Says that it is not on the CPU."""
+
+    is_cpu = False
+
+
+def test_predictions_come_to_the_cpu_as_they_are_each_in_memory_of_its_own() -> None:
+    predictions = []
+    for count in (3, 0, 2):
+        values = {
+            "boxes": torch.rand(count, 4),
+            "labels": torch.arange(count),
+            "scores": torch.rand(count),
+            "one": torch.tensor(count / 2),
+        }
+        predictions.append(values)
+    elsewhere = [
+        {name: value.as_subclass(Elsewhere) for name, value in prediction.items()}
+        for prediction in predictions
+    ]
+    moved = on_cpu(elsewhere)
+    assert [list(prediction) for prediction in moved] == [list(predictions[0])] * 3
+    for ours, theirs in zip(moved, predictions, strict=True):
+        for name, value in ours.items():
+            assert value.dtype == theirs[name].dtype
+            assert torch.equal(value.as_subclass(Tensor), theirs[name])
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def test_what_is_on_the_cpu_already_is_not_copied() -> None:
+    prediction = {"scores": torch.rand(3)}
+    (moved,) = on_cpu([prediction])
+    assert moved["scores"] is prediction["scores"]
+
+
+def test_the_predictions_of_a_batch_come_in_one_copy_a_type() -> None:
+    with card() as operations:
+        prediction = {
+            "boxes": torch.empty(5, 4, device="cuda"),
+            "scores": torch.empty(5, device="cuda"),
+            "labels": torch.empty(5, dtype=torch.int64, device="cuda"),
+        }
+        moved = on_cpu([prediction] * 8)
+    assert all(value.is_cpu for prediction in moved for value in prediction.values())
+    assert operations.counts["_to_copy"] == 2
+
+
+def test_evaluate_brings_a_batch_back_before_it_turns_it_into_pixels_of_the_files() -> None:
+    """Or what it takes there, image by image, would wait for the device."""
+    came = []
+
+    class Metric:
+        def update(self, predictions: Any, targets: Any) -> None:
+            pass
+
+        def compute(self) -> dict[str, float]:
+            return {}
+
+    class Distant(Line):
+        def decode(self, preds: Any, score: float = 0.25) -> list[dict[str, Tensor]]:
+            return [{"scores": torch.empty(3, device="cuda")}] * 4
+
+    def to_file(predictions: Any) -> Any:
+        came.extend(prediction["scores"].is_cpu for prediction in predictions)
+        return predictions
+
+    autocast, _ = precision(False, CPU)
+    batches: Any = [(torch.ones(4, 3, 2, 2), [0] * 4, to_file)] * 2
+    with card() as operations:
+        evaluate(Distant(), batches, Metric(), autocast)
+    assert came == [True] * 8
+    assert operations.counts["_to_copy"] == 2
 
 
 class Apart(Nothing):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from kdmini.detection.truth import Detections
 
@@ -198,9 +198,26 @@ def select(
         label = label[best]
 
     candidate_boxes = boxes_xyxy[anchor]
-    kept = batched_nms(candidate_boxes, candidate_scores, label, iou)[:max_det]
+    kept = nms_by_class(candidate_boxes, candidate_scores, label, iou)[:max_det]
     return {
         "boxes_xyxy": candidate_boxes[kept],
         "scores": candidate_scores[kept],
         "labels": label[kept],
     }
+
+
+def nms_by_class(boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, iou: float) -> Tensor:
+    """(D, 4), (D,), (D,) -> (<= D,) index of those that stay, best first."""
+    if boxes_xyxy.is_cpu or not len(boxes_xyxy):
+        return batched_nms(boxes_xyxy, scores, labels, iou)
+    return nms(apart_by_class(boxes_xyxy, labels), scores, iou)
+
+
+def apart_by_class(boxes_xyxy: Tensor, labels: Tensor) -> Tensor:
+    """Each class moved away from all others, (D, 4), (D,) -> (D, 4).
+
+    As torchvision's batched_nms does it, which waits for the device on the way, and once a
+    class where boxes are many.
+    """
+    beside = labels.to(boxes_xyxy.dtype) * (boxes_xyxy.max() + 1)
+    return boxes_xyxy + beside[:, None]

@@ -80,12 +80,12 @@ def detections(detector: Any, scenes: Scenes, weights: str) -> Figure:
     """
     names = detector.names
     preds = detector.eval()(scenes.images)
-    in_square = detector.decode(preds, score=SCORE, iou=IOU, max_det=MAX_DET)
+    in_square = on_cpu(detector.decode(preds, score=SCORE, iou=IOU, max_det=MAX_DET))
     in_file = Boxes.to_file(in_square, scenes.frames)
     pictures = scenes.pictures
     boxed = []
     for n, target in enumerate(scenes.targets):
-        prediction = on_cpu(in_file[n])
+        prediction = in_file[n]
         image = without_boxes(pictures[n], scenes.frames[n])
         kinds = ["detection"] * len(prediction["scores"])
         if scenes.annotated:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdmini import output, signals
+from kdmini import memory, output, signals
 from kdmini.bounds import ImageSize
 from kdmini.contracts import UserError
 from kdmini.detection.boxes import left_top, right_bottom
@@ -252,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     signals.exit_on_signals()
     try:
-        export(args.weights, args.to, args.out, args.imgsz)
+        with memory.bounded("lower --imgsz"):
+            export(args.weights, args.to, args.out, args.imgsz)
     except UserError as error:
         sys.exit(f"error: {error}")
 

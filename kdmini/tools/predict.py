@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from kdmini import output, signals
+from kdmini import memory, output, signals
 from kdmini.bounds import ImageSize, Share
 from kdmini.contracts import Prediction, UserError
 from kdmini.data.loader import ValLoader
@@ -35,6 +35,7 @@ from kdmini.data.store import Store
 from kdmini.detection.boxes import select
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.device import pick_device
+from kdmini.engine import on_cpu
 from kdmini.files import write_whole
 from kdmini.tools.load import Photographs, load_detector
 from kdmini.typed import argument, printable, short
@@ -203,7 +204,7 @@ def detect(
     """-> each image and what is detected in it, in pixels of the file."""
     for images, targets, to_file in ValLoader(store, BATCH):
         with torch.no_grad():
-            predictions = to_file(best_classes(detector(images), score, iou))
+            predictions = to_file(on_cpu(best_classes(detector(images), score, iou)))
         for target, prediction in zip(targets, predictions, strict=True):
             yield Path(target["id"]), prediction
 
@@ -322,9 +323,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     signals.exit_on_signals()
     try:
-        refused = predict(
-            args.weights, args.inputs, args.out, args.imgsz, args.score, args.iou, args.device
-        )
+        with memory.bounded("lower --imgsz, name fewer images, or take --device cpu"):
+            refused = predict(
+                args.weights, args.inputs, args.out, args.imgsz, args.score, args.iou, args.device
+            )
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     if refused:

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdmini import config, engine, output, signals
+from kdmini import config, engine, memory, output, signals
 from kdmini.assemble import make_model, tap_pairs, with_weights
 from kdmini.contracts import Metric, UserError
 from kdmini.data.loader import TrainLoader, ValLoader
@@ -60,6 +60,8 @@ DEFAULT_IMAGES = 6  # of a picture, where none are named
 MAX_IMAGES = 24  # of a picture
 BATCH = 12  # that are rendered, for a picture of training
 DRAWN_FROM = 256  # of the training set that are decoded for it, at most
+
+REMEDY = "name fewer IMAGES, or put CUDA_VISIBLE_DEVICES= before the command to draw on the CPU"
 
 
 def visualize(source: Path, files: Sequence[Path], out: Path | None = None) -> None:
@@ -302,7 +304,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     signals.exit_on_signals()
     try:
-        visualize(args.source, args.images, args.out)
+        with memory.bounded(REMEDY):
+            visualize(args.source, args.images, args.out)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -5,15 +5,19 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import box_area as their_area
 from torchvision.ops import (
+    batched_nms,
     complete_box_iou,
     complete_box_iou_loss,
     generalized_box_iou_loss,
+    nms,
 )
+from torchvision.ops import box_area as their_area
 
+from kdmini.detection import boxes
 from kdmini.detection.boxes import (
     anchor_points,
+    apart_by_class,
     box_area,
     centre_inside,
     ciou,
@@ -21,8 +25,10 @@ from kdmini.detection.boxes import (
     flatten_levels,
     giou,
     intersection,
+    nms_by_class,
     xyxy_to_dist_ltrb,
 )
+from tests.pretended import card
 
 CPU = torch.device("cpu")
 # rows of pairs()
@@ -263,3 +269,40 @@ def test_a_point_is_inside_a_box_but_not_on_its_side(x: float, inside: bool) -> 
     box = torch.tensor([[[0.0, 0, 10, 10]]], dtype=torch.float64)  # (N, G, 4)
     point = torch.tensor([[x, 5.0]], dtype=torch.float64)  # (A, 2)
     assert centre_inside(point, box).tolist() == [[[inside]]]
+
+
+# --- suppression
+
+
+@pytest.mark.parametrize("count", [1, 300, 3000])  # torchvision goes class by class above 1,000
+def test_what_stays_by_class_is_torchvisions(count: int) -> None:
+    boxes_xyxy = random_boxes(count, 5).float()
+    labels = torch.arange(count) % 7
+    scores = torch.rand(count, generator=torch.Generator().manual_seed(6))
+    expected = batched_nms(boxes_xyxy, scores, labels, 0.5)
+    assert torch.equal(nms_by_class(boxes_xyxy, scores, labels, 0.5), expected)
+    assert torch.equal(nms(apart_by_class(boxes_xyxy, labels), scores, 0.5), expected)
+    assert (len(expected) < count) == (count > 1)
+
+
+@pytest.mark.parametrize("count", [0, 5, 30_000])
+def test_suppression_on_a_card_waits_for_nothing_but_itself(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    suppressed = []
+
+    def fake_nms(boxes_xyxy: Tensor, scores: Tensor, iou: float) -> Tensor:
+        suppressed.append(boxes_xyxy.shape)
+        return torch.empty(3, dtype=torch.int64, device="cuda")
+
+    monkeypatch.setattr(boxes, "nms", fake_nms)
+    with card() as operations:
+        boxes_xyxy = torch.empty(count, 4, device="cuda")
+        scores = torch.empty(count, device="cuda")
+        labels = torch.empty(count, dtype=torch.int64, device="cuda")
+        nms_by_class(boxes_xyxy, scores, labels, 0.5)
+    assert suppressed == ([(count, 4)] if count else [])
+    # of the labels to floating point, on the card
+    assert operations.counts["_to_copy"] <= 1
+    waiting = {"copy_", "_unique2", "nonzero", "_local_scalar_dense", "lift_fresh"}
+    assert not waiting & operations.counts.keys()

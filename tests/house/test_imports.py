@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "output": (),
     "distributed": ("output",),
     "device": (),
+    "memory": (),
     "optim": (),
     "files": (),
     "typed": (),
@@ -56,12 +57,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "check": ("assemble", "engine", "inputs", "signals"),
     "train": (
         *("assemble", "check", "checkpoint", "config", "data.loader", "defaults", "device"),
-        *("distributed", "engine", "optim", "outset", "output", "progress", "resume", "runlog"),
-        *("sections", "signals"),
+        *("distributed", "engine", "memory", "optim", "outset", "output", "progress", "resume"),
+        *("runlog", "sections", "signals"),
     ),
     "eval": (
         *("assemble", "classes", "config", "data.loader", "data.store", "defaults", "device"),
-        *("engine", "outset", "output", "sections", "signals"),
+        *("engine", "memory", "outset", "output", "sections", "signals"),
     ),
 }
 ANYTHING = ("tools", "examples")  # these may import all rooms, and none imports them

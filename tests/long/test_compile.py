@@ -1,6 +1,9 @@
 """What is compiled equals its eager twin, in a run and alone, and is compiled once."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from kdmini.data.render import Axis, compiled_gather
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
 from tests.commands import newest, run
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.long
 
@@ -87,3 +91,19 @@ def test_compiled_gathering_takes_offsets_beyond_two_to_the_31() -> None:
     images = torch.full((1, 3, 8, 8), torch.nan)
     compiled_gather()(images.unbind(1), pixels, columns, rows, None)
     assert torch.equal(images[0, 0] * 255, torch.arange(8.0).expand(8, 8))
+
+
+def test_without_a_compiler_a_run_that_wants_one_ends_in_a_line_before_it_decodes(
+    config_file: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "never compiled anything"
+    broken = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    command = [sys.executable, "train.py", "--config", str(config_file), "compile=true"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **broken}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "decode" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: compile: torch.compile does not work on cpu here (")
+    assert "/nonexistent" in last and last.endswith("or set compile=false")
