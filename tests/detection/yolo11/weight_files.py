@@ -104,7 +104,7 @@ def public_model(public: PublicClasses, detector: YOLO11) -> nn.Module:
     root = public["DetectionModel"]()
     root.model = nn.Sequential(*detector.model)
     root.names = dict(enumerate(detector.names))
-    classes = {**public, "Upsample": nn.Upsample}
+    classes = {**public, "BatchNorm": nn.BatchNorm2d, "Upsample": nn.Upsample}
     for module in root.modules():
         module.__class__ = classes.get(type(module).__name__, type(module))
     return root.half()
