@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "distributed": ("output",),
     "device": (),
     "optim": (),
+    "memory": ("device",),
     "files": (),
     "typed": (),
     "checkpoint": ("files", "typed"),
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sections": ("classes", "config", "data", "optim", "typed"),
     "assemble": (
         *("classes", "config", "data", "device", "distill", "distributed", "engine", "inputs"),
-        *("optim", "outset", "progress", "sections", "typed"),
+        *("memory", "optim", "outset", "progress", "sections", "typed"),
     ),
     "check": ("assemble", "engine", "inputs", "signals"),
     "train": (
