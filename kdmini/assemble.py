@@ -14,14 +14,16 @@ from kdmini.bounds import Gain, ImageSize
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import UserError
 from kdmini.data.loader import TrainLoader, ValLoader, refuse_few
+from kdmini.data.storage import choose
 from kdmini.device import Autocast, half_of, is_compiled, precision
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training
+from kdmini.footprint import step_bytes
 from kdmini.inputs import Inputs
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.outset import refuse_lone_values, void_teacher, void_terms
 from kdmini.progress import Progress
-from kdmini.sections import Sections
+from kdmini.sections import Sections, Sets
 from kdmini.typed import short
 
 
@@ -182,6 +184,30 @@ def void_pieces(sections: Sections, recipe: Recipe, networks: Networks) -> dict[
     return void
 
 
+def storage_settings(
+    sets: Sets, recipe: Recipe, networks: Networks, device: torch.device, limit: int | None
+) -> dict[str, Any]:
+    """In place of the config's, the same for both sets, which share what memory there is.
+
+    limit: images of each set, whatever the config says.
+    """
+    settings: dict[str, Any] = {"limit": limit} if limit else {}
+    if distributed.ranks_here() > 1:
+        settings["once"] = distributed.once_a_machine
+    if sets.storing["storage"] != "auto":
+        return settings
+
+    step = None  # of a CPU, half of the memory is left free
+    if device.type == "cuda":
+        autocast, _ = precision(recipe.amp, device)
+        images = recipe.batch // distributed.world()
+        step = step_bytes(networks.student, sets.imgsz, autocast, images)
+        networks.distillation.student_taps.take()  # what they kept of it
+    expected = distributed.once_a_machine(lambda: sets.expected_bytes(limit))
+    settings["storage"] = choose(expected, device, step)
+    return settings
+
+
 def make_run(
     sections: Sections,
     recipe: Recipe,
@@ -207,9 +233,8 @@ def make_run(
     if faults and not limit and not sections.allow_void:
         raise UserError(f"{faults}; or train all the same with allow_void=true")
 
-    settings: dict[str, Any] = {"compiled": compiled}
-    if limit:
-        settings["limit"] = limit
+    settings = storage_settings(sets, recipe, networks, device, limit)
+    settings["compiled"] = compiled
     share = {"rank": distributed.rank(), "world": distributed.world()}
     store = sets.store("train", device, **settings)
     loader = TrainLoader(store, recipe.batch, recipe.epochs, sets.augment, sections.seed, **share)
@@ -217,6 +242,7 @@ def make_run(
     inputs = networks.inputs
     inputs.add_set("data.train", store)
     inputs.add_set("data.val", val_store)
+    distributed.wait_for_all()  # another machine may decode for longer than the timeout
     inputs.check_ranks()
     training = Training(
         loader=loader,

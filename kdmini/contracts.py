@@ -81,7 +81,8 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        """-> image (H, W, 3) uint8 RGB, target. Called from several threads, once per image.
+        """-> image (H, W, 3) uint8 RGB, target. Called from several threads, once per image,
+        and before that for a few of them, to see how large they are.
 
         Raises UserError for an image that cannot be used, BadObjects for some of its objects.
         """

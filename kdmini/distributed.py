@@ -7,7 +7,7 @@ nothing here does anything.
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from itertools import zip_longest
@@ -20,6 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdmini import output
 from kdmini.contracts import UserError
+
+PATIENCE = timedelta(days=7)  # for what may take longer than the timeout of a run
+_patient: Any = None  # a process group of all ranks, on the CPU
 
 
 def launched() -> bool:
@@ -43,6 +46,8 @@ def start(device: torch.device, timeout: float) -> torch.device:
         dist.init_process_group("nccl", device_id=device, **settings)
     else:
         dist.init_process_group("gloo", **settings)
+    global _patient
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     if rank():
         output.be_silent()  # rank 0 speaks for all; errors come from every rank
     return device
@@ -65,6 +70,42 @@ def rank() -> int:
 def world() -> int:
     """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def ranks_here() -> int:
+    """Number of ranks on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
+
+
+def once_a_machine(make: Callable[[], Any]) -> Any:
+    """What `make` returns, of which only the first rank of each machine is asked. Its UserError
+    is raised in all of them. However long it takes: a rank that dies, the launcher notices.
+    """
+    here = ranks_here()
+    if here == 1:
+        return make()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    first = rank() - local_rank
+    told: list[Any] = [None, None]  # the outcome, or a mistake
+    if local_rank:
+        dist.recv_object_list(told, first, group=_patient)
+    else:
+        try:
+            told[0] = make()
+        except UserError as error:
+            told[1] = str(error)
+        for other in range(first + 1, first + here):
+            dist.send_object_list(told, other, group=_patient)
+    outcome, mistake = told
+    if mistake:
+        raise UserError(mistake)
+    return outcome
+
+
+def wait_for_all() -> None:
+    """However long it takes."""
+    if world() > 1:
+        dist.barrier(group=_patient)
 
 
 def lost_a_rank(error: BaseException) -> str:

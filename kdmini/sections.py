@@ -10,7 +10,8 @@ from kdmini.bounds import Count, ImageSize, Range, Seed
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import Dataset, Metric, UserError
 from kdmini.data.loader import Augment
-from kdmini.data.store import OnBad, Storage, Store, subset
+from kdmini.data.storage import Storage
+from kdmini.data.store import OnBad, Store, expected_bytes, subset
 from kdmini.optim import Recipe
 from kdmini.typed import short
 
@@ -86,6 +87,16 @@ class Sets(NamedTuple):
         storing = {**self.storing, **settings}
         return Store(dataset, self.imgsz, device, name=name, **storing)
 
+    def expected_bytes(self, limit: int | None = None) -> int:
+        """Of the pixels of both sets, about. limit: in place of the config's."""
+        limit = limit or self.storing["limit"]
+        workers = self.storing["workers"]
+        total = 0
+        for dataset in (self.train, self.val):
+            indices = subset(len(dataset), limit)
+            total += expected_bytes(dataset, indices, self.imgsz, workers)
+        return total
+
     def images(self) -> int:
         """How many there are to learn from, before it is known whether all can be used."""
         return len(subset(len(self.train), self.storing["limit"]))
@@ -112,7 +123,7 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
     augment: strengths of the augmentation.
     workers: threads that decode; 0 counts as 1.
     storage: where decoded pixels stay: resident on the device, mapped from a scratch file, or
-        auto.
+        auto: resident where both sets fit.
     limit: use a fixed random subset of that many images of each set.
     on_bad: what to do about files and objects that cannot be used: stop, or skip them.
     allow_overlap: accept photographs that are in both sets.

@@ -82,8 +82,10 @@ class DoubleLoader(TrainLoader):
 
 
 def store_of(root: Path, split: str) -> Store:
+    """Decoded by one rank for both."""
     dataset = VOC(str(root), [split], NAMES)
-    return Store(dataset, IMGSZ, workers=0, storage="resident", name=split)
+    once = distributed.once_a_machine if distributed.ranks_here() > 1 else None
+    return Store(dataset, IMGSZ, workers=0, storage="resident", name=split, once=once)
 
 
 def make_training(case: Case, loader: Any) -> Training:

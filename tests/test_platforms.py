@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train as train_script
-from kdmini.data import store
+from kdmini.data import storage
 from tests.commands import run
 from tests.house.source import MODULES, ROOT
 
@@ -30,12 +30,12 @@ def without(*missing):
 def test_macos_does_not_say_what_is_free(monkeypatch):
     everything = REAL("SC_PHYS_PAGES") * REAL("SC_PAGE_SIZE")
     cpu = torch.device("cpu")
-    assert 0 < store.free_bytes(cpu) <= everything
+    assert 0 < storage.free_bytes(cpu) <= everything
 
     monkeypatch.setattr(os, "sysconf", without("SC_AVPHYS_PAGES"))
-    assert store.free_bytes(cpu) == everything // 2
+    assert storage.free_bytes(cpu) == everything // 2
     monkeypatch.setattr(os, "sysconf", without("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
-    assert store.free_bytes(cpu) == store.ASSUMED_FREE
+    assert storage.free_bytes(cpu) == storage.ASSUMED_FREE
 
 
 def test_a_run_on_macos(monkeypatch, config_file, tmp_path):

@@ -18,6 +18,7 @@ from kdmini.contracts import Prediction, Target, UserError
 from kdmini.data.layout import Frame, Layout, letterbox, mirror, mosaic, where, zoom
 from kdmini.data.render import render
 from kdmini.data.store import Store
+from kdmini.data.tiles import with_tiles
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,14 @@ class TrainLoader:
         everyone = np.arange(len(self.store))
         order = uniforms(self.seed, epoch, everyone, 1)[:, 0].argsort(kind="stable")
         share = self.batch // self.world
-        for number in range(start, len(self)):
-            first = number * self.batch + self.rank * share
-            indices = order[first : first + share]
-            layout = self.layout(epoch, indices)
-            images = render(self.store, layout, self.imgsz).to(self.device, non_blocking=True)
+        firsts = range(start * self.batch, len(self) * self.batch, self.batch)
+        begins = [first + self.rank * share for first in firsts]
+        layouts = (self.layout(epoch, order[begin : begin + share]) for begin in begins)
+        for layout, tiles in with_tiles(self.store, layouts):
+            images = render(self.store, layout, self.imgsz, tiles)
             targets = self.truth.rendered(layout)
-            targets["ids"] = [self.store.targets[i]["id"] for i in indices]
+            # tile 0 is of the image that the others were drawn for
+            targets["ids"] = [self.store.targets[i]["id"] for i in layout.image[:, 0]]
             yield images, targets
 
     def layout(self, epoch: int, indices: np.ndarray) -> Layout:
@@ -167,10 +169,14 @@ class ValLoader:
         """-> images (N, 3, S, S) RGB 0..1, targets in pixels of the files, and the way back
         to those pixels.
         """
-        for start in self.starts:
-            indices = np.arange(start, min(start + self.batch, len(self.store)))
-            layout = letterbox(self.store, indices, self.imgsz)
-            images = render(self.store, layout, self.imgsz).to(self.device, non_blocking=True)
+        everyone = np.arange(len(self.store))
+        layouts = (
+            letterbox(self.store, everyone[start : start + self.batch], self.imgsz)
+            for start in self.starts
+        )
+        for layout, tiles in with_tiles(self.store, layouts):
+            images = render(self.store, layout, self.imgsz, tiles)
+            indices = layout.image[:, 0]
             targets = [self.store.targets[i] for i in indices]
             frames = frames_of(self.store, indices, layout)
             yield images, targets, partial(self.store.truth.to_file, frames=frames)

@@ -14,15 +14,22 @@ from torch import Tensor
 
 from kdmini.data.layout import Layout
 from kdmini.data.store import Store
+from kdmini.data.tiles import Tiles, tiles_of
 
 PAD = 114  # grey level where there is no image
 
 
-def render(store: Store, layout: Layout, imgsz: int) -> Tensor:
+def render(store: Store, layout: Layout, imgsz: int, tiles: Tiles | None = None) -> Tensor:
     """-> (N, 3, S, S) float32 RGB in 0..1, on the store's device. Bilinear between the
     centres of source pixels.
+
+    tiles: of the layout, if they have been found already.
     """
-    device = store.pixels.device
+    tiles = tiles or tiles_of(store, layout)
+    device = store.device
+    pixels = tiles.pixels.to(device, non_blocking=True)
+    if store.compiled and pixels is not store.pixels:
+        torch._dynamo.mark_dynamic(pixels, 0)  # else every length would be compiled anew
 
     def numbers(x: np.ndarray) -> Tensor:
         return to_device(x.astype(np.float32), device)
@@ -34,12 +41,12 @@ def render(store: Store, layout: Layout, imgsz: int) -> Tensor:
         numbers(layout.shown),
         numbers(layout.centre),
         wh=to_device(store.sizes[layout.image][..., ::-1], device),
-        offset=to_device(store.offsets[layout.image], device),
+        offset=to_device(tiles.offset, device),
     )
     colour = None if layout.colour is None else numbers(layout.colour)
     images = torch.empty(len(layout.image), 3, imgsz, imgsz, device=device)
     fill = compiled_gather() if store.compiled else gather
-    fill(images.unbind(1), store.pixels, columns, rows, colour)
+    fill(images.unbind(1), pixels, columns, rows, colour)
     return images
 
 

@@ -5,32 +5,37 @@ fetches a whole pixel. Offsets into the buffer are int64: VOC2012 alone has 3.2e
 Legend: M images of the store.
 """
 
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from itertools import chain
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from kdmini.contracts import BadObjects, Dataset, Target, UserError
 from kdmini.data.digest import digest
 from kdmini.data.pictures import pack, shrink
 from kdmini.data.room import ROOM
+from kdmini.data.storage import (
+    OPEN_FILES,
+    Storage,
+    address,
+    choose,
+    kept,
+    mapped,
+    scratch_file,
+)
 
-Storage = Literal["auto", "resident", "mapped"]
 OnBad = Literal["stop", "skip"]
-
-ASSUMED_FREE = 2**31  # bytes, where the system does not tell
+Once = Callable[[Callable[[], Any]], Any]
 
 PORTION = 256  # images decoded ahead of a slow disk: bounds what waits in memory
+SAMPLES = 16  # images, at most, that stand for all where bytes are estimated
+EVERY = 8  # of a small set: they are decoded twice
 
 
 class Picture(NamedTuple):
@@ -44,6 +49,15 @@ class Picture(NamedTuple):
     faults: Sequence[str] = ()  # of objects that cannot be used and are not in the target
 
 
+class Known(NamedTuple):
+    """Of M pictures, all but their pixels."""
+
+    sizes: np.ndarray  # (M, 2) H, W as stored
+    native: np.ndarray  # (M, 2) H, W of the files
+    targets: list[Target]
+    digests: list[str]
+
+
 class Store:
     """All images of a data set, decoded by threads when it is built.
 
@@ -51,15 +65,17 @@ class Store:
     device: where batches go.
     workers: threads that decode.
     storage: `resident` keeps the pixels on `device`; `mapped` in a scratch file (in
-        KDMINI_CACHE, else ~/.cache/kdmini; it vanishes with the process, so it can neither be
-        stale nor be left behind); `auto` is resident when they fill less than half of the
-        device's free memory.
+        KDMINI_CACHE, else ~/.cache/kdmini; it vanishes with the process); `auto` is resident
+        when they fill less than half of the device's free memory.
     limit: keep a fixed random subset of that many images.
     on_bad: images and objects that cannot be used are reported when all have been tried:
         `stop` makes them an error, `skip` leaves them out.
     name: of the set, in messages.
     compiled: batches are rendered from it by torch.compile, which takes seconds once for each
         size of a batch.
+    once: of several processes of a machine that build the same store, lets one of them call
+        what it is given, and tells all of them the outcome. What lies in the memory of the
+        host, they then share: it is a scratch file whatever `storage` says.
     """
 
     def __init__(  # noqa: PLR0913 - the keys of the `data` section
@@ -73,6 +89,7 @@ class Store:
         on_bad: OnBad = "stop",
         name: str = "images",
         compiled: bool = False,
+        once: Once | None = None,
     ):
         self.imgsz = imgsz
         self.device = torch.device(device)
@@ -83,35 +100,63 @@ class Store:
         indices = subset(len(dataset), limit)
         if not indices:
             raise UserError(f"{name}: the dataset has no images")
-        pictures = decode_all(dataset, indices, imgsz, workers, on_bad, name)
-        first = next(pictures)
-        if storage == "auto":
-            expected = first.pixels.nbytes * len(indices)
-            fits = expected < free_bytes(self.device) / 2
-            storage = "resident" if fits else "mapped"
 
-        decoded: list[Picture] = []  # without their pixels, which go elsewhere meanwhile
+        def decode(keep: Callable[[Iterator[np.ndarray]], Any]) -> tuple[Any, Known]:
+            """-> what `keep` makes of the pixels, and what else is known."""
+            pictures = decode_all(dataset, indices, imgsz, workers, on_bad, name)
+            outcome = kept_apart(pictures, keep)
+            print_report(dataset, name)
+            return outcome
 
-        def parts() -> Iterator[np.ndarray]:
-            for picture in chain([first], pictures):
-                decoded.append(picture._replace(pixels=np.empty(0, np.int32)))
-                yield picture.pixels
-
-        if storage == "resident":
-            self.pixels = resident(list(parts()), self.device)
+        if once and OPEN_FILES.exists():
+            place, known = once(lambda: decode(self._share))
+            self.pixels = mapped(place)
+            if storage == "auto":
+                storage = choose(self.pixels.nbytes, self.device)
+            if storage == "resident":  # of a CPU, the mapping is
+                self.pixels = self.pixels.to(self.device)
         else:
-            self.pixels = mapped(parts())
-        self.sizes = np.array([picture.size for picture in decoded])  # (M, 2) H, W
-        self.native = np.array([picture.native for picture in decoded])  # (M, 2) H, W
-        counts = self.sizes.prod(1, dtype=np.int64)
+            expected = 0
+            if storage != "mapped":
+                expected = expected_bytes(dataset, indices, imgsz, workers)
+            if storage == "auto":
+                storage = choose(expected, self.device)
+            self.pixels, known = decode(partial(kept, storage, expected, self.device))
+        counts = known.sizes.prod(1, dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]])  # (M,)
-        self.targets = [picture.target for picture in decoded]
-        self.digests = [picture.digest for picture in decoded]
-
-        print_report(dataset, name)
+        self.sizes = known.sizes
+        self.native = known.native
+        self.targets = known.targets
+        self.digests = known.digests
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def _share(self, parts: Iterator[np.ndarray]) -> str:
+        """-> where all processes find the pixels, as long as this store is there."""
+        self._file = scratch_file(parts)
+        return address(self._file)
+
+
+def kept_apart(
+    pictures: Iterator[Picture], keep: Callable[[Iterator[np.ndarray]], Any]
+) -> tuple[Any, Known]:
+    """Pixels go to `keep` as they come -> what it makes of them, and all else."""
+    rest: list[Picture] = []
+
+    def parts() -> Iterator[np.ndarray]:
+        for picture in pictures:
+            rest.append(picture._replace(pixels=np.empty(0, np.int32)))
+            yield picture.pixels
+
+    outcome = keep(parts())
+    known = Known(
+        sizes=np.array([picture.size for picture in rest]),
+        native=np.array([picture.native for picture in rest]),
+        targets=[picture.target for picture in rest],
+        digests=[picture.digest for picture in rest],
+    )
+    return outcome, known
 
 
 def subset(length: int, limit: int | None) -> list[int]:
@@ -120,6 +165,18 @@ def subset(length: int, limit: int | None) -> list[int]:
         return list(range(length))
     chosen = np.random.default_rng(0).choice(length, limit, replace=False)
     return sorted(chosen.tolist())
+
+
+def expected_bytes(dataset: Dataset, indices: Sequence[int], imgsz: int, workers: int) -> int:
+    """Of the pixels of these images, about: from a few of them, evenly spread. Those that cannot
+    be used are left out, and told of when all are decoded.
+    """
+    count = min(-(-len(indices) // EVERY), SAMPLES)
+    few = [indices[i] for i in np.linspace(0, len(indices) - 1, count, dtype=int)]
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        results = pool.map(partial(picture_of, dataset, imgsz=imgsz), few)
+        sizes = [result.pixels.nbytes for result in results if isinstance(result, Picture)]
+    return round(len(indices) * np.mean(sizes)) if sizes else 0
 
 
 def print_report(dataset: Dataset, name: str) -> None:
@@ -141,11 +198,7 @@ def decode_all(
 
     Raises UserError after the last one for all that cannot be used, or leaves them out.
     """
-
-    def picture(index: int) -> Picture | str:
-        with ROOM.one_image():
-            return picture_of(dataset, index, imgsz)
-
+    picture = partial(picture_of, dataset, imgsz=imgsz)
     bad_images: list[str] = []
     bad_objects: list[str] = []
     with ThreadPoolExecutor(max(workers, 1)) as pool:
@@ -169,18 +222,19 @@ def picture_of(dataset: Dataset, index: int, imgsz: int) -> Picture | str:
     pixels.
     """
     faults: list[str] = []
-    try:
-        image, target = dataset[index]
-    except BadObjects as error:
-        faults = error.lines
-        image, target = error.rest
-    except UserError as error:
-        return str(error)
-    reduced = shrink(image, imgsz)
-    pixels = pack(reduced)
-    native = image.shape[:2]
-    code = digest(pixels, native, target)
-    return Picture(pixels, reduced.shape[:2], native, target, code, faults)
+    with ROOM.one_image():
+        try:
+            image, target = dataset[index]
+        except BadObjects as error:
+            faults = error.lines
+            image, target = error.rest
+        except UserError as error:
+            return str(error)
+        reduced = shrink(image, imgsz)
+        pixels = pack(reduced)
+        native = image.shape[:2]
+        code = digest(pixels, native, target)
+        return Picture(pixels, reduced.shape[:2], native, target, code, faults)
 
 
 def report_bad(images: list[str], objects: list[str], total: int, on_bad: OnBad, name: str) -> None:
@@ -204,44 +258,3 @@ def report_bad(images: list[str], objects: list[str], total: int, on_bad: OnBad,
             "data.on_bad=skip"
         )
     print(f"{bad} and left out", file=sys.stderr)
-
-
-def resident(parts: list[np.ndarray], device: torch.device) -> Tensor:
-    """Joins the parts in one buffer on the device, and empties the list meanwhile: memory
-    holds them once.
-    """
-    end = sum(len(part) for part in parts)
-    buffer = torch.empty(end, dtype=torch.int32, device=device)
-    while parts:
-        part = parts.pop()
-        start = end - len(part)
-        buffer[start:end] = torch.from_numpy(part)
-        end = start
-    return buffer
-
-
-def mapped(parts: Iterator[np.ndarray]) -> Tensor:
-    """Writes the parts to a scratch file and maps it."""
-    folder = Path(os.environ.get("KDMINI_CACHE", "~/.cache/kdmini")).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for part in parts:
-                part.tofile(file)
-            file.flush()
-            return torch.from_numpy(np.memmap(file, np.int32, mode="r+"))
-    except OSError as error:
-        raise UserError(
-            f"cannot keep images in {folder} ({error}); set KDMINI_CACHE to a larger disk"
-        ) from error
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # macOS counts only what there is, and half of that is taken to be free
-    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
-        with suppress(ValueError):
-            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
-    return ASSUMED_FREE

@@ -68,7 +68,7 @@ class Photographs:
         self.paths = paths
         self.ids = ids
         self.formats = formats
-        self.refused: list[Path] = []
+        self.refused: dict[int, Path] = {}  # by index: some are read twice
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -78,7 +78,7 @@ class Photographs:
         try:
             image = self.read(path)
         except UserError:
-            self.refused.append(path)
+            self.refused[index] = path
             raise
         return image, without_objects(self.ids[index])
 

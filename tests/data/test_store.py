@@ -1,5 +1,6 @@
 """The store: what is kept of each picture, and what happens where that fails."""
 
+import pickle
 import re
 import sys
 import threading
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from kdmini.contracts import BadObjects, UserError
+from kdmini.data import storage as storage_module
 from kdmini.data import store as store_module
 from kdmini.data.layout import letterbox
 from kdmini.data.pictures import pack, shrink
@@ -283,16 +285,47 @@ def test_the_scratch_file_is_mapped_and_has_no_name(cache):
 
 def test_auto_is_mapped_where_memory_is_short(cache, monkeypatch):
     dataset = Pictures(noise([(32, 32)] * 4))  # 16 KiB
-    monkeypatch.setattr(store_module, "free_bytes", lambda device: 2 * 16384 + 1)
+    monkeypatch.setattr(storage_module, "free_bytes", lambda device: 2 * 16384 + 1)
     Store(dataset, 32, storage="auto")
     assert not cache.exists()
-    monkeypatch.setattr(store_module, "free_bytes", lambda device: 2 * 16384)
+    monkeypatch.setattr(storage_module, "free_bytes", lambda device: 2 * 16384)
     Store(dataset, 32, storage="auto")
     assert cache.exists()
 
 
+# --- several processes of a machine
+
+
+def pickled(make):
+    """As it arrives in another process."""
+    return pickle.loads(pickle.dumps(make()))  # noqa: S301 - our own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes find files of others in /proc")
+@pytest.mark.parametrize("storage", ["auto", "resident", "mapped"])
+def test_what_one_process_decodes_another_has(cache, storage):
+    dataset = Pictures(noise([(5, 7), (1, 1), (32, 3)]))
+    alone = Store(dataset, 32, storage="resident")
+    told = Store(dataset, 32, storage=storage, once=pickled)
+    assert str(cache) in Path("/proc/self/maps").read_text()
+    assert torch.equal(told.pixels, alone.pixels)
+    assert (told.offsets == alone.offsets).all()
+    assert (told.sizes == alone.sizes).all()
+    assert (told.native == alone.native).all()
+    assert told.targets == alone.targets
+    assert told.digests == alone.digests
+    assert list(cache.iterdir()) == []
+
+
+def test_without_proc_each_process_decodes_for_itself(monkeypatch):
+    monkeypatch.setattr(store_module, "OPEN_FILES", Path("/nowhere"))
+    dataset = Pictures(noise([(5, 7)]))
+    store = Store(dataset, 32, storage="resident", once=lambda make: pytest.fail("asked"))
+    assert len(store.pixels) == 35
+
+
 def test_free_memory_is_measured():
-    assert 2**26 < store_module.free_bytes(torch.device("cpu")) < 2**50
+    assert 2**26 < storage_module.free_bytes(torch.device("cpu")) < 2**50
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):

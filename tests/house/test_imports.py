@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "device": (),
     "memory": (),
     "optim": (),
+    "footprint": ("device",),
     "files": (),
     "typed": (),
     "checkpoint": ("files", "typed"),
@@ -52,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sections": ("classes", "config", "data", "optim", "typed"),
     "assemble": (
         *("classes", "config", "data", "device", "distill", "distributed", "engine", "inputs"),
-        *("optim", "outset", "progress", "sections", "typed"),
+        *("footprint", "optim", "outset", "progress", "sections", "typed"),
     ),
     "check": ("assemble", "engine", "inputs", "signals"),
     "train": (

@@ -6,17 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import train as train_script
+from kdmini.data.layout import letterbox
 from kdmini.data.loader import Augment, TrainLoader
-from kdmini.data.render import Axis, compiled_gather
+from kdmini.data.render import Axis, compiled_gather, render
 from kdmini.data.store import Store
+from kdmini.data.tiles import pack_tiles
 from kdmini.detection.voc import VOC
 from tests.commands import newest, run
 from tests.conftest import ROOT
+from tests.data.arrays import keep, noise
 
 pytestmark = pytest.mark.long
 
@@ -74,6 +78,18 @@ def test_compiled_rendering_equals_eager(shapes: Path, mosaic: float, colour: fl
         assert torch.equal(our_targets["boxes_xyxy"], their_targets["boxes_xyxy"])
         batches += 1
     assert batches == 3
+
+
+def test_tiles_packed_for_a_card_are_compiled_once_whatever_their_length() -> None:
+    store = keep(noise([(64, 40 + n) for n in range(12)]), 64)
+    store.compiled = True
+    layouts = [letterbox(store, np.arange(n, n + 4), 64) for n in range(8)]
+    torch._dynamo.reset()
+    counters.clear()
+    packed = [render(store, layout, 64, pack_tiles(store, layout)) for layout in layouts]
+    assert counters["stats"]["unique_graphs"] == 1
+    for layout, images in zip(layouts, packed, strict=True):
+        assert torch.equal(render(store, layout, 64), images)
 
 
 def test_compiled_gathering_takes_offsets_beyond_two_to_the_31() -> None:

@@ -25,6 +25,8 @@ class BatchNorm(nn.BatchNorm2d):
     momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.momentum is None:
+            return super().forward(x)
         statistics = (self.running_mean, self.running_var)
         learned = (self.weight, self.bias)
         return F.batch_norm(x, *statistics, *learned, self.training, self.momentum, self.eps)
