@@ -185,7 +185,12 @@ def void_pieces(sections: Sections, recipe: Recipe, networks: Networks) -> dict[
 
 
 def storage_settings(
-    sets: Sets, recipe: Recipe, networks: Networks, device: torch.device, limit: int | None
+    sets: Sets,
+    recipe: Recipe,
+    networks: Networks,
+    device: torch.device,
+    autocast: Autocast,
+    limit: int | None,
 ) -> dict[str, Any]:
     """In place of the config's, the same for both sets, which share what memory there is.
 
@@ -199,7 +204,6 @@ def storage_settings(
 
     step = None  # of a CPU, half of the memory is left free
     if device.type == "cuda":
-        autocast, _ = precision(recipe.amp, device)
         images = recipe.batch // distributed.world()
         step = step_bytes(networks.student, sets.imgsz, autocast, images)
         networks.distillation.student_taps.take()  # what they kept of it
@@ -233,7 +237,7 @@ def make_run(
     if faults and not limit and not sections.allow_void:
         raise UserError(f"{faults}; or train all the same with allow_void=true")
 
-    settings = storage_settings(sets, recipe, networks, device, limit)
+    settings = storage_settings(sets, recipe, networks, device, autocast, limit)
     settings["compiled"] = compiled
     share = {"rank": distributed.rank(), "world": distributed.world()}
     store = sets.store("train", device, **settings)

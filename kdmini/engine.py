@@ -247,4 +247,7 @@ def attention_distances(
         for name, value in distances.items():
             sums[name] = value + sums.get(name, 0)
         count += len(images)
-    return {f"distance/{name}": value.item() / count for name, value in sums.items()}
+    if not sums:
+        return {}
+    totals = torch.stack([*sums.values()]).tolist()
+    return {f"distance/{name}": total / count for name, total in zip(sums, totals, strict=True)}

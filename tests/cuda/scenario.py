@@ -10,6 +10,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import partial, partialmethod, wraps
@@ -27,14 +28,14 @@ from torch.utils._pytree import tree_map
 
 import train
 from kdmini import check, checkpoint, config, distributed, engine, inputs
-from kdmini.data import loader
+from kdmini.data import loader, tiles
 from kdmini.detection import truth
 from kdmini.detection.truth import Boxes
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.step import Distillation
 from kdmini.optim import EMA
 from kdmini.progress import Tally
-from tests.cuda.card import pretend
+from tests.cuda.card import CARD, pretend
 from tests.cuda.watch import Watch, on_card
 
 ROOT = Path(__file__).parents[2]
@@ -233,6 +234,7 @@ def patched(watch: Watch, found: Findings) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(checkpoint, "save_atomic", save_atomic))
         stack.enter_context(mock.patch.object(checkpoint, "newest", newest))
+        stack.enter_context(mock.patch.object(tiles, "ThreadPoolExecutor", AtOnce))
         stack.enter_context(mock.patch.object(check, "digest", digest))
         stack.enter_context(mock.patch.object(inputs, "digest", digest))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", partialmethod(listed, watch)))
@@ -295,9 +297,11 @@ def as_one_of(ranks: int) -> Iterator[None]:
 
     def init(backend: str, **settings: Any) -> None:
         assert backend == "nccl"
+        assert settings["device_id"] == CARD
         begin("fake", rank=0, world_size=ranks, store=FakeStore())
 
-    variables = {"TORCHELASTIC_RUN_ID": "pretended", "LOCAL_RANK": "0"}
+    # as if each rank had a machine of its own
+    variables = {"TORCHELASTIC_RUN_ID": "-", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, variables))
         stack.enter_context(mock.patch.object(dist, "init_process_group", init))
@@ -309,6 +313,8 @@ def as_one_of(ranks: int) -> Iterator[None]:
             return number
 
         stack.enter_context(mock.patch.object(distributed, "largest", own))
+        stack.enter_context(mock.patch.object(dist, "new_group"))
+        stack.enter_context(mock.patch.object(distributed, "wait_for_all"))
         # these compare and send contents
         for name in ("_verify_param_shape_across_processes", "_sync_module_states"):
             stack.enter_context(mock.patch.object(parallel, name))
@@ -318,6 +324,22 @@ def as_one_of(ranks: int) -> Iterator[None]:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+class AtOnce:
+    """In the place of a pool of threads: what watches operators sees those of its own thread."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> "AtOnce":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        future: Future = Future()
+        future.set_result(function(*args))
+        return future
 
 
 def unlike(training: engine.Training) -> list[str]:

@@ -75,16 +75,22 @@ def test_a_look_at_the_losses_waits_once(played: Played, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_an_evaluation_waits_three_times_an_image_at_most(played: Played, name: str) -> None:
+def test_an_evaluation_waits_twice_an_image_and_twice_a_batch(played: Played, name: str) -> None:
+    """For the candidates, for those that stay, and for all boxes and all labels of a batch."""
     found = played[name]
-    images = 3 * (2 if "resumed" in name else 1)
-    assert 0 < sum(found["waits"]["evaluation"].values()) <= 3 * images
+    # batches of two make three images; of two ranks this one has one image of each
+    of_one = 2 * 2 + 2 * 2 if name == "two ranks" else 2 * 3 + 2 * 2
+    passes = 3 if "resumed" in name else 1  # one is cut off and made again
+    assert sum(found["waits"]["evaluation"].values()) == passes * of_one
+    if "distances" in found["waits"]:
+        assert sum(found["waits"]["distances"].values()) == passes + 1  # before training
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_copies_nothing_from_pageable_memory(played: Played, name: str) -> None:
     found = played[name]
     assert not in_steps(found["pageable"])
+    assert "evaluation" not in found["pageable"]
     assert found["pageable"]["build"]  # weights and decoded pictures: it would be seen
 
 

@@ -172,6 +172,14 @@ class Watch(TorchDispatchMode):
 
     # --- operators that no tensor without content can answer
 
+    def empty(self, func: Any, args: Any, kwargs: Any, ours: Sequence[Tensor]) -> Tensor:
+        pinned = kwargs.pop("pin_memory", False)
+        made = func(*args, **kwargs)
+        if pinned:
+            self.pinned.add(made.untyped_storage())
+        self.hold([made], set())
+        return made
+
     def pin(self, func: Any, args: Any, kwargs: Any, ours: Sequence[Tensor]) -> Tensor:
         tensor = args[0]
         pinned = tensor.clone() if isinstance(tensor, FakeTensor) else torch.empty_like(tensor)
@@ -239,6 +247,7 @@ ASKING = {aten._linalg_eigh, aten.linalg_eig, aten._linalg_svd, aten.linalg_chol
 
 SPECIAL: dict[Any, Any] = {
     aten._pin_memory: Watch.pin,
+    aten.empty: Watch.empty,
     aten._local_scalar_dense: Watch.item,
     aten.equal: Watch.equal,
     aten.nonzero: Watch.nonzero,
