@@ -28,6 +28,7 @@ from torchvision.utils import save_image
 from bench import measure
 from bench.peer import peer_loaders
 from kdmini.bounds import Count, ImageSize
+from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
@@ -91,7 +92,10 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    dataset = VOC(args.root, [args.split])
+    try:
+        dataset = VOC(args.root, [args.split])
+    except UserError as error:
+        parser.error(str(error))
     images = min(args.limit, len(dataset)) // args.batch * args.batch  # whole batches
     if not images:
         parser.error(f"{args.root}, {args.split}: fewer photographs than one batch")

@@ -8,7 +8,8 @@ everything NCHW. Its loss is kdmini's to 1e-5, and its taps are; that is checked
 anything is timed. `--eager` leaves out what is compiled, which takes minutes on a CPU. A
 batch of fewer than 16 would leave 1x1 convolutions to another, slower routine on a
 single thread. With `PYTHONPATH=.oracle/newest`, where `make parity` installs it,
-ultralytics' own distillation takes its turns.
+ultralytics' own distillation takes its turns. At the end, on a CPU: the share of
+convolutions, below which no step can fall.
 Legend: N images, S image size, C channels, H W cells.
 """
 
@@ -39,6 +40,7 @@ TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]
 PAIRS = {tap: tap for tap in TAPS}
 NOTES = "the notes' form"
 OBJECTS = 8  # of an image
+CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::convolution_backward")
 TOLERANCE = 1e-5  # relative, of losses and taps in float32
 
 
@@ -170,6 +172,15 @@ def check_equal(notes: Notes, ours: Ours) -> None:
         assert difference < TOLERANCE, f"{tap} differs by {difference}"
 
 
+def share_of_convolutions(work: Callable[[], object]) -> float:
+    """0..1, of the time of one call, on a CPU."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as trace:
+        work()
+    own = {event.key: event.self_cpu_time_total for event in trace.key_averages()}
+    return sum(own.get(name, 0) for name in CONVOLUTIONS) / sum(own.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,8 +231,13 @@ def main() -> None:
             steps[peer.name] = peer.step
             opponents.append(peer.name)
         seconds = measure.take_turns(steps, args.rounds, device.type)
-    for opponent in opponents:
-        print("\nThe step:\n\n" + measure.table(seconds, opponent, args.batch, "image"))
+        for opponent in opponents:
+            print("\nThe step:\n\n" + measure.table(seconds, opponent, args.batch, "image"))
+        if args.device == "cpu":
+            print("\nConvolutions, share of the time:\n")
+            works = {f"teacher, {name}": work for name, work in teachers.items()} | steps
+            for name, work in works.items():
+                print(f"- {name}: {share_of_convolutions(work):.0%}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from kdmini.contracts import UserError
 from kdmini.data.loader import TrainLoader, ValLoader, refuse_few
 from kdmini.data.storage import choose
 from kdmini.device import Autocast, half_of, is_compiled, precision
-from kdmini.distill.step import Distillation, Weighted, tap_shapes
+from kdmini.distill.step import Distillation, Weighted, freeze, tap_shapes
 from kdmini.engine import Training
 from kdmini.footprint import step_bytes
 from kdmini.inputs import Inputs
@@ -58,6 +58,8 @@ def make_distillation(
     Every other key is a term, with its `weight` and `schedule`.
     """
     pairs = tap_pairs(taps)
+    if teacher is not None:
+        freeze(teacher)  # so that its taps are tried as they will run
     shapes = tap_shapes(student, teacher or student, pairs, imgsz) if pairs else {}
     for tap, (_, _, height, width) in shapes.items():
         if height * width == 1:

@@ -48,6 +48,10 @@ BAD = {  # overrides, what is said
         r"train.batch: one image of 32 px a process leaves a BatchNorm one value a channel",
     ),
     "the head tapped": (["distill.taps=[model.23]"], r"'model.23' gives no map .* but a list"),
+    "tap overwritten": (
+        ["distill.taps=[[model.6.cv1, model.6.cv1.bn]]"],
+        r"the map of 'model.6.cv1.bn' is overwritten",
+    ),
     "unknown device": (["device=gpu"], r"device: 'gpu'"),
 }
 

@@ -25,6 +25,7 @@ class Taps:
             )
         self.names = list(names)
         self._feats: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}  # how often each was written to when it was kept
         for name in self.names:
             if name not in modules or not name:
                 near = difflib.get_close_matches(name, modules, n=3)
@@ -38,16 +39,21 @@ class Taps:
     def _keeper(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(module: nn.Module, args: object, output: Tensor) -> None:
             self._feats[name] = output
+            # a compiled network counts no writes; its taps have run before, not compiled
+            if isinstance(output, Tensor) and not torch.compiler.is_compiling():
+                self._versions[name] = output._version
 
         return keep
 
     def take(self) -> Feats:
         """-> {name: (N, C, H, W)} of the last forward pass, and forgets it.
 
-        Raises UserError where a tap did not fire, or gave something else.
+        Raises UserError where a tap did not fire, gave something else, or was overwritten.
         """
         feats = self._feats
+        versions = self._versions
         self._feats = {}
+        self._versions = {}
         silent = [name for name in self.names if name not in feats]
         if silent:
             raise UserError(
@@ -59,6 +65,11 @@ class Taps:
                 raise UserError(
                     f"distill.taps: {name!r} gives no map of features but "
                     f"{shape_of(feat)}; name layers before the head"
+                )
+            if feat._version > versions.get(name, feat._version):
+                raise UserError(
+                    f"distill.taps: the map of {name!r} is overwritten by a later layer, as by "
+                    "an activation in place; name that layer, or the block around both"
                 )
         return feats
 

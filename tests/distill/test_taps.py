@@ -78,6 +78,32 @@ def test_feats_are_forgotten_once_taken() -> None:
     assert not taps._feats  # nor is memory held until the next step
 
 
+class InPlace(Net):
+    """With an activation behind the stem that overwrites the stem's map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage.insert(0, nn.SiLU(inplace=True))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_map_that_a_later_layer_overwrites_is_refused(gradients: bool) -> None:
+    net = InPlace().requires_grad_(gradients)
+    taps = Taps(net, ["stem"])
+    net(torch.rand(1, 3, 4, 4))
+    with pytest.raises(UserError, match="the map of 'stem' is overwritten by a later layer"):
+        taps.take()
+
+
+def test_the_layer_that_overwrites_may_be_tapped() -> None:
+    net = InPlace()
+    taps = Taps(net, ["stage.0"])
+    images = torch.rand(1, 3, 4, 4)
+    for _ in range(2):
+        net(images)
+        assert torch.equal(taps.take()["stage.0"], nn.functional.silu(net.stem(images)))
+
+
 COMPILED = "before the model is compiled"
 
 

@@ -155,12 +155,15 @@ class YOLO11(nn.Module):
     def fold(self) -> "YOLO11":
         """Merges each BatchNorm into its convolution, in place.
 
-        For a frozen copy in eval mode.
+        For a frozen copy in eval mode. Its SiLU overwrites what the convolution returned:
+        there is no autograd to read it again.
         """
         for module in self.modules():
             if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
                 module.conv = fuse_conv_bn_eval(module.conv, module.bn)
                 module.bn = nn.Identity()
+            if isinstance(module, nn.SiLU):
+                module.inplace = True
         return self
 
     def hold_in(self, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """The detector: its size and graph, its head, folding, a scale of one's own."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,16 @@ def test_a_frozen_copy_held_in_half_precision_computes_the_same_bits() -> None:
         assert torch.equal(cast_each_time, held)
     assert counts[0] > 150
     assert counts[1] < 5
+
+
+def test_a_folded_copy_makes_its_activations_in_place_and_one_that_learns_does_not() -> None:
+    def in_place(model: nn.Module) -> set[bool]:
+        return {m.inplace for m in model.modules() if isinstance(m, nn.SiLU)}
+
+    model = tiny()
+    folded = copy.deepcopy(model).fold()
+    assert in_place(model) == {False}  # autograd would clone what it needs
+    assert in_place(folded) == {True}
 
 
 def test_card_names_the_scale_the_activation_and_the_license() -> None:
