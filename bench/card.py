@@ -180,10 +180,7 @@ class Card:
             gc.collect()  # hooks and networks of the epoch before hold each other
             torch.cuda.empty_cache()
         size = batch or self.batch
-        epoch = Epoch(self.imgsz, size, self.steps, compiled, self.device, storage)
-        autocast, scaler = precision(amp, self.device)
-        epoch.training.autocast = autocast
-        epoch.training.scaler = scaler
+        epoch = Epoch(self.imgsz, size, self.steps, compiled, self.device, storage, amp)
         epoch.run()  # which tries out convolutions, with workspaces of their own
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)

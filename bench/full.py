@@ -27,7 +27,7 @@ from kdmini.data.store import Storage, Store
 from kdmini.detection.average_precision import DetectionMetric
 from kdmini.detection.truth import Boxes, Target
 from kdmini.detection.voc import VOC_NAMES
-from kdmini.device import choose_algorithms, pick_device, precision
+from kdmini.device import choose_algorithms, half_of, pick_device, precision
 from kdmini.engine import Training
 from kdmini.optim import EMA, Recipe, make_sgd
 from kdmini.progress import Progress
@@ -79,6 +79,7 @@ class Epoch:
         compiled: bool,
         device: torch.device,
         storage: Storage = "resident",
+        amp: bool | str = True,
     ):
         pictures = Noise(batch * steps)
         with redirect_stderr(io.StringIO()):  # a progress bar
@@ -88,8 +89,8 @@ class Epoch:
         images, targets = next(loader.epoch(0))
         # the average is of a student without taps, which a copy would take along
         ema = EMA(Student(images, targets).student, recipe.ema_decay, recipe.ema_tau)
-        self.bare = Ours(images, targets, compiled)
-        autocast, scaler = precision(True, device)
+        autocast, scaler = precision(amp, device)
+        self.bare = Ours(images, targets, compiled, half_of(autocast, device))
         self.training = Training(
             loader=loader,
             student=self.bare.student,

@@ -118,17 +118,27 @@ class Notes(Student):
 
 
 class Ours(Student):
-    """Distillation as train.py runs it."""
+    """Distillation as train.py runs it. half: the type of autocast, where it is run in one."""
 
-    def __init__(self, images: Tensor, targets: Targets, compiled: bool = False):
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Targets,
+        compiled: bool = False,
+        half: torch.dtype | None = None,
+    ):
         super().__init__(images, targets)
         shapes = self.shapes()
         torch.manual_seed(1)
         terms = {"attention": Weighted(AttentionTransfer(), 1.0)}
         self.distillation = Distillation(self.student, self.teacher, terms, PAIRS, shapes)
         self.distillation.to(images.device)
+        if half:
+            self.teacher.hold_in(half)
         if compiled:
-            self.student.compile(dynamic=False)
+            student: Any = self.student
+            student.compile(dynamic=False)
+            student.loss = torch.compile(student.loss, dynamic=False)
             self.distillation.compile(dynamic=False)
 
     def run_teacher(self) -> None:
@@ -200,9 +210,10 @@ def main() -> None:
         f"{args.rounds} rounds\n"
     )
     notes = Notes(images, targets)
-    variants = {"kdmini": Ours(images, targets)}
+    half = torch.bfloat16 if images.is_cuda else None
+    variants = {"kdmini": Ours(images, targets, half=half)}
     if not args.eager:
-        variants["kdmini, compiled"] = Ours(images, targets, compiled=True)
+        variants["kdmini, compiled"] = Ours(images, targets, compiled=True, half=half)
 
     # the teacher first: training leaves the process a heap so large that nothing has to
     # ask for memory again
@@ -233,7 +244,7 @@ def main() -> None:
         seconds = measure.take_turns(steps, args.rounds, device.type)
         for opponent in opponents:
             print("\nThe step:\n\n" + measure.table(seconds, opponent, args.batch, "image"))
-        if args.device == "cpu":
+        if device.type == "cpu":
             print("\nConvolutions, share of the time:\n")
             works = {f"teacher, {name}": work for name, work in teachers.items()} | steps
             for name, work in works.items():
