@@ -1,11 +1,11 @@
-"""What training costs on 1, 8 and 64 GPUs: on paper, from what a step was counted to take.
+"""What training costs on 1, 8 and 64 H100: on paper, from what a step was counted to take.
 
 python -m bench.scale
 
-Kernels and bytes of a step are those of bench/counted.json. Where nothing else is said,
-numbers of the machine are its maker's; the share of the memory's bandwidth that a step
-reaches was measured on one H200 (bench/RESULTS.md, 2026-11-26). The table stands in
-docs/speed.md.
+Kernels and bytes of a step are those of bench/counted.json, whose parts are the first table.
+Where nothing else is said, numbers of the machine are its maker's; the share of the memory's
+bandwidth that a step reaches was measured on one H200 (bench/RESULTS.md, 2026-11-26). The
+tables stand in docs/speed.md.
 """
 
 import json
@@ -53,6 +53,16 @@ def cost(gpus: int, images: int) -> Cost:
         launching=kernels * LAUNCH,
         sending=ring(gpus, GRADIENT * learned()),
     )
+
+
+def parts() -> str:
+    """What a step takes of a card, part by part."""
+    counted = json.loads(COUNTED.read_text())["step"]
+    rows = [(name, part["kernels"], f"{part['MB']:.0f}") for name, part in counted.items()]
+    kernels = sum(part["kernels"] for part in counted.values())
+    moved = sum(part["MB"] for part in counted.values())
+    rows.append(("all", kernels, f"{moved:.0f}"))
+    return table(("part of a step", "kernels", "MB moved an image"), rows)
 
 
 def learned() -> int:
@@ -106,7 +116,8 @@ def scaling() -> str:
 
 
 def main() -> None:
-    print(scaling())
+    print(parts())
+    print(f"\n{scaling()}")
     seconds = (IMAGES + HELD_OUT) * DECODE / CORES
     print(f"\ndecoding: {seconds:.1f} s and {STORED / 1e9:.1f} GB a machine, once")
 

@@ -65,9 +65,12 @@ class Student:
         preds = self.student(self.images)
         return sum(self.student.loss(preds, self.targets).values())
 
+    def autocast(self) -> AbstractContextManager:
+        return precision(self.images)
+
     def step(self) -> None:
         """One forward and backward pass."""
-        with precision(self.images):
+        with self.autocast():
             loss = self.loss()
         loss.backward()
         self.student.zero_grad()
@@ -133,6 +136,7 @@ class Ours(Student):
         terms = {"attention": Weighted(AttentionTransfer(), 1.0)}
         self.distillation = Distillation(self.student, self.teacher, terms, PAIRS, shapes)
         self.distillation.to(images.device)
+        self.half = half
         if half:
             self.teacher.hold_in(half)
         if compiled:
@@ -141,8 +145,13 @@ class Ours(Student):
             student.loss = torch.compile(student.loss, dynamic=False)
             self.distillation.compile(dynamic=False)
 
+    def autocast(self) -> AbstractContextManager:
+        if not self.half:
+            return super().autocast()
+        return torch.autocast(self.images.device.type, self.half)
+
     def run_teacher(self) -> None:
-        with precision(self.images):
+        with self.autocast():
             view: Any = self.distillation.teacher_view(self.images)
         self.teacher_feats = view.feats
 

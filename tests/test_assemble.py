@@ -1,5 +1,7 @@
 """Where both sets of a run stay is decided once, before an image of them is decoded."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from kdmini import assemble, config
 from kdmini.assemble import make_networks, make_run, storage_settings
 from kdmini.data import storage
 from kdmini.data import store as store_module
+from kdmini.device import precision
 from kdmini.footprint import step_bytes
 from kdmini.progress import Progress
 from kdmini.sections import Sections
@@ -68,13 +71,16 @@ def test_the_limit_counts(sections, monkeypatch):
     sets = sections.sets()
     networks = networks_of(sections, sets)
     for limit in (None, 4):
-        storage_settings(sets, sections.recipe(), networks, CPU, limit)
+        storage_settings(sets, sections.recipe(), networks, CPU, nullcontext, limit)
     whole, part = asked
     assert part == pytest.approx(whole * 8 / 32, rel=0.2)
 
 
 def networks_of(sections, sets):
-    return make_networks(sections, sections.recipe(), sets.train.names, sets.imgsz, CPU)
+    recipe = sections.recipe()
+    autocast, _ = precision(recipe.amp, CPU)
+    names = sets.train.names
+    return make_networks(sections, recipe, names, sets.imgsz, CPU, autocast, compiled=False)
 
 
 @pytest.mark.parametrize("spare, expected", [(1000, "resident"), (-1000, "mapped")])
@@ -92,7 +98,7 @@ def test_on_a_card_both_sets_lie_beside_a_step(
     )
     needed = (sets.expected_bytes() + step) / 0.9
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(needed) + spare, 10**12))
-    settings = storage_settings(sets, sections.recipe(), networks, CARD, None)
+    settings = storage_settings(sets, sections.recipe(), networks, CARD, nullcontext, None)
     assert settings == {"storage": expected}
     # nothing of the pass that was counted is left behind
     assert networks.distillation.student_taps._feats == {}

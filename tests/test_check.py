@@ -185,7 +185,8 @@ def test_a_teacher_whose_statistics_move(check: Check, monkeypatch) -> None:
     def freeze_weights_alone(teacher):
         return teacher.requires_grad_(False).train()
 
-    monkeypatch.setattr(step, "freeze", freeze_weights_alone)
+    for module in (assemble, step):
+        monkeypatch.setattr(module, "freeze", freeze_weights_alone)
     assert "teacher, some steps later" in check().failed
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import complexity, memory
+from bench import complexity, memory, scale
 from bench.meta import detector, image, parameters
 from tests.conftest import ROOT
 
@@ -105,6 +105,8 @@ def test_the_largest_batch_that_fits() -> None:
         (complexity.taps_beside_notes, "notes"),
         (complexity.taps_per_image, "speed"),
         (lambda _: memory.sizing(), "small"),
+        (lambda _: scale.parts(), "speed"),
+        (lambda _: scale.scaling(), "speed"),
     ],
 )
 def test_the_documents_have_the_tables_as_they_are_counted(
