@@ -29,8 +29,8 @@ class Sections:
     distill: taps, alignment and terms; null for none.
     seed: of weights and augmentation.
     device: auto, cpu, cuda or cuda:1.
-    compile: rendering, student, teacher and terms by torch.compile; it takes minutes on a
-        CPU, so `auto` is CUDA only, where a compiler works.
+    compile: rendering, student, loss, teacher and terms by torch.compile; it takes minutes on
+        a CPU, so `auto` is CUDA only, where a compiler works.
     deterministic: the same run gives the same bits on CUDA too, more slowly.
     timeout: minutes that one of several processes waits for another before it gives up.
     allow_void: train although a term never has a weight, or the teacher has none.
