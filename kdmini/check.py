@@ -210,11 +210,12 @@ def rows_of_steps(run: Run) -> Iterator[Row]:
 def row_of_teacher(run: Run, metric: Metric) -> Row:
     scores = engine.evaluate(run.teacher, run.val_loader, metric, run.training.autocast)
     score = scores[metric.fitness]
+    chance = metric.chance() if hasattr(metric, "chance") else 0.0
     return Row(
         "teacher, held-out images",
         f"{metric.fitness} {score:.3f}",
-        score > 0,
-        "it detects nothing: train it first, and give teacher.weights",
+        score > chance,
+        f"it knows nothing, which scores {chance:.3g}: train it first, and give teacher.weights",
     )
 
 

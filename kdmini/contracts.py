@@ -11,7 +11,7 @@ Legend: N images, S image size, K classes, C channels, H W cells.
 
 from __future__ import annotations  # keeps torch out: a config's mistake is told before its import
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -51,12 +51,22 @@ class Truth(Protocol):
     (kdmini/data/store.py) that is trained from.
     """
 
+    @staticmethod
+    def split(target: Target) -> tuple[np.ndarray | None, Target]:
+        """-> labels of pixels (H, W) uint8, 255 for none, which then travel with the pixels
+        through mosaic, zoom and flip; and what is left. None where the task has none.
+
+        Of images to learn from alone: those to evaluate keep their targets whole.
+        """
+        ...
+
     def __init__(self, store: Any): ...
 
-    def rendered(self, layout: Any) -> dict[str, Any]:
+    def rendered(self, layout: Any, plane: Tensor | None) -> dict[str, Any]:
         """-> the targets of a rendered batch, on the store's device; the loader adds `ids`.
 
         layout: where each image of the batch comes from and lies (kdmini/data/layout.py).
+        plane: the labels of its pixels, (N, S, S) uint8, where `split` gave some.
         """
         ...
 
@@ -99,7 +109,8 @@ class Model(Protocol):
     dict of plain values that `best.pt` carries, so that the weights can be loaded without the
     config; `unread` lists the classes of which its file of weights knew nothing, so that they
     are not scored; `make_head(channels)` makes a fresh head for maps of these channels, whose
-    output `loss` understands.
+    output `loss` understands; `class_maps(preds)` is a list of maps of class logits
+    (N, K, H, W), for terms that read `classes`, whatever the layout of preds.
     """
 
     names: list[str]
@@ -133,6 +144,8 @@ class View(NamedTuple):
     feats: Feats  # tap -> (N, C, H, W); the student's are aligned to the teacher's
     preds: Any  # what forward returns; None of a teacher that ran without its head
     images: Tensor  # (N, 3, S, S) RGB, 0..1
+    # the model's class_maps(preds), (N, K, H, W) each; None where no term reads them
+    classes: Sequence[Tensor] | None = None
 
 
 class Term(Protocol):
@@ -144,7 +157,8 @@ class Term(Protocol):
     Optional: `needs_teacher = False`.
     """
 
-    uses: Set[str]  # {"feats"}, {"preds"} or both: decides what the teacher has to run
+    # of "feats", "preds", "classes": decides what the teacher has to run
+    uses: Set[str]
 
     def __call__(self, student: View, teacher: View | None, targets: Targets) -> Tensor:
         """-> scalar, not yet multiplied by weight and lambda. Both saw the same images."""
@@ -154,7 +168,8 @@ class Term(Protocol):
 class Metric(Protocol):
     """Its constructor may name `names`.
 
-    Optional: `summary`, the names of the scores that short tables show; `per_class()`,
+    Optional: `chance()`, the fitness of the commonest answer, 0 where it is not there;
+    `summary`, the names of the scores that short tables show; `per_class()`,
     {row: {column: number}}, with the scores of compute() and counts; `official()`, {name:
     score} of the field's own tool, whose name is `official_by`; `save(path)`, which writes
     the predictions and returns where; `figures`, "package.module:function", which draws its
@@ -162,9 +177,11 @@ class Metric(Protocol):
     """
 
     fitness: str  # the key of compute() that picks best.pt
+    # one of each batch, small: several processes exchange them before compute()
+    records: list[Any]
 
     def update(self, predictions: list[Any], targets: list[Any]) -> None:
-        """One batch of Predictions and Targets, in pixels of the files."""
+        """One batch of Predictions and Targets, in pixels of the files: appends a record."""
         ...
 
     def compute(self) -> dict[str, float]: ...

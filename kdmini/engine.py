@@ -197,15 +197,12 @@ def evaluate(
     Each rank sees its share of the images, and scores those of all.
     """
     model.eval()
-    batches: list[tuple[list[Prediction], list[Target]]] = []
     bar = tqdm(loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True, disable=None)
     for images, targets, to_file in bar:
         with autocast():
             preds = model(images)
-        predictions = to_file(on_cpu(model.decode(preds)))
-        batches.append((predictions, targets))
-    for predictions, targets in distributed.deal(batches):
-        metric.update(predictions, targets)
+        metric.update(to_file(on_cpu(model.decode(preds))), targets)
+    metric.records = distributed.deal(metric.records)
     return metric.compute()
 
 

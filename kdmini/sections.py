@@ -62,7 +62,7 @@ class Sections:
     def make_metric(self, names: list[str]) -> Metric:
         """Raises UserError where it cannot score."""
         metric = config.build(self.metric, "metric", names=names)
-        members = ("fitness", "update", "compute")
+        members = ("fitness", "records", "update", "compute")
         lacking = [name for name in members if not hasattr(metric, name)]
         if lacking:
             raise UserError(
@@ -85,7 +85,7 @@ class Sets(NamedTuple):
         """One of the sets, decoded. settings: in place of those of the config."""
         dataset = self.train if name == "train" else self.val
         storing = {**self.storing, **settings}
-        return Store(dataset, self.imgsz, device, name=name, **storing)
+        return Store(dataset, self.imgsz, device, name=name, training=name == "train", **storing)
 
     def expected_bytes(self, limit: int | None = None) -> int:
         """Of the pixels of both sets, about. limit: in place of the config's."""

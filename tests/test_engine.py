@@ -256,6 +256,8 @@ def test_evaluate_hands_every_batch_to_the_metric_in_native_pixels_without_gradi
     updates = []
 
     class Metric:
+        records = ()
+
         def update(self, predictions: Any, targets: Any) -> None:
             updates.append((predictions, targets, torch.is_grad_enabled()))
 
@@ -325,6 +327,8 @@ def test_evaluate_brings_a_batch_back_before_it_turns_it_into_pixels_of_the_file
     came = []
 
     class Metric:
+        records = ()
+
         def update(self, predictions: Any, targets: Any) -> None:
             pass
 

@@ -22,7 +22,11 @@ class Points:
     def __init__(self, store):
         self.points = np.stack([target["point"] for target in store.targets])
 
-    def rendered(self, layout):
+    @staticmethod
+    def split(target):
+        return None, target
+
+    def rendered(self, layout, plane):
         points = self.points[layout.image[:, 0]] * layout.a[:, 0] + layout.b[:, 0]
         return {"points": torch.from_numpy(points).float()}
 
@@ -92,16 +96,18 @@ class Nearness:
     fitness = "nearness"
 
     def __init__(self, names: list[str]):
-        self.distances = []
+        self.records = []  # the distances of each batch
 
     def update(self, predictions, targets):
-        for prediction, target in zip(predictions, targets, strict=True):
-            apart = prediction["point"].numpy() - target["point"]
-            self.distances.append(np.linalg.norm(apart))
+        apart = [
+            prediction["point"].numpy() - target["point"]
+            for prediction, target in zip(predictions, targets, strict=True)
+        ]
+        self.records.append([float(np.linalg.norm(vector)) for vector in apart])
 
     def compute(self):
-        distance = float(np.mean(self.distances))
-        return {"images": float(len(self.distances)), "nearness": 1 / (1 + distance)}
+        distances = np.concatenate(self.records)
+        return {"images": float(len(distances)), "nearness": 1 / (1 + float(distances.mean()))}
 '''
 CONFIG = """
 run: {run}

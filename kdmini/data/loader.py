@@ -16,7 +16,7 @@ from torch import Tensor
 from kdmini.bounds import Natural, Share, ShareBelowOne
 from kdmini.contracts import Prediction, Target, UserError
 from kdmini.data.layout import Frame, Layout, letterbox, mirror, mosaic, where, zoom
-from kdmini.data.render import render
+from kdmini.data.render import render_labelled
 from kdmini.data.store import Store
 from kdmini.data.tiles import with_tiles
 
@@ -117,8 +117,8 @@ class TrainLoader:
         begins = [first + self.rank * share for first in firsts]
         layouts = (self.layout(epoch, order[begin : begin + share]) for begin in begins)
         for layout, tiles in with_tiles(self.store, layouts):
-            images = render(self.store, layout, self.imgsz, tiles)
-            targets = self.truth.rendered(layout)
+            images, plane = render_labelled(self.store, layout, self.imgsz, tiles)
+            targets = self.truth.rendered(layout, plane)
             # tile 0 is of the image that the others were drawn for
             targets["ids"] = [self.store.targets[i]["id"] for i in layout.image[:, 0]]
             yield images, targets
@@ -175,7 +175,7 @@ class ValLoader:
             for start in self.starts
         )
         for layout, tiles in with_tiles(self.store, layouts):
-            images = render(self.store, layout, self.imgsz, tiles)
+            images, _ = render_labelled(self.store, layout, self.imgsz, tiles)
             indices = layout.image[:, 0]
             targets = [self.store.targets[i] for i in indices]
             frames = frames_of(self.store, indices, layout)

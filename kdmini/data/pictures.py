@@ -118,11 +118,27 @@ def shrink(image: np.ndarray, imgsz: int) -> np.ndarray:
     return np.asarray(small)
 
 
-def pack(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H * W,) int32, the bytes R, G, B, 0 with the lowest first."""
+def pack(image: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H * W,) int32, the bytes R, G, B and a label with the lowest first.
+
+    labels: of pixels, of any size, uint8; a pixel gets that of the nearest. 0 without.
+    """
     flat = image.reshape(-1)
     padded = np.empty(len(flat) + 1, np.uint8)
     padded[:-1] = flat
     # four bytes from every third on: the fourth belongs to the next pixel and is masked away
     overlapping = np.ndarray((len(flat) // 3,), "<i4", padded, strides=(3,))
-    return overlapping & 0xFFFFFF
+    pixels = overlapping & 0xFFFFFF
+    if labels is None:
+        return pixels
+    # bit 31 is the sign: `>> 24 & 255` undoes it
+    return pixels | nearest(labels, image.shape[:2]).reshape(-1).astype("<i4") << 24
+
+
+def nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H', W') -> (H, W) of the size: of each pixel's centre."""
+    places = []
+    for length, given in zip(size, labels.shape, strict=True):
+        places.append(((np.arange(length) + 0.5) * given / length).astype(np.int64))
+    rows, columns = places
+    return labels[rows[:, None], columns]

@@ -17,6 +17,7 @@ from kdmini.data.store import Store
 from kdmini.data.tiles import Tiles, tiles_of
 
 PAD = 114  # grey level where there is no image
+NO_LABEL = 255  # of a pixel there
 
 
 def render(store: Store, layout: Layout, imgsz: int, tiles: Tiles | None = None) -> Tensor:
@@ -24,6 +25,16 @@ def render(store: Store, layout: Layout, imgsz: int, tiles: Tiles | None = None)
     centres of source pixels.
 
     tiles: of the layout, if they have been found already.
+    """
+    images, _ = render_labelled(store, layout, imgsz, tiles)
+    return images
+
+
+def render_labelled(
+    store: Store, layout: Layout, imgsz: int, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """-> images as `render` makes them, and the labels of their pixels (N, S, S) uint8, each of
+    the nearest source pixel, NO_LABEL where there is no image; None where the store has none.
     """
     tiles = tiles or tiles_of(store, layout)
     device = store.device
@@ -45,9 +56,12 @@ def render(store: Store, layout: Layout, imgsz: int, tiles: Tiles | None = None)
     )
     colour = None if layout.colour is None else numbers(layout.colour)
     images = torch.empty(len(layout.image), 3, imgsz, imgsz, device=device)
+    labels = None
+    if store.labelled:
+        labels = torch.empty(images[:, 0].shape, dtype=torch.uint8, device=device)
     fill = compiled_gather() if store.compiled else gather
-    fill(images.unbind(1), pixels, columns, rows, colour)
-    return images
+    fill(images.unbind(1), pixels, columns, rows, colour, labels)
+    return images, labels
 
 
 class Axis(NamedTuple):
@@ -109,10 +123,15 @@ def axes(
 
 
 def gather(
-    images: Sequence[Tensor], pixels: Tensor, columns: Axis, rows: Axis, colour: Tensor | None
+    images: Sequence[Tensor],
+    pixels: Tensor,
+    columns: Axis,
+    rows: Axis,
+    colour: Tensor | None,
+    labels: Tensor | None = None,
 ) -> None:
-    """Fills the planes of red, green and blue, (N, S, S) each. Planes, as a compiler then
-    fetches a pixel only once.
+    """Fills the planes of red, green and blue, (N, S, S) each, and that of the labels where
+    one is wanted. Planes, as a compiler then fetches a pixel only once.
     """
     second_column = columns.second.unsqueeze(1)
     second_row = rows.second.unsqueeze(2)
@@ -137,6 +156,11 @@ def gather(
     right_above = pixels[top + right_x]
     left_below = pixels[bottom + left_x]
     right_below = pixels[bottom + right_x]
+    if labels is not None:
+        above = torch.where(share_x < 0.5, left_above, right_above)
+        below = torch.where(share_x < 0.5, left_below, right_below)
+        nearest = torch.where(share_y < 0.5, above, below)
+        labels.copy_(torch.where(filled, nearest >> 24 & 255, NO_LABEL))
     planes = []
     for shift in (0, 8, 16):
         upper = torch.lerp(byte(left_above, shift), byte(right_above, shift), share_x)

@@ -1,7 +1,8 @@
 """Decoded images, once: every picture of a data set in one flat buffer of packed pixels.
 
-A pixel is an int32 that holds the bytes R, G, B, 0 (lowest first), so that one gather
-fetches a whole pixel. Offsets into the buffer are int64: VOC2012 alone has 3.2e9 pixels.
+A pixel is an int32 that holds the bytes R, G, B and a label (lowest first; 0 where a task has
+none), so that one gather fetches a whole pixel. Offsets into the buffer are int64: VOC2012
+alone has 3.2e9 pixels.
 Legend: M images of the store.
 """
 
@@ -46,6 +47,7 @@ class Picture(NamedTuple):
     native: tuple[int, int]  # H, W of the file
     target: Target  # in pixels of the file
     digest: str  # of all that
+    labelled: bool  # the fourth byte is a label
     faults: Sequence[str] = ()  # of objects that cannot be used and are not in the target
 
 
@@ -56,6 +58,7 @@ class Known(NamedTuple):
     native: np.ndarray  # (M, 2) H, W of the files
     targets: list[Target]
     digests: list[str]
+    labelled: bool
 
 
 class Store:
@@ -76,6 +79,8 @@ class Store:
     once: of several processes of a machine that build the same store, lets one of them call
         what it is given, and tells all of them the outcome. What lies in the memory of the
         host, they then share: it is a scratch file whatever `storage` says.
+    training: labels of pixels go into their fourth byte; else they stay in the targets, as
+        large as the files.
     """
 
     def __init__(  # noqa: PLR0913 - the keys of the `data` section
@@ -90,6 +95,7 @@ class Store:
         name: str = "images",
         compiled: bool = False,
         once: Once | None = None,
+        training: bool = False,
     ):
         self.imgsz = imgsz
         self.device = torch.device(device)
@@ -103,7 +109,8 @@ class Store:
 
         def decode(keep: Callable[[Iterator[np.ndarray]], Any]) -> tuple[Any, Known]:
             """-> what `keep` makes of the pixels, and what else is known."""
-            pictures = decode_all(dataset, indices, imgsz, workers, on_bad, name)
+            read = partial(picture_of, dataset, imgsz=imgsz, training=training)
+            pictures = decode_all(read, indices, workers, on_bad, name)
             outcome = kept_apart(pictures, keep)
             print_report(dataset, name)
             return outcome
@@ -128,6 +135,7 @@ class Store:
         self.native = known.native
         self.targets = known.targets
         self.digests = known.digests
+        self.labelled = known.labelled
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -155,6 +163,7 @@ def kept_apart(
         native=np.array([picture.native for picture in rest]),
         targets=[picture.target for picture in rest],
         digests=[picture.digest for picture in rest],
+        labelled=any(picture.labelled for picture in rest),
     )
     return outcome, known
 
@@ -174,7 +183,7 @@ def expected_bytes(dataset: Dataset, indices: Sequence[int], imgsz: int, workers
     count = min(-(-len(indices) // EVERY), SAMPLES)
     few = [indices[i] for i in np.linspace(0, len(indices) - 1, count, dtype=int)]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = pool.map(partial(picture_of, dataset, imgsz=imgsz), few)
+        results = pool.map(partial(picture_of, dataset, imgsz=imgsz, training=False), few)
         sizes = [result.pixels.nbytes for result in results if isinstance(result, Picture)]
     return round(len(indices) * np.mean(sizes)) if sizes else 0
 
@@ -191,19 +200,22 @@ def print_report(dataset: Dataset, name: str) -> None:
 
 
 def decode_all(
-    dataset: Dataset, indices: Sequence[int], imgsz: int, workers: int, on_bad: OnBad, name: str
+    read: Callable[[int], Picture | str],
+    indices: Sequence[int],
+    workers: int,
+    on_bad: OnBad,
+    name: str,
 ) -> Iterator[Picture]:
     """Pictures in order, decoded by threads (Pillow lets go of the interpreter's lock), with
     a progress bar.
 
     Raises UserError after the last one for all that cannot be used, or leaves them out.
     """
-    picture = partial(picture_of, dataset, imgsz=imgsz)
     bad_images: list[str] = []
     bad_objects: list[str] = []
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         starts = range(0, len(indices), PORTION)
-        portions = (pool.map(picture, indices[start : start + PORTION]) for start in starts)
+        portions = (pool.map(read, indices[start : start + PORTION]) for start in starts)
         results = chain.from_iterable(portions)
         bar = tqdm(results, f"decode {name}", len(indices), unit="img", disable=None)
         for result in bar:
@@ -215,7 +227,7 @@ def decode_all(
     report_bad(bad_images, bad_objects, len(indices), on_bad, name)
 
 
-def picture_of(dataset: Dataset, index: int, imgsz: int) -> Picture | str:
+def picture_of(dataset: Dataset, index: int, imgsz: int, training: bool) -> Picture | str:
     """One image, reduced; of one that cannot be used, what is wrong with it.
 
     Nothing of its full size is left on return: not even an error, whose traceback holds the
@@ -230,11 +242,13 @@ def picture_of(dataset: Dataset, index: int, imgsz: int) -> Picture | str:
             image, target = error.rest
         except UserError as error:
             return str(error)
+        labels, rest = dataset.truth.split(target) if training else (None, target)
         reduced = shrink(image, imgsz)
-        pixels = pack(reduced)
+        pixels = pack(reduced, labels)
         native = image.shape[:2]
         code = digest(pixels, native, target)
-        return Picture(pixels, reduced.shape[:2], native, target, code, faults)
+        is_labelled = labels is not None
+        return Picture(pixels, reduced.shape[:2], native, rest, code, is_labelled, faults)
 
 
 def report_bad(images: list[str], objects: list[str], total: int, on_bad: OnBad, name: str) -> None:

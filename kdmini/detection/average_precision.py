@@ -24,6 +24,7 @@ thresholds; B detections or objects of a batch.
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +74,21 @@ OBJECT = np.dtype(
 )
 
 
+class Batch(NamedTuple):
+    """Of some images, numbered from 0."""
+
+    ids: list[str]
+    detections: np.ndarray  # DETECTION rows
+    objects: np.ndarray  # OBJECT rows
+
+
+def numbered_from(first: int, rows: np.ndarray) -> np.ndarray:
+    """The rows, their images numbered from `first` on."""
+    moved = rows.copy()
+    moved["image"] += first
+    return moved
+
+
 class DetectionMetric:
     """Collects detections batch by batch; start afresh with a new object.
 
@@ -86,9 +102,7 @@ class DetectionMetric:
 
     def __init__(self, names: list[str]):
         self.names = list(names)
-        self.image_ids: list[str] = []
-        self._detections = [np.empty(0, DETECTION)]
-        self._objects = [np.empty(0, OBJECT)]
+        self.records: list[Batch] = []
 
     def update(self, detections: list[Detections], targets: list[Target]) -> None:
         """One batch, in pixels of the original images; tensors on any device.
@@ -103,14 +117,24 @@ class DetectionMetric:
         if not targets:
             return
 
-        images = np.arange(len(targets)) + len(self.image_ids)
+        images = np.arange(len(targets))
         detection_rows = rows_of_detections(detections, images)
         object_rows = rows_of_objects(targets, images)
         self._check_labels(detection_rows, "detector")
         self._check_labels(object_rows, "dataset")
-        self.image_ids += [target["id"] for target in targets]
-        self._detections.append(detection_rows)
-        self._objects.append(object_rows)
+        ids = [target["id"] for target in targets]
+        self.records.append(Batch(ids, detection_rows, object_rows))
+
+    def whole(self) -> "Batch":
+        """All batches in one, the images numbered through."""
+        ids: list[str] = []
+        detections = [np.empty(0, DETECTION)]
+        objects = [np.empty(0, OBJECT)]
+        for batch in self.records:
+            detections.append(numbered_from(len(ids), batch.detections))
+            objects.append(numbered_from(len(ids), batch.objects))
+            ids += batch.ids
+        return Batch(ids, np.concatenate(detections), np.concatenate(objects))
 
     def _check_labels(self, rows: np.ndarray, owner: str) -> None:
         labels = rows["labels"]
@@ -140,8 +164,7 @@ class DetectionMetric:
 
     def by_class(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """-> name, DETECTION rows (D,), best score first, OBJECT rows (G,) by image."""
-        all_detections = np.concatenate(self._detections)
-        all_objects = np.concatenate(self._objects)
+        _, all_detections, all_objects = self.whole()
         for label, name in enumerate(self.names):
             detections = all_detections[all_detections["labels"] == label]
             # stable: equal scores keep the order of the images, as in pycocotools
@@ -151,9 +174,8 @@ class DetectionMetric:
 
     def official(self) -> dict[str, float]:
         """-> COCO_TABLE by pycocotools itself; -1 where nothing can be scored."""
-        detections = np.concatenate(self._detections)
-        objects = np.concatenate(self._objects)
-        stats = coco_stats(detections, objects, len(self.image_ids), self.names)
+        ids, detections, objects = self.whole()
+        stats = coco_stats(detections, objects, len(ids), self.names)
         return dict(zip(COCO_TABLE, stats, strict=True))
 
     def save(self, path: Path) -> Path:
@@ -167,7 +189,7 @@ class DetectionMetric:
 
         Pixels to 0.01.
         """
-        rows = np.concatenate(self._detections)
+        ids, rows, _ = self.whole()
         records = zip(
             rows["image"].tolist(),
             rows["labels"].tolist(),
@@ -177,7 +199,7 @@ class DetectionMetric:
         )
         return [
             {
-                "image_id": self.image_ids[image],
+                "image_id": ids[image],
                 "label": self.names[label],
                 "score": score,
                 "bbox_xyxy": box,

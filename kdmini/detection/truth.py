@@ -57,6 +57,11 @@ class Boxes:
     Raises UserError where there are no others.
     """
 
+    @staticmethod
+    def split(target: Any) -> tuple[None, Any]:
+        """Boxes are no labels of pixels."""
+        return None, target
+
     def __init__(self, store: Store):
         self.imgsz = store.imgsz
         self.device = store.device
@@ -68,7 +73,7 @@ class Boxes:
                 f"({difficult:,} difficult ones do not count); look at the annotations"
             )
 
-    def rendered(self, layout: Layout) -> dict[str, Any]:
+    def rendered(self, layout: Layout, plane: Tensor | None = None) -> dict[str, Any]:
         """-> `boxes_xyxy` and `labels` as in Targets."""
         return pad(render_boxes(self.objects, layout, self.imgsz), self.device)
 

@@ -4,16 +4,51 @@ channels.
 Legend: N images, Cs and Ct channels of student and teacher, H W cells.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from kdmini.bounds import Count
-from kdmini.contracts import Feats
+from kdmini.contracts import Feats, UserError
 
 Shapes = Mapping[str, tuple[Count, Count, Count, Count]]  # tap -> (Cs, Ct, H, W)
 Mode = Literal["all", "unequal", "none", "frozen"]
+
+
+def same_size(ours: Feats, theirs: Feats) -> tuple[Feats, Feats]:
+    """Of each pair of maps the larger is brought to the size of the smaller, by the mean over
+    blocks of cells.
+
+    Pair by pair, at whatever size the images have. Raises UserError where one size is no
+    multiple of the other.
+    """
+    of_ours: dict[str, Tensor] = {}
+    of_theirs: dict[str, Tensor] = {}
+    for tap in ours:
+        size = smaller(ours[tap].shape[2:], theirs[tap].shape[2:], tap)
+        of_ours[tap] = reduced(ours[tap], size)
+        of_theirs[tap] = reduced(theirs[tap], size)
+    return of_ours, of_theirs
+
+
+def smaller(one: Sequence[int], other: Sequence[int], name: str) -> Sequence[int]:
+    """The smaller of two sizes H, W. Raises UserError where the larger is no multiple of it."""
+    low, high = sorted((tuple(one), tuple(other)))
+    if any(large % small for small, large in zip(low, high, strict=True)):
+        sizes = [f"{height}x{width}" for height, width in (one, other)]
+        raise UserError(
+            f"distill.taps: {name} is {sizes[0]} in the student, {sizes[1]} in the teacher; pair "
+            "taps of which one is a multiple of the other"
+        )
+    return low
+
+
+def reduced(feat: Tensor, size: Sequence[int]) -> Tensor:
+    """(N, C, H, W) -> (N, C, *size), the mean over blocks of cells."""
+    factors = [length // small for length, small in zip(feat.shape[2:], size, strict=True)]
+    return feat if factors == [1, 1] else F.avg_pool2d(feat, factors)
 
 
 class Align(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdmini.bounds import Gain
 from kdmini.contracts import Feats, Losses, Targets, Term, UserError, View
-from kdmini.distill.align import Align, Mode, Shapes
+from kdmini.distill.align import Align, Mode, Shapes, same_size, smaller
 from kdmini.distill.attention import map_distance, to_largest
 from kdmini.distill.schedule import Segment, check_segments, piecewise_linear
 from kdmini.distill.taps import Taps, feats_of
@@ -40,6 +40,7 @@ class Teacher(NamedTuple):
 
     run: Callable[[Tensor], Any]  # the whole network, or all of it but the head
     taps: Taps
+    class_maps: Callable[[Any], Any]  # of what it returns; nothing where no term reads them
 
 
 class Distillation(nn.Module):
@@ -74,7 +75,10 @@ class Distillation(nn.Module):
         self.kd_scale = kd_scale
         self.taps = dict(taps)
         self.student_taps = Taps(student, list(taps))
-        self.needs_preds = any("preds" in entry.term.uses for entry in terms.values())
+        uses = {use for entry in terms.values() for use in entry.term.uses}
+        self.needs_preds = bool(uses & {"preds", "classes"})
+        self.needs_classes = "classes" in uses
+        self.class_maps = self.class_maps_of(student)
         self.run_terms: Callable[..., Losses] = self.losses
         self.teacher = self.prepared(teacher) if teacher is not None else None
         if self.needs_preds and teacher is not None and teacher.names != student.names:
@@ -87,7 +91,22 @@ class Distillation(nn.Module):
         """The teacher, frozen and tapped; without its head where no term reads it."""
         run = teacher if self.needs_preds else getattr(teacher, "features", teacher)
         freeze(teacher)
-        return Teacher(run, Taps(teacher, list(self.taps.values())))
+        taps = Taps(teacher, list(self.taps.values()))
+        return Teacher(run, taps, self.class_maps_of(teacher))
+
+    def class_maps_of(self, network: nn.Module) -> Callable[[Any], Any]:
+        """Preds -> maps of class logits, None where no term reads them. The method alone: the
+        network must not become a submodule.
+        """
+        if not self.needs_classes:
+            return nothing
+        class_maps = getattr(network, "class_maps", None)
+        if class_maps is None:
+            raise UserError(
+                f"distill: a term reads class maps, and {type(network).__name__} has no "
+                "class_maps(preds); see Model in kdmini/contracts.py"
+            )
+        return class_maps
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the teacher, and align modules and terms together; after the taps, before
@@ -95,7 +114,7 @@ class Distillation(nn.Module):
         """
         if self.teacher is not None:
             compiled = torch.compile(self.teacher.run, *args, **kwargs)
-            self.teacher = Teacher(compiled, self.teacher.taps)
+            self.teacher = self.teacher._replace(run=compiled)
         self.run_terms = torch.compile(self.losses, *args, **kwargs)
 
     def lambdas(self, epoch: int) -> dict[str, float]:
@@ -129,8 +148,16 @@ class Distillation(nn.Module):
         """The named terms, not yet weighted; feats as tapped. In one function, so that it can
         be compiled whole.
         """
-        aligned = self.align(feats) if teacher else feats
-        student = View(aligned, preds, images)
+        classes = self.class_maps(preds)
+        if teacher:
+            ours, theirs = same_size(feats, teacher.feats)
+            feats = self.align(ours)
+            teacher = teacher._replace(feats=theirs)
+        if teacher and classes is not None:
+            levels, fixed = same_size(by_level(classes), by_level(teacher.classes))
+            classes = [*levels.values()]
+            teacher = teacher._replace(classes=[*fixed.values()])
+        student = View(feats, preds, images, classes)
         return {name: self.terms[name](student, teacher, targets) for name in names}
 
     @torch.no_grad()
@@ -141,7 +168,7 @@ class Distillation(nn.Module):
         preds = self.teacher.run(images)
         feats = self.teacher.taps.take()
         named = {tap: feats[name] for tap, name in self.taps.items()}
-        return View(named, preds, images)
+        return View(named, preds, images, self.teacher.class_maps(preds))
 
     @torch.no_grad()
     def distances(self, student: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -157,7 +184,8 @@ class Distillation(nn.Module):
         teacher = self.teacher_view(images)
         if teacher is None or not self.taps:
             return {}
-        goals = {tap: to_largest(feat) for tap, feat in teacher.feats.items()}
+        feats, theirs = same_size(feats, teacher.feats)
+        goals = {tap: to_largest(feat) for tap, feat in theirs.items()}
         distances: dict[str, Tensor] = {}
         for kind, ours in {"aligned": self.align(feats), "raw": feats}.items():
             by_tap = {
@@ -167,6 +195,14 @@ class Distillation(nn.Module):
             distances[kind] = torch.stack([*by_tap.values()]).sum()
             distances |= by_tap
         return distances
+
+
+def nothing(preds: Any) -> None:
+    """Of a network whose class maps no term reads."""
+
+
+def by_level(maps: Any) -> Feats:
+    return {f"class map {level}": feat for level, feat in enumerate(maps)}
 
 
 def freeze(teacher: nn.Module) -> nn.Module:
@@ -181,23 +217,22 @@ def freeze(teacher: nn.Module) -> nn.Module:
 def tap_shapes(
     student: nn.Module, teacher: nn.Module, taps: Mapping[str, str], imgsz: int
 ) -> Shapes:
-    """Runs one empty image -> {student's tap: (student C, teacher C, H, W)}.
+    """Runs one empty image -> {student's tap: (student C, teacher C, H, W)}, the size that of the
+    smaller map; a line says which is brought to it.
 
-    Raises UserError where the two maps of a tap differ in height or width.
+    Raises UserError where one size is no multiple of the other.
     """
     ours = feats_of_nothing(student, list(taps), imgsz)
     theirs = feats_of_nothing(teacher, list(taps.values()), imgsz)
     shapes: dict[str, tuple[int, int, int, int]] = {}
     for tap, name in taps.items():
-        _, student_channels, height, width = ours[tap].shape
+        _, student_channels, *student_size = ours[tap].shape
         _, teacher_channels, *teacher_size = theirs[name].shape
-        if [height, width] != teacher_size:
-            size = "x".join(map(str, teacher_size))
-            raise UserError(
-                f"distill.taps: {tap} is {height}x{width} in the student, {name} is "
-                f"{size} in the teacher; pair taps of equal size"
-            )
+        height, width = smaller(student_size, teacher_size, tap)
         shapes[tap] = (student_channels, teacher_channels, height, width)
+        if student_size != teacher_size:
+            whose = "teacher" if teacher_size != [height, width] else "student"
+            print(f"distill.taps: the {whose}'s map of {tap} is averaged to {height}x{width}")
     return shapes
 
 

@@ -145,6 +145,7 @@ class Seen:
 
     def __init__(self, names: list[str]):
         self.names = names
+        self.records: list[None] = []
 
     def update(self, predictions: list[Any], targets: list[Any]) -> None:
         for prediction in predictions:

@@ -17,7 +17,11 @@ class NoTruth:
     def __init__(self, store: Store):
         pass
 
-    def rendered(self, layout: Layout) -> dict[str, Any]:
+    @staticmethod
+    def split(target: Any) -> tuple[None, Any]:
+        return None, target
+
+    def rendered(self, layout: Layout, plane: Any) -> dict[str, Any]:
         return {}
 
     @staticmethod

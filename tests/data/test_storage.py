@@ -65,7 +65,7 @@ def test_the_set_is_not_held_beside_its_buffer(monkeypatch):
     class Watched(np.ndarray):
         pass
 
-    def pack(image):
+    def pack(image, labels):
         nonlocal most
         pixels = np.zeros(image.shape[0] * image.shape[1], np.int32).view(Watched)
         alive.add(pixels)

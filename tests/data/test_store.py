@@ -108,7 +108,7 @@ def test_offsets_do_not_wrap_at_two_to_the_31(monkeypatch):
     # of 1.6e9 pixels each by their own account, for no machine here could hold them
     pixel = np.zeros(1, np.int32)
     size = (40_000, 40_000)
-    huge = [store_module.Picture(pixel, size, size, {"id": str(i)}, "") for i in range(4)]
+    huge = [store_module.Picture(pixel, size, size, {"id": str(i)}, "", False) for i in range(4)]
     monkeypatch.setattr(store_module, "decode_all", lambda *args: iter(huge))
     store = Store(Pictures(noise([(1, 1)] * 4)), 32, storage="resident")
     assert store.offsets.tolist() == [0, 1_600_000_000, 3_200_000_000, 4_800_000_000]

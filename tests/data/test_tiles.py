@@ -163,14 +163,14 @@ class Watched:
     def __init__(self, store):
         pass
 
-    def rendered(self, layout):
+    def rendered(self, layout, plane):
         return {}
 
 
 @pytest.mark.parametrize("kind", ["train", "val"])
 def test_an_epoch_that_is_left_early_leaves_no_thread(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("KDMINI_CACHE", str(tmp_path))
-    monkeypatch.setattr("kdmini.data.loader.render", lambda *settings: torch.empty(0))
+    monkeypatch.setattr("kdmini.data.loader.render_labelled", lambda *_: (torch.empty(0), None))
     store = Store(Pictures(noise([(8, 8)] * 24)), 32, OTHER, storage="mapped")
     loader = TrainLoader(store, 4, 1, Augment()) if kind == "train" else ValLoader(store, 4)
     epoch = loader.epoch(0) if kind == "train" else iter(loader)
@@ -190,13 +190,13 @@ def test_batches_of_the_loaders_are_of_these_tiles(tmp_path, monkeypatch):
         monkeypatch.setattr(store, "device", torch.device("cpu"))
         rendered.append(render(store, layout, imgsz, tiles))
         monkeypatch.setattr(store, "device", OTHER)
-        return rendered[-1]
+        return rendered[-1], None
 
     pictures = Pictures(noise(SIZES * 3))
     near = Store(pictures, 48)
     expected = [images for images, _ in TrainLoader(near, 4, 20, Augment(), 3).epoch(1)]
     expected += [images for images, _, _ in ValLoader(near, 5)]
-    monkeypatch.setattr("kdmini.data.loader.render", on_host)
+    monkeypatch.setattr("kdmini.data.loader.render_labelled", on_host)
     store = Store(pictures, 48, OTHER, storage="mapped")
     for _ in TrainLoader(store, 4, 20, Augment(), 3).epoch(1):
         pass

@@ -329,14 +329,14 @@ def test_a_label_without_a_name_is_refused() -> None:
         metric.update([fifth], [empty])
     with pytest.raises(UserError, match="dataset gives label -1"):
         metric.update([nothing], [padding])
-    assert metric.image_ids == []
+    assert metric.records == []
 
 
 def test_detections_without_their_target_are_refused() -> None:
     metric = DetectionMetric(NAMES)
     with pytest.raises(ValueError, match="1 detections for 0 targets"):
         metric.update([detections([], [], [])], [])
-    assert metric.image_ids == []
+    assert metric.records == []
 
 
 # --- dense images

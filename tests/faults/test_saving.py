@@ -248,7 +248,7 @@ class Listed:
     fitness = "score"
 
     def __init__(self, names: list[str]):
-        pass
+        self.records = []
 
     def update(self, detections, targets):
         pass
