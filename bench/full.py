@@ -29,7 +29,7 @@ from kdmini.detection.truth import Boxes, Target
 from kdmini.detection.voc import VOC_NAMES
 from kdmini.device import choose_algorithms, half_of, pick_device, precision
 from kdmini.engine import Training
-from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.optim import EMA, Recipe, make_optimizer
 from kdmini.progress import Progress
 from kdmini.signals import Stop
 from kdmini.typed import argument
@@ -95,7 +95,7 @@ class Epoch:
             loader=loader,
             student=self.bare.student,
             distillation=self.bare.distillation,
-            optimizer=make_sgd([self.bare.student, self.bare.distillation], recipe),
+            optimizer=make_optimizer([self.bare.student, self.bare.distillation], recipe),
             scaler=scaler,
             ema=ema,
             recipe=recipe,

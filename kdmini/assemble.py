@@ -20,7 +20,7 @@ from kdmini.distill.step import Distillation, Weighted, freeze, tap_shapes
 from kdmini.engine import Training
 from kdmini.footprint import step_bytes
 from kdmini.inputs import Inputs
-from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.optim import EMA, Recipe, grouped, make_optimizer
 from kdmini.outset import refuse_lone_values, void_teacher, void_terms
 from kdmini.progress import Progress
 from kdmini.sections import Sections, Sets
@@ -126,7 +126,7 @@ class Networks(NamedTuple):
     teacher: Any
     distillation: Distillation
     ema: EMA
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     inputs: Inputs  # the teacher's weights and the code, so far
 
 
@@ -171,7 +171,12 @@ def make_networks(
         student.loss = torch.compile(student.loss, dynamic=False)
         distillation.compile(dynamic=False)
     # align modules and terms learn too; the teacher does not
-    optimizer = make_sgd([student, distillation], recipe)
+    learners = [student, distillation]
+    if isinstance(recipe.optimizer, dict):
+        groups = grouped(learners, recipe)
+        optimizer = config.build(recipe.optimizer, "train.optimizer", groups=groups, recipe=recipe)
+    else:
+        optimizer = make_optimizer(learners, recipe)
     return Networks(student, teacher, distillation, ema, optimizer, inputs)
 
 

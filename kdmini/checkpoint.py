@@ -225,8 +225,12 @@ def regrouped(fresh: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
         for number, group in enumerate(groups):
             of_file = saved[name]["param_groups"][number]
             for key, value in group.items():
-                is_number = isinstance(value, float) or type(value) is int
-                fits = abs(of_file[key]) < LARGEST if is_number else of_file[key] == value
+                numbers = value if isinstance(value, tuple) else (value,)
+                of_numbers = of_file[key] if isinstance(value, tuple) else (of_file[key],)
+                if all(isinstance(one, float) or type(one) is int for one in numbers):
+                    fits = all(abs(one) < LARGEST for one in of_numbers)
+                else:
+                    fits = of_file[key] == value
                 if not fits and not isinstance(value, torch.Tensor):
                     return f"{name}.param_groups.{number}.{key} is {short(of_file[key])}"
     return ""

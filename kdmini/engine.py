@@ -49,7 +49,7 @@ class Training:
     loader: TrainBatches
     student: Any  # a Model that is an nn.Module
     distillation: Any  # a kdmini.distill.step.Distillation
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     scaler: GradScaler
     ema: EMA
     recipe: Recipe
@@ -148,7 +148,7 @@ def leave_is_due(training: Training, stop: Stop) -> bool:
     return distributed.world() == 1 and stop.signum > 0
 
 
-def clip_gradients(optimizer: torch.optim.SGD, largest: float) -> Tensor:
+def clip_gradients(optimizer: torch.optim.Optimizer, largest: float) -> Tensor:
     """Bounds the norm of all gradients -> 1.0 where it is not finite, else 0.0, on the device.
 
     A fused step of the optimiser leaves itself out where the attribute `found_inf` is 1, and

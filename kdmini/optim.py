@@ -16,11 +16,19 @@ from torch import Tensor, nn
 
 from kdmini.bounds import Count, Epochs, Natural, Range, Share, ShareBelowOne
 
+BETA2 = 0.999  # of AdamW
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How a run is trained. Names and defaults are those of the public YOLO11 recipe with SGD
     and a cosine.
+
+    optimizer: sgd, with Nesterov's momentum; adamw; or `{build: ...}`, which gets `groups` and
+        `recipe`.
+    schedule: how the learning rate falls to lrf: cosine or linear, epoch by epoch; poly, step
+        by step; constant.
+    power: of poly.
 
     epochs: passes over the training set.
     batch: images of a step, of all ranks together.
@@ -28,11 +36,11 @@ class Recipe:
         stated for it.
     lr0: learning rate after the warm-up.
     lrf: last learning rate as a share of lr0.
-    momentum: of Nesterov SGD, after the warm-up.
+    momentum: of SGD after the warm-up, or the first beta of AdamW.
     weight_decay: of convolution and linear weights; norms and biases have none.
     warmup_epochs: length of the warm-up.
     warmup_steps: the least length of the warm-up.
-    warmup_bias_lr: learning rate of the biases in the first step.
+    warmup_bias_lr: learning rate of the biases in the first step; 0 suits AdamW.
     warmup_momentum: momentum in the first step.
     clip: largest norm of the gradient; .inf for no bound.
     ema_decay: of the averaged weights, which are the ones evaluated and kept.
@@ -61,6 +69,9 @@ class Recipe:
     ema_tau: Annotated[float, Range(0.001, 10**9)] = 2000.0
     loss_scale: Literal["batch", "none"] = "batch"
     amp: bool | Literal["bf16", "fp16"] = True
+    optimizer: Literal["sgd", "adamw"] | dict[str, Any] = "sgd"
+    schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
+    power: Annotated[float, Range(0.01, 100)] = 0.9
     patience: Natural = 100
     val_every: Count = 1
     save_every: Natural = 0
@@ -89,12 +100,8 @@ class Recipe:
         return max(round(self.warmup_epochs * steps_per_epoch), self.warmup_steps)
 
     def at(self, step: int, steps_per_epoch: int) -> "Setting":
-        """What holds at a step, counted from the start of the run: warm-up, then a cosine
-        that falls epoch by epoch.
-        """
-        epoch = step // steps_per_epoch
-        cosine = math.cos(math.pi * epoch / self.epochs)
-        lr = self.lr0 * (self.lrf + (1 - self.lrf) * (1 + cosine) / 2)
+        """What holds at a step, counted from the start of the run: warm-up, then the schedule."""
+        lr = self.lr0 * (self.lrf + (1 - self.lrf) * self.height(step, steps_per_epoch))
         length = self.warmup(steps_per_epoch)
         if step > length or not length:
             return Setting(lr, lr, self.momentum, self.accumulate)
@@ -108,6 +115,17 @@ class Recipe:
             accumulate=max(round(1 + share * (self.nbs / self.batch - 1)), 1),
         )
 
+    def height(self, step: int, steps_per_epoch: int) -> float:
+        """Where the schedule stands between its beginning, 1, and its end, 0."""
+        done = step // steps_per_epoch / self.epochs
+        if self.schedule == "cosine":
+            return (1 + math.cos(math.pi * done)) / 2
+        if self.schedule == "linear":
+            return 1 - done
+        if self.schedule == "poly":
+            return (1 - step / (self.epochs * steps_per_epoch)) ** self.power
+        return 1.0
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -119,13 +137,28 @@ class Setting:
     accumulate: int  # batches of an update
 
 
-def make_sgd(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.SGD:
-    """Nesterov SGD over three groups, "weights", "norms" and "biases"; weight decay on the
-    first alone.
+def make_optimizer(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW, fused, so that a step whose gradient is not finite is skipped on the
+    device.
+    """
+    groups = grouped(modules, recipe)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, recipe.lr0, (recipe.momentum, BETA2), fused=True)
 
-    Fused, so that a step whose gradient is not finite is skipped on the device. Momentum
-    starts as zeros, for torch would leave it uninitialised if that happened to the very
-    first step.
+    for group in groups:
+        # here and not in the call, which refuses Nesterov's form of a momentum of 0
+        group["nesterov"] = True
+    optimizer = torch.optim.SGD(groups, recipe.lr0, recipe.momentum, fused=True)
+    for group in groups:
+        for parameter in group["params"]:
+            # torch would leave it uninitialised if the very first step were skipped
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def grouped(modules: Iterable[nn.Module], recipe: Recipe) -> list[dict[str, Any]]:
+    """Three groups, "weights", "norms" and "biases", of what learns; weight decay on the first
+    alone.
     """
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": []}
     for module in modules:
@@ -138,16 +171,8 @@ def make_sgd(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.SGD:
     settings: list[dict[str, Any]] = []
     for kind, parameters in groups.items():
         weight_decay = decay if kind == "weights" else 0.0
-        settings.append(
-            # here and not in the call, which refuses Nesterov's form of a momentum of 0
-            {"params": parameters, "name": kind, "weight_decay": weight_decay, "nesterov": True}
-        )
-
-    optimizer = torch.optim.SGD(settings, recipe.lr0, recipe.momentum, fused=True)
-    for parameters in groups.values():
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+        settings.append({"params": parameters, "name": kind, "weight_decay": weight_decay})
+    return settings
 
 
 def kind_of(name: str, parameter: nn.Parameter) -> str:
@@ -157,10 +182,13 @@ def kind_of(name: str, parameter: nn.Parameter) -> str:
     return "norms" if parameter.ndim <= 1 else "weights"
 
 
-def apply_setting(optimizer: torch.optim.SGD, setting: Setting) -> None:
+def apply_setting(optimizer: torch.optim.Optimizer, setting: Setting) -> None:
     for group in optimizer.param_groups:
         group["lr"] = setting.bias_lr if group["name"] == "biases" else setting.lr
-        group["momentum"] = setting.momentum
+        if "betas" in group:
+            group["betas"] = (setting.momentum, *group["betas"][1:])
+        elif "momentum" in group:
+            group["momentum"] = setting.momentum
 
 
 class EMA:

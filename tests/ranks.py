@@ -23,7 +23,7 @@ from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training
 from kdmini.inputs import Inputs
-from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.optim import EMA, Recipe, make_optimizer
 from kdmini.progress import Progress
 from kdmini.signals import Stop
 from tests import splits
@@ -118,7 +118,7 @@ def make_training(case: Case, loader: Any) -> Training:
         loader=loader,
         student=student.train(),
         distillation=distillation.train(),
-        optimizer=make_sgd([student, distillation], recipe),
+        optimizer=make_optimizer([student, distillation], recipe),
         scaler=scaler,
         ema=ema,
         recipe=recipe,

@@ -15,7 +15,7 @@ from kdmini import config, distributed, engine
 from kdmini.assemble import make_distillation
 from kdmini.device import precision
 from kdmini.engine import Training
-from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.optim import EMA, Recipe, make_optimizer
 from kdmini.progress import Progress
 from kdmini.signals import Stop
 from tests.conftest import ROOT
@@ -237,7 +237,7 @@ class Pair:
             loader=loader,
             student=self.student,
             distillation=self.distillation,
-            optimizer=make_sgd([self.student, self.distillation], recipe),
+            optimizer=make_optimizer([self.student, self.distillation], recipe),
             scaler=scaler,
             ema=self.ema,
             recipe=recipe,

@@ -156,17 +156,17 @@ def test_align_modules_without_a_gradient(check: Check) -> None:
 
 
 def test_align_modules_that_are_not_in_the_optimiser(check: Check, monkeypatch) -> None:
-    make_sgd = assemble.make_sgd
+    make_optimizer = assemble.make_optimizer
 
     def without_align(modules, recipe):
-        return make_sgd(modules[:1], recipe)
+        return make_optimizer(modules[:1], recipe)
 
-    monkeypatch.setattr(assemble, "make_sgd", without_align)
+    monkeypatch.setattr(assemble, "make_optimizer", without_align)
     assert check().failed == ["optimiser", "align and terms, some steps later"]
 
 
 def test_a_teacher_that_is_trained(check: Check, monkeypatch) -> None:
-    make_sgd = assemble.make_sgd
+    make_optimizer = assemble.make_optimizer
     freeze = step.freeze
     teachers = []
 
@@ -174,10 +174,10 @@ def test_a_teacher_that_is_trained(check: Check, monkeypatch) -> None:
         teachers.append(freeze(teacher).requires_grad_(True))
 
     def with_teacher(modules, recipe):
-        return make_sgd([*modules, teachers[0]], recipe)
+        return make_optimizer([*modules, teachers[0]], recipe)
 
     monkeypatch.setattr(step, "freeze", hardly_freeze)
-    monkeypatch.setattr(assemble, "make_sgd", with_teacher)
+    monkeypatch.setattr(assemble, "make_optimizer", with_teacher)
     assert check().failed == ["teacher, some steps later"]
 
 

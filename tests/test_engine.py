@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdmini.contracts import UserError
 from kdmini.device import precision
 from kdmini.engine import Training, attention_distances, evaluate, on_cpu, train_one_epoch
-from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.optim import EMA, Recipe, make_optimizer
 from kdmini.progress import Progress
 from kdmini.signals import Stop
 from tests.pretended import card
@@ -115,7 +115,7 @@ def train(
         loader=batches,
         student=model,
         distillation=extra(model, kd_scale),
-        optimizer=make_sgd([model], recipe),
+        optimizer=make_optimizer([model], recipe),
         scaler=scaler,
         ema=EMA(model, 0.5, 1.0),
         recipe=recipe,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.optim import Recipe, Setting, apply_setting, make_sgd
+from kdmini.optim import Recipe, Setting, apply_setting, make_optimizer
 
 # --- the schedule
 
@@ -132,7 +132,7 @@ def yolo11n():
     [(16, 64, 5e-4), (64, 64, 5e-4), (128, 64, 1e-3), (5, 64, 5e-4 * 65 / 64)],
 )
 def test_weight_decay_is_scaled_and_on_convolutions_alone(yolo11n, batch, nbs, decay):
-    optimizer = make_sgd([yolo11n], Recipe(1, batch, nbs))
+    optimizer = make_optimizer([yolo11n], Recipe(1, batch, nbs))
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert groups["weights"]["weight_decay"] == pytest.approx(decay)
     assert groups["norms"]["weight_decay"] == 0
@@ -152,20 +152,20 @@ def counts(optimizer):
 
 def test_the_groups_are_as_large_as_the_public_trainers(yolo11n):
     # it prints for yolo11n: 81 norms, 88 weights with DFL's frozen one, 87 biases
-    optimizer = make_sgd([yolo11n], Recipe(1, 64))
+    optimizer = make_optimizer([yolo11n], Recipe(1, 64))
     assert counts(optimizer) == {"norms": 81, "weights": 87, "biases": 87}
 
 
 def test_several_modules_share_the_groups_and_frozen_ones_are_left_out():
     align = nn.Conv2d(4, 4, 1, bias=False)
     frozen = small(1).requires_grad_(False)
-    optimizer = make_sgd([small(), align, frozen], Recipe(1, 64))
+    optimizer = make_optimizer([small(), align, frozen], Recipe(1, 64))
     assert counts(optimizer) == {"weights": 3, "norms": 1, "biases": 3}
     assert id(align.weight) in ids(optimizer.param_groups[0]["params"])
 
 
 def test_a_setting_reaches_the_groups():
-    optimizer = make_sgd([small()], Recipe(1, 64))
+    optimizer = make_optimizer([small()], Recipe(1, 64))
     apply_setting(optimizer, Setting(lr=0.3, bias_lr=0.7, momentum=0.55, accumulate=2))
     lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert lrs == {"weights": 0.3, "norms": 0.3, "biases": 0.7}
@@ -194,7 +194,7 @@ def same(ones, others):
 def test_a_module_without_norms_or_biases_is_optimised():
     layer = nn.Conv2d(2, 2, 1, bias=False)
     before = layer.weight.detach().clone()
-    update(layer, make_sgd([layer], Recipe(1, 64)), seed=0)
+    update(layer, make_optimizer([layer], Recipe(1, 64)), seed=0)
     assert not torch.equal(layer.weight, before)
 
 
@@ -218,7 +218,7 @@ def plain_sgd(model):
 def test_updates_equal_the_plain_optimiser_of_torch():
     recipe = Recipe(epochs=4, batch=64, weight_decay=0.05)
     model = small()
-    optimizer = make_sgd([model], recipe)
+    optimizer = make_optimizer([model], recipe)
     plain = small()
     reference = plain_sgd(plain)
     for step in range(12):
@@ -243,7 +243,7 @@ def momenta(optimizer, model):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1.0])
 def test_an_update_with_found_inf_changes_nothing(updates_before, bad):
     model = small()
-    optimizer = make_sgd([model], Recipe(1, 64))
+    optimizer = make_optimizer([model], Recipe(1, 64))
     for seed in range(updates_before):
         update(model, optimizer, seed)
     weights = [p.detach().clone() for p in model.parameters()]
@@ -264,14 +264,63 @@ def test_an_update_with_found_inf_changes_nothing(updates_before, bad):
 
 def test_the_optimiser_goes_on_from_its_saved_state():
     model = small()
-    optimizer = make_sgd([model], Recipe(1, 64))
+    optimizer = make_optimizer([model], Recipe(1, 64))
     for seed in range(3):
         update(model, optimizer, seed)
     other = small(5)
     other.load_state_dict(model.state_dict())
-    resumed = make_sgd([other], Recipe(1, 64))
+    resumed = make_optimizer([other], Recipe(1, 64))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
     update(model, optimizer, seed=3)
     update(other, resumed, seed=3)
     assert all(same(model.parameters(), other.parameters()))
+
+
+# --- other schedules, and AdamW
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [1.0, 1.0, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2]),  # epoch by epoch
+        ("constant", [1.0] * 10),
+        ("poly", [(1 - step / 10) ** 0.5 for step in range(10)]),  # step by step
+    ],
+)
+def test_the_learning_rate_falls_as_the_schedule_says(schedule: str, expected: list) -> None:
+    recipe = Recipe(5, 8, lr0=2.0, lrf=0.1, warmup_epochs=0, schedule=schedule, power=0.5)
+    rates = [recipe.at(step, 2).lr for step in range(10)]
+    assert rates == pytest.approx([2.0 * (0.1 + 0.9 * height) for height in expected])
+
+
+def test_adamw_has_the_groups_and_the_momentum_of_the_recipe() -> None:
+    recipe = Recipe(1, 64, optimizer="adamw", lr0=0.001, momentum=0.9, weight_decay=0.01)
+    optimizer = make_optimizer([small()], recipe)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {"weights": 0.01, "norms": 0.0, "biases": 0.0}
+    apply_setting(optimizer, Setting(lr=0.5, bias_lr=0.25, momentum=0.8, accumulate=1))
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.8, 0.999)
+        assert group["lr"] == (0.25 if group["name"] == "biases" else 0.5)
+        assert "momentum" not in group
+
+
+def test_adamw_leaves_out_a_step_without_a_finite_gradient() -> None:
+    """The very first one too."""
+    model = small()
+    optimizer = make_optimizer([model], Recipe(1, 64, optimizer="adamw"))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.found_inf = torch.ones(())  # type: ignore
+    optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.found_inf = torch.zeros(())  # type: ignore
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, old)

@@ -9,9 +9,10 @@ from torch import nn
 
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11
+from kdmini.distill.align import same_size
 from kdmini.distill.attention import AttentionTransfer, map_distance
 from kdmini.distill.step import Weighted, freeze, tap_shapes
-from tests.distill.small import NO_TARGETS, TAPS, Probe, distil, images, pair
+from tests.distill.small import NO_TARGETS, TAPS, Probe, Small, distil, images, pair
 
 # --- terms
 
@@ -215,16 +216,98 @@ def test_asking_for_shapes_leaves_the_networks_as_they_were(who: int, training: 
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_taps_of_other_sizes_are_refused() -> None:
+@pytest.mark.parametrize("taps", [{"stem": "deep"}, {"deep": "stem"}])
+def test_the_larger_map_of_a_tap_is_averaged_to_the_smaller(taps, capsys) -> None:
+    """Whichever it is, and at another image size alike."""
     student, teacher = pair()
-    with pytest.raises(UserError, match="stem is 16x16 in the student, deep is 8x8 in the teacher"):
-        tap_shapes(student, teacher, {"deep": "deep", "stem": "deep"}, 32)
+    shapes = tap_shapes(student, teacher, taps, 32)
+    ((tap, (_, _, *size)),) = shapes.items()
+    whose = "student" if tap == "stem" else "teacher"
+    assert size == [8, 8]
+    assert f"the {whose}'s map of {tap} is averaged to 8x8" in capsys.readouterr().out
+
+    seen = {}
+
+    class Look(Probe):
+        def forward(self, student, teacher, targets):
+            seen[tap] = (student.feats[tap], teacher.feats[tap])
+            return super().forward(student, teacher, targets)
+
+    distillation = distil(student, teacher, {"look": Look()}, taps=taps, align="none")
+    for side in (32, 64):
+        batch = torch.rand(2, 3, side, side)
+        maps = {"stem": student.stem(batch), "deep": student.deep(student.stem(batch))}
+        distillation(batch, student(batch), NO_TARGETS, 0)
+        ours, theirs = seen[tap]
+        assert ours.shape[2:] == theirs.shape[2:] == (side // 4, side // 4)
+        if tap == "stem":
+            blocks = maps["stem"].unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+            assert torch.allclose(ours, blocks, atol=1e-6)
+        else:
+            assert torch.equal(ours, maps["deep"])
+
+
+def test_maps_that_are_no_multiples_are_refused() -> None:
+    maps = {"tap": torch.ones(1, 2, 6, 6)}
+    with pytest.raises(UserError, match="tap is 6x6 in the student, 4x4 in the teacher; pair"):
+        same_size(maps, {"tap": torch.ones(1, 2, 4, 4)})
 
 
 def test_a_tap_that_is_not_there_is_refused() -> None:
     student, teacher = pair()
     with pytest.raises(UserError, match="no submodule 'deeep'; did you mean deep"):
         tap_shapes(student, teacher, {"deep": "deeep"}, 32)
+
+
+# --- maps of class logits
+
+
+class Classes(Small):
+    """Its class maps are those of its preds, cut in two levels."""
+
+    def class_maps(self, preds):
+        return [preds[:, :2], preds[:, 2:]]
+
+
+def test_a_term_that_reads_class_maps_gets_those_of_both() -> None:
+    torch.manual_seed(0)
+    student, teacher = Classes(4), Classes(6)
+    probe = Probe(uses=frozenset({"classes"}))
+    distillation = distil(student, teacher, {"probe": probe}, taps={})
+    batch = images()
+    preds = student(batch)
+    distillation(batch, preds, NO_TARGETS, 0)
+    ours, theirs = probe.views[0]
+    for level, expected in enumerate(student.class_maps(preds)):
+        assert torch.equal(ours.classes[level], expected)
+    assert len(theirs.classes) == 2
+    assert not theirs.classes[0].requires_grad
+    assert teacher.runs == {"forward": 1, "features": 0}
+    assert not {student, teacher} & set(distillation.modules())
+
+
+def test_class_maps_of_unequal_size_are_averaged() -> None:
+    class Coarse(Classes):
+        def class_maps(self, preds):
+            return [nn.functional.avg_pool2d(level, 2) for level in super().class_maps(preds)]
+
+    student, teacher = Classes(4), Coarse(6)
+    probe = Probe(uses=frozenset({"classes"}))
+    distillation = distil(student, teacher, {"probe": probe}, taps={})
+    batch = images()
+    preds = student(batch)
+    distillation(batch, preds, NO_TARGETS, 0)
+    ours, theirs = probe.views[0]
+    averaged = nn.functional.avg_pool2d(student.class_maps(preds)[0], 2)
+    assert torch.equal(ours.classes[0], averaged)
+    assert ours.classes[0].shape == theirs.classes[0].shape
+
+
+def test_a_network_without_class_maps_is_refused() -> None:
+    student, teacher = pair()
+    probe = Probe(uses=frozenset({"classes"}))
+    with pytest.raises(UserError, match="Small has no class_maps"):
+        distil(student, teacher, {"probe": probe}, taps={})
 
 
 # --- the real pair, narrow

@@ -18,7 +18,7 @@ from PIL import Image
 import eval as eval_script
 import train as train_script
 from examples.shapes import SHAPE_NAMES as NAMES
-from kdmini import assemble, config
+from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.detection.voc import VOC
 from kdmini.sections import make_sets
@@ -27,7 +27,7 @@ from tests.conftest import ROOT, write_config
 from tests.docs.pages import blocks
 
 PAGE = (ROOT / "docs" / "own.md").read_text()
-FILES = {"csv_boxes", "centres", "cosine", "recall", "adamw"}
+FILES = {"csv_boxes", "centres", "cosine", "recall", "adam"}
 Scenes = dict[str, list[tuple[np.ndarray, Any]]]  # split -> image and target of each scene
 
 
@@ -154,7 +154,7 @@ def write_settings(folder: Path, shapes: Path, *fragments: dict[str, Any]) -> Pa
 def test_every_block_is_used() -> None:
     names = {block.partition(".py\n")[0].removeprefix("# ") for block in blocks(PAGE, "python")}
     assert names == FILES
-    assert len(blocks(PAGE, "yaml")) == 7
+    assert len(blocks(PAGE, "yaml")) == 8
 
 
 @pytest.mark.parametrize("kind", ["VOC", "YoloTxt", "CocoJson", "CsvBoxes"])
@@ -256,13 +256,17 @@ def test_a_model_of_ones_own_learns_and_is_evaluated(
     assert "all classes" in capsys.readouterr().out
 
 
-def test_adamw_in_the_place_of_sgd_resumes(
-    here: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_adamw = importlib.import_module("adamw").make_adamw
-    monkeypatch.setattr(assemble, "make_sgd", make_adamw)
+@pytest.mark.parametrize("optimizer", ["adam:make_adam", "adamw"])
+def test_another_optimiser_resumes(here: Path, shapes: Path, optimizer: str) -> None:
+    """Bit for bit."""
     path = write_settings(here, shapes)
+    settings = fragment("make_adam")["train"]
     changes = ["train.epochs=2", "train.lr0=0.001", "train.warmup_bias_lr=0"]
+    if optimizer == "adamw":
+        changes.append("train.optimizer=adamw")
+    else:
+        assert settings["optimizer"] == {"build": optimizer}
+        changes.append(f"train.optimizer={{build: {optimizer}}}")
     run(train_script, "--config", path, *changes)
     whole = newest(here / "run")
     assert "exp_avg" in whole["optimizer"]["state"][0]

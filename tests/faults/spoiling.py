@@ -16,7 +16,7 @@ from kdmini.device import precision
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Distillation, Weighted, tap_shapes
 from kdmini.engine import Training, train_one_epoch
-from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.optim import EMA, Recipe, make_optimizer
 from kdmini.progress import Progress
 from kdmini.signals import Stop
 
@@ -58,7 +58,7 @@ class Bench:
         terms = {"attention": Weighted(term, 0.75)}
         sizes = tap_shapes(self.student, self.teacher, taps, 64)
         self.distillation = Distillation(self.student, self.teacher, terms, taps, sizes)
-        self.optimizer = make_sgd([self.student, self.distillation], self.recipe)
+        self.optimizer = make_optimizer([self.student, self.distillation], self.recipe)
         autocast, self.scaler = precision(amp, CPU)
         self.progress = Progress()
         self.training = Training(

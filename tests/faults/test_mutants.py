@@ -19,7 +19,7 @@ from kdmini.contracts import UserError
 from kdmini.defaults import defaults, filled
 from kdmini.detection.yolo11 import weights
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.optim import EMA, Recipe, apply_setting, make_sgd
+from kdmini.optim import EMA, Recipe, apply_setting, make_optimizer
 from kdmini.progress import Progress
 from kdmini.resume import check_inputs, check_resumable, with_processes
 from kdmini.tools.load import load_detector
@@ -92,7 +92,7 @@ def parts_of_a_run() -> dict[str, Any]:
         "student": student,
         "ema": EMA(student, RECIPE.ema_decay, RECIPE.ema_tau),
         "distillation": distillation,
-        "optimizer": make_sgd([student, distillation], RECIPE),
+        "optimizer": make_optimizer([student, distillation], RECIPE),
         "scaler": torch.amp.GradScaler("cpu"),
         "progress": Progress(2, 3, 0.5, 1, 0, {"box": 1.5}, {"box": 3}, 0, 2.0),
     }

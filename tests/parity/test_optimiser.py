@@ -16,7 +16,7 @@ import kdmini.detection.boxes
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.device import precision
 from kdmini.engine import Training, train_one_epoch
-from kdmini.optim import EMA, Recipe, make_sgd
+from kdmini.optim import EMA, Recipe, make_optimizer
 from kdmini.progress import Progress
 from kdmini.signals import Stop
 
@@ -156,7 +156,7 @@ def trained(student: YOLO11, loader: Fixed) -> dict[str, dict[str, Tensor]]:
     """Trains -> weights, average and momentum, by name."""
     student.double()
     ema = EMA(student, RECIPE.ema_decay, RECIPE.ema_tau)
-    optimizer = make_sgd([student], RECIPE)
+    optimizer = make_optimizer([student], RECIPE)
     autocast, scaler = precision(RECIPE.amp, torch.device("cpu"))
     progress = Progress()
     training = Training(

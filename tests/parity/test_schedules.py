@@ -12,7 +12,7 @@ from torch import nn
 from witness import witness
 
 from kdmini.distill.schedule import piecewise_linear
-from kdmini.optim import EMA, Recipe, apply_setting, make_sgd
+from kdmini.optim import EMA, Recipe, apply_setting, make_optimizer
 from tests.conftest import ROOT
 from tests.distill.test_schedule import lambda_of_the_notes
 
@@ -55,7 +55,7 @@ def expected(recipe: Recipe, per_epoch: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("recipe", "per_epoch"), RUNS)
 def test_learning_rates_momentum_and_accumulation(recipe: Recipe, per_epoch: int) -> None:
     module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
-    optimizer = make_sgd([module], recipe)
+    optimizer = make_optimizer([module], recipe)
     groups = optimizer.param_groups
     assert [group["name"] for group in groups] == ["weights", "norms", "biases"]
     steps = recipe.epochs * per_epoch

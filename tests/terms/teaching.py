@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import train as train_script
 from kdmini import config
 from kdmini.assemble import make_distillation
-from kdmini.optim import Recipe, make_sgd
+from kdmini.optim import Recipe, make_optimizer
 from tests.commands import run
 from tests.conftest import TINY
 
@@ -66,7 +66,7 @@ def teach(path: Path, imgsz: int, targets: Any, steps: int) -> list[float]:
     before = copy_of(teacher)
 
     recipe = Recipe(epochs=1, batch=4, nbs=4, lr0=0.2, weight_decay=0)
-    optimizer = make_sgd([student, distillation.terms], recipe)
+    optimizer = make_optimizer([student, distillation.terms], recipe)
     learning = [*student.parameters(), *distillation.terms.parameters()]
     losses: list[float] = []
     for _ in range(steps):

@@ -14,7 +14,7 @@ import eval as eval_script
 import train as train_script
 from kdmini.contracts import View
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.optim import Recipe, make_sgd
+from kdmini.optim import Recipe, make_optimizer
 from tests.commands import assert_equal, newest, run
 from tests.conftest import ROOT, TINY
 from tests.terms.self_teacher_equation import NAMES, make_targets, random_view
@@ -51,7 +51,7 @@ def test_the_student_comes_to_look_as_the_self_teacher_does() -> None:
     feats = dict(zip(distillation.taps, fixed.feats.values(), strict=True))
     own = View(feats, fixed.preds, images)
     recipe = Recipe(epochs=1, batch=2, nbs=2, lr0=0.02, weight_decay=0)
-    optimizer = make_sgd([student], recipe)
+    optimizer = make_optimizer([student], recipe)
     losses = []
     for _ in range(15):
         preds = student(images)
