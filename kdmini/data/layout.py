@@ -33,6 +33,7 @@ class Frame(NamedTuple):
     scale: np.ndarray  # (2,) x, y
     corner: np.ndarray  # (2,) x, y of the picture in the square
     native: np.ndarray  # (2,) width, height of the file
+    imgsz: int  # side of the square
 
 
 def letterbox(store: Store, images: np.ndarray, imgsz: int) -> Layout:

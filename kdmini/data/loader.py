@@ -188,7 +188,7 @@ def frames_of(store: Store, indices: np.ndarray, letterboxed: Layout) -> list[Fr
     stored = store.sizes[indices][:, ::-1]
     scale = native / stored / letterboxed.a[:, 0]
     corner = letterboxed.b[:, 0]
-    return [Frame(*numbers) for numbers in zip(scale, corner, native, strict=True)]
+    return [Frame(*numbers, store.imgsz) for numbers in zip(scale, corner, native, strict=True)]
 
 
 def refuse_few(images: int, batch: int) -> None:

@@ -83,7 +83,7 @@ class Boxes:
         moved: list[Prediction] = []
         for prediction, frame in zip(predictions, frames, strict=True):
             corners = prediction["boxes_xyxy"].reshape(-1, 2, 2)
-            scale, corner, native = (torch.as_tensor(x.copy()).to(corners) for x in frame)
+            scale, corner, native = (torch.as_tensor(x.copy()).to(corners) for x in frame[:3])
             corners = torch.minimum(((corners - corner) * scale).clamp(min=0), native)
             moved.append({**prediction, "boxes_xyxy": corners.reshape(-1, 4)})
         return moved
