@@ -57,6 +57,9 @@ class Stepped(nn.Module):
     def make_head(self, channels: list[int]) -> nn.Module:
         return Head(channels)
 
+    def class_maps(self, preds: list[Tensor]) -> list[Tensor]:
+        return [pred[:, 4 * REG_MAX :] for pred in preds]
+
     def loss(self, preds: list[Tensor], targets: Any) -> dict[str, Tensor]:
         means = torch.stack([pred.mean((1, 2, 3)) for pred in preds])  # (3, N)
         square = (means - targets["values"]).square().mean(1).sum()

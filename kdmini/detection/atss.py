@@ -117,6 +117,10 @@ class ATSS(nn.Module):
         losses = detection_loss(preds, targets)
         return {name: self.gains[name] * loss for name, loss in losses.items()}
 
+    def class_maps(self, preds: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
+        """-> class logits of each level, (N, K, H, W)."""
+        return [*preds["cls"]]
+
     @torch.no_grad()
     def decode(
         self,

@@ -4,9 +4,8 @@ Sources: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, se
 for the softmax and tau^2; Yang et al., "Bridging Cross-task Protocol Inconsistency for
 Distillation in Dense Object Detection", ICCV 2023, for one binary problem a class, as
 YOLO's head has it.
-Legend: N images, A cells of all levels (a one of them), K classes (k one of them), R
-bins of a box side (`reg_max`), H W cells of a level, s_a and t_a the K class logits of
-student and teacher, tau the temperature.
+Legend: N images, A cells of all levels (a one of them), K classes (k one of them), s_a and
+t_a the K class logits of student and teacher, tau the temperature.
 
     w_a = max_k sigmoid(t_ak)
     L   = tau^2 * sum_a w_a^gamma * KL(pi(t_a / tau) || pi(s_a / tau)) / sum_a w_a^gamma
@@ -17,9 +16,7 @@ image, and L is the mean over the images.
 Simplified: w is the teacher's confidence, where Yang et al. weigh by the difference of
 the scores. `form: softmax` with `gamma: 0` is the loss of the research notes:
 `batchmean` over rows of classes.
-Reads YOLO's layout: `preds` is a list of maps (N, 4R + K, H, W), box sides first.
-`reg_max: 0`: classes alone, or a mapping whose `cls` is the list of class maps, as of
-ATSS.
+Reads the class maps that the models offer, `class_maps(preds)`, and so serves every task.
 """
 
 from collections.abc import Sequence
@@ -27,14 +24,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from kdmini.bounds import Bins, Power, Temperature
+from kdmini.bounds import Power, Temperature
 from kdmini.contracts import Targets, UserError, View
 from kdmini.terms.pairs import (
     Reduction,
+    class_logits,
     confidence,
     sigmoid_kl,
     softmax_kl,
-    split,
     weighted_mean,
 )
 
@@ -46,19 +43,17 @@ class LogitDistillation(nn.Module):
         distribution over the classes.
     temperature: tau, which the logits of both networks are divided by.
     gamma: power of the confidence; 0 counts all cells alike.
-    reg_max: R, the bins of a box side in preds.
     reduction: `batch`, one mean over the cells of all images of a batch; `sample`, a mean
         for each image, which accumulation does not change.
     """
 
-    uses = frozenset({"preds"})
+    uses = frozenset({"classes"})
 
     def __init__(
         self,
         form: Literal["sigmoid", "softmax"] = "sigmoid",
         temperature: Temperature = 4.0,
         gamma: Power = 1.0,
-        reg_max: Bins = 16,
         reduction: Reduction = "batch",
         names: Sequence[str] = (),
     ):
@@ -71,12 +66,11 @@ class LogitDistillation(nn.Module):
         self.form = form
         self.temperature = temperature
         self.gamma = gamma
-        self.reg_max = reg_max
         self.reduction = reduction
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
-        s = split(student.preds, self.reg_max).classes  # (N, K, A)
-        t = split(teacher.preds, self.reg_max).classes.detach()
+        s = class_logits(student)  # (N, K, A)
+        t = class_logits(teacher).detach()
         if self.form == "softmax":
             divergence = softmax_kl(s, t, 1, self.temperature)
         else:

@@ -8,7 +8,7 @@ Legend: N images, C channels, H W cells of a map, A cells of all levels, K class
 bins of a box side (`reg_max`), tau the temperature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -55,6 +55,21 @@ def aligned(student: View, teacher: View) -> dict[str, tuple[Tensor, Tensor]]:
     return pairs
 
 
+# --- class logits, whatever the layout of preds
+
+
+def class_logits(view: View) -> Tensor:
+    """The model's class maps, all levels in a row, (N, K, A), in float32 at least."""
+    return torch.cat([wide(level).flatten(2) for level in class_levels(view)], 2)
+
+
+def class_levels(view: View) -> Sequence[Tensor]:
+    """(N, K, H, W) of each level. Raises UserError where there are none."""
+    if not view.classes:
+        raise UserError("distill: a term that reads class maps has none; see View in contracts.py")
+    return view.classes
+
+
 # --- preds in YOLO's layout
 
 
@@ -73,27 +88,20 @@ def split(preds: Any, reg_max: int) -> Logits:
 
 
 def check_preds(preds: Any, reg_max: int) -> Sequence[Tensor]:
-    """The list of maps in preds: preds itself, or its `cls` where reg_max is 0.
-
-    Raises UserError for all but a list of maps (N, 4R + K, H, W) with a class at least.
-    """
-    maps: Any = preds
-    if isinstance(preds, Mapping) and reg_max == 0:
-        maps = preds.get("cls")
-    is_list = isinstance(maps, list | tuple)
-    if not is_list or not all(isinstance(x, Tensor) and x.ndim == 4 for x in maps):
+    """Raises UserError for all but a list of maps (N, 4R + K, H, W) with a class at least."""
+    is_list = isinstance(preds, list | tuple)
+    if not is_list or not all(isinstance(x, Tensor) and x.ndim == 4 for x in preds):
         raise UserError(
-            "distill: a term reads preds as a list of maps (N, 4R + K, H, W), and with "
-            "`reg_max: 0` a mapping, whose `cls` is a list of class maps; "
-            f"this is a {type(maps).__name__}"
+            "distill: a term reads preds as a list of maps (N, 4R + K, H, W); this is a "
+            f"{type(preds).__name__}"
         )
 
-    channels = min(x.shape[1] for x in maps)
+    channels = min(x.shape[1] for x in preds)
     if not 0 <= 4 * reg_max < channels:
         raise UserError(
             f"distill: reg_max={reg_max} leaves no classes in preds of {channels} channels"
         )
-    return maps
+    return preds
 
 
 # --- divergences and means

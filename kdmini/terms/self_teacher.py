@@ -5,10 +5,10 @@ There is no teacher network.
 Source: Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via
 Self-Knowledge Distillation", CVPR 2021, section 3; the pyramid is the BiFPN of Tan et
 al., "EfficientDet", CVPR 2020, equations 1 and 2.
-Legend: N images (n one of them), C channels, H W cells, K classes, R bins of a box
-side, l a tap (1, 2, 3 at strides 8, 16, 32), S the student's own maps, s its class
-logits; X, Y and T the self-teacher's maps, `width` wide, t the class logits of its
-head; att(F) is the attention map of kdmini/distill/attention.py.
+Legend: N images (n one of them), C channels, H W cells, K classes, l a tap (1, 2, 3 at
+strides 8, 16, 32), S the student's own maps, s its class logits; X, Y and T the self-teacher's
+maps, `width` wide, t the class logits of its head; att(F) is the attention map of
+kdmini/distill/attention.py.
 
     X_l = Conv1x1(S_l)
     Y_2 = Fuse(X_2, up(X_3))
@@ -30,24 +30,24 @@ attention without square, so that its size does not depend on H and W; soft labe
 one binary problem a class, weighted by the self-teacher's confidence, as YOLO's head
 scores classes.
 
-For models that offer `make_head(channels)`, as YOLO11 does, and whose preds are a list of
-maps (N, 4R + K, H, W) with R = 16. Nothing of this is in best.pt.
+For models that offer `make_head(channels)` and `class_maps(preds)`, as YOLO11 does. Nothing
+of this is in best.pt.
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdmini.bounds import Gain, Range, Temperature
-from kdmini.contracts import Model, Targets, UserError, View
+from kdmini.contracts import Targets, UserError, View
 from kdmini.distill.align import Shapes
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.terms.logits import LogitDistillation
-from kdmini.terms.pairs import Reduction, check_preds
+from kdmini.terms.pairs import Reduction, class_levels
 
 LEVELS = 3  # of the pyramid, at strides 8, 16 and 32
 EPS = 1e-4  # EfficientDet's, in the shares of what is fused
@@ -66,13 +66,13 @@ class SelfTeacher(nn.Module):
     box, cls, dfl: gain of that loss in its task loss; the student's by default.
     """
 
-    uses = frozenset({"feats", "preds"})
+    uses = frozenset({"feats", "classes"})
     needs_teacher = False
 
     def __init__(  # noqa: PLR0913 - the schema of a section
         self,
         shapes: Shapes,
-        student: Model,
+        student: Any,
         width: Annotated[int, Range(1, 4096)] = 64,
         attention: Gain = 1.0,
         soft: Gain = 0.1,
@@ -94,21 +94,22 @@ class SelfTeacher(nn.Module):
             raise UserError(
                 f"distill: width is {width}; use 1 to {widest - 1}, narrower than the widest tap"
             )
-        make_head = getattr(student, "make_head", None)
-        if make_head is None:
-            raise UserError(
-                "distill: a self-teacher needs a student with a method make_head(channels); "
-                f"{type(student).__name__} has none"
-            )
+        for method in ("make_head(channels)", "class_maps(preds)"):
+            if not hasattr(student, method.partition("(")[0]):
+                raise UserError(
+                    f"distill: a self-teacher needs a student with a method {method}; "
+                    f"{type(student).__name__} has none"
+                )
 
         self.reduction = reduction
         self.attention_weight = attention
         self.soft_weight = soft
         # the method alone: the student, as a submodule, would be optimised and saved twice
         self.task_loss = student.loss
+        self.class_maps = student.class_maps
         self.rescale = gain_ratios(student, {"box": box, "cls": cls, "dfl": dfl})
         self.refine = BiFPN(list(self.channels.values()), width)
-        self.head = make_head([width] * LEVELS)
+        self.head = student.make_head([width] * LEVELS)
         self.attention = AttentionTransfer("sample")
         self.logits = LogitDistillation("sigmoid", temperature, reduction=reduction)
 
@@ -116,7 +117,8 @@ class SelfTeacher(nn.Module):
         self.check(student)
         refined = self.refine([student.feats[tap] for tap in self.channels])
         preds = self.head(refined)
-        own = View(dict(zip(self.channels, refined, strict=True)), preds, student.images)
+        feats = dict(zip(self.channels, refined, strict=True))
+        own = View(feats, preds, student.images, self.class_maps(preds))
         return self.task(preds, targets) + self.imitation(student, own, targets)
 
     def task(self, preds: list[Tensor], targets: Targets) -> Tensor:
@@ -131,31 +133,31 @@ class SelfTeacher(nn.Module):
         No gradient reaches it: the logits' term detaches preds itself.
         """
         feats = {tap: feat.detach() for tap, feat in own.feats.items()}
-        fixed = View(feats, own.preds, own.images)
+        fixed = own._replace(feats=feats)
         attention = self.attention_weight * self.attention(student, fixed, targets)
         soft = self.soft_weight * self.logits(student, fixed, targets)
         return attention + soft
 
     def check(self, student: View) -> None:
-        """Raises UserError unless the taps are the student's own maps, a level of preds each."""
-        levels = check_preds(student.preds, self.logits.reg_max)
-        for (tap, channels), pred in zip(self.channels.items(), levels, strict=True):
+        """Raises UserError unless the taps are the student's own maps, a class map each."""
+        levels = class_levels(student)
+        for (tap, channels), level in zip(self.channels.items(), levels, strict=True):
             _, tapped, height, width = student.feats[tap].shape
             if tapped != channels:
                 raise UserError(
                     f"distill.align: {tap} comes with {tapped} channels and has {channels}; "
                     "use `none`"
                 )
-            level_height, level_width = pred.shape[2:]
+            level_height, level_width = level.shape[2:]
             if (height, width) != (level_height, level_width):
                 raise UserError(
-                    f"distill.taps: {tap} is {height}x{width} and the level of preds "
+                    f"distill.taps: {tap} is {height}x{width} and the class map "
                     f"{level_height}x{level_width}; name taps of strides 8, 16 and 32, "
                     "in this order"
                 )
 
 
-def gain_ratios(student: Model, gains: Mapping[str, float | None]) -> dict[str, float]:
+def gain_ratios(student: Any, gains: Mapping[str, float | None]) -> dict[str, float]:
     """{loss: its gain / the student's gain} for the gains that are given.
 
     Raises UserError for a loss that the student does not have, or has at gain 0.

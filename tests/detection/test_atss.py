@@ -12,6 +12,7 @@ from kdmini.contracts import UserError, View
 from kdmini.detection.atss import ATSS
 from kdmini.detection.atss_loss import LEVELS
 from kdmini.distill.taps import Taps
+from kdmini.terms.localisation import LocalisationDistillation
 from kdmini.terms.logits import LogitDistillation
 
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -196,13 +197,17 @@ def two_views(model: ATSS) -> tuple[View, View]:
     """Of the same network: one of the images, one of their mirror images."""
     torch.nn.init.normal_(model.head.cls.weight)
     images = torch.rand(1, 3, 64, 64)
-    return View({}, model(images), images), View({}, model(images.flip(3)), images)
+    views = []
+    for shown in (images, images.flip(3)):
+        preds = model(shown)
+        views.append(View({}, preds, images, model.class_maps(preds)))
+    return views[0], views[1]
 
 
-def test_terms_that_read_preds_take_the_class_maps() -> None:
+def test_terms_that_read_classes_take_the_class_maps() -> None:
     model = tiny()
     student, teacher = two_views(model)
-    term = LogitDistillation(reg_max=0)
+    term = LogitDistillation()
     assert term(student, student, {}).item() == 0
     value = term(student, teacher, {})
     assert value.item() > 0
@@ -211,7 +216,7 @@ def test_terms_that_read_preds_take_the_class_maps() -> None:
     assert model.head.box.weight.grad is None
 
 
-def test_terms_that_expect_yolos_layout_say_what_to_set() -> None:
+def test_a_term_that_expects_yolos_layout_says_so() -> None:
     student, teacher = two_views(tiny())
-    with pytest.raises(UserError, match="reg_max: 0"):
-        LogitDistillation()(student, teacher, {})
+    with pytest.raises(UserError, match=r"a list of maps \(N, 4R \+ K, H, W\); this is a dict"):
+        LocalisationDistillation()(student, teacher, {})

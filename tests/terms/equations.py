@@ -34,7 +34,7 @@ def random_scene(dtype: torch.dtype = torch.float64, seed: int = 0, size: float 
         for height, width in SIZES:
             shape = (4 * BINS + CLASSES, height, width)
             preds.append(leaf(shape, generator, dtype, size=3))
-        return View(feats, preds, torch.empty(0))
+        return View(feats, preds, torch.empty(0), [pred[:, 4 * BINS :] for pred in preds])
 
     return Scene(view(), view())
 

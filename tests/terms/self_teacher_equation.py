@@ -60,7 +60,8 @@ def random_view(seed: int, dtype: torch.dtype = torch.float64) -> View:
     for _, _, height, width in SHAPES.values():
         shape = (SIDES + len(NAMES), height, width)
         preds.append(leaf(shape, generator, dtype))
-    return View(feats, preds, torch.zeros(IMAGES, 3, 64, 64))
+    classes = [pred[:, SIDES:] for pred in preds]
+    return View(feats, preds, torch.zeros(IMAGES, 3, 64, 64), classes)
 
 
 def make_targets(objects: int = 2) -> Targets:

@@ -228,6 +228,6 @@ def test_maps_that_are_not_the_students_own_or_of_other_strides_are_refused_by_n
         term(aligned, None, make_targets())
 
     small = with_feats(lambda x: x[:, :, ::2, ::2])
-    message = r"distill\.taps: fine is 4x4 and the level of preds 8x8"
+    message = r"distill\.taps: fine is 4x4 and the class map 8x8"
     with pytest.raises(UserError, match=message):
         term(small, None, make_targets())

@@ -49,13 +49,13 @@ def test_the_student_comes_to_look_as_the_self_teacher_does() -> None:
     images = images[:2]
     fixed = random_view(1, torch.float32)
     feats = dict(zip(distillation.taps, fixed.feats.values(), strict=True))
-    own = View(feats, fixed.preds, images)
+    own = View(feats, fixed.preds, images, fixed.classes)
     recipe = Recipe(epochs=1, batch=2, nbs=2, lr0=0.02, weight_decay=0)
     optimizer = make_optimizer([student], recipe)
     losses = []
     for _ in range(15):
         preds = student(images)
-        view = View(distillation.student_taps.take(), preds, images)
+        view = View(distillation.student_taps.take(), preds, images, student.class_maps(preds))
         loss = distillation.terms["self_teacher"].imitation(view, own, make_targets())
         loss.backward()
         losses.append(loss.item())

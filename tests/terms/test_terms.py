@@ -51,14 +51,14 @@ def masked(**settings: Any) -> MaskedGeneration:
 
 MASKED = masked()
 TERMS: dict[str, Any] = {
-    "logits": LogitDistillation(reg_max=BINS),
-    "logits softmax": LogitDistillation("softmax", 2.0, 0.5, BINS),
+    "logits": LogitDistillation(),
+    "logits softmax": LogitDistillation("softmax", 2.0, 0.5),
     "localisation": LocalisationDistillation(reg_max=BINS),
     "channelwise": ChannelWise(),
     "channelwise warm": ChannelWise(3.0),
     "pearson": PearsonDistillation(),
     "spatial": SpatialImitation(),
-    "score_weighted": ScoreWeighted(BINS),
+    "score_weighted": ScoreWeighted(),
     "masked": MASKED,
 }
 EQUATIONS: dict[str, Callable[[Scene], Any]] = {
@@ -117,7 +117,7 @@ def test_without_weights_the_softmax_form_is_the_code_of_the_notes() -> None:
     student_probs = F.log_softmax(rows(scene.student) / temperature, dim=-1)
     kl = F.kl_div(student_probs, teacher_probs, reduction="batchmean")
     expected = (kl * temperature**2).item()
-    term = LogitDistillation("softmax", gamma=0, reg_max=BINS)
+    term = LogitDistillation("softmax", gamma=0)
     assert value_of(term, scene).item() == pytest.approx(expected)
 
 
@@ -253,10 +253,16 @@ def without_feats(term: nn.Module, preds: Any = None) -> None:
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (lambda: value_of(LogitDistillation(), random_scene()), "reg_max=16 .* 23 channels"),
-        (lambda: value_of(ScoreWeighted(-1), random_scene()), "reg_max=-1"),
-        (lambda: without_feats(LogitDistillation(), [torch.ones(1, 64, 2, 2)]), "reg_max=16"),
-        (lambda: without_feats(LogitDistillation(), {"boxes": 0}), "this is a dict"),
+        (
+            lambda: value_of(LocalisationDistillation(), random_scene()),
+            "reg_max=16 .* 23 channels",
+        ),
+        (
+            lambda: without_feats(LocalisationDistillation(), [torch.ones(1, 64, 2, 2)]),
+            "reg_max=16",
+        ),
+        (lambda: without_feats(LocalisationDistillation(), {"boxes": 0}), "this is a dict"),
+        (lambda: without_feats(LogitDistillation()), "class maps has none"),
         (lambda: without_feats(SpatialImitation()), r"distill\.taps"),
     ],
 )
@@ -272,4 +278,4 @@ def test_feats_that_do_not_fit_are_refused_by_name() -> None:
         SpatialImitation()(narrow, teacher, NO_TARGETS)
     small = teacher._replace(feats={"tap0": teacher.feats["tap0"][:, :, :2]})
     with pytest.raises(UserError, match="tap0 is 2x4"):
-        ScoreWeighted(BINS)(small, small, NO_TARGETS)
+        ScoreWeighted()(small, small, NO_TARGETS)

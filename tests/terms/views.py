@@ -83,10 +83,12 @@ def altered(view: View, change: Callable[[Tensor], Tensor]) -> View:
         return change(x.detach()).requires_grad_()
 
     feats = {tap: new(feat) for tap, feat in view.feats.items()}
-    preds = view.preds
-    if preds is not None:
-        preds = [new(pred) for pred in preds]
-    return View(feats, preds, view.images)
+    if view.preds is None:
+        return View(feats, None, view.images)
+    preds = [new(pred) for pred in view.preds]
+    assert view.classes
+    classes = [pred[:, -level.shape[1] :] for pred, level in zip(preds, view.classes, strict=True)]
+    return View(feats, preds, view.images, classes)
 
 
 def edge_case(scene: Scene, case: str, far: float) -> Scene:

@@ -132,6 +132,10 @@ class YOLO11(nn.Module):
         """A fresh head for maps of these channels, at strides 8, 16 and 32."""
         return Detect(channels, len(self.names))
 
+    def class_maps(self, preds: list[Tensor]) -> list[Tensor]:
+        """-> class logits of each level, (N, K, H, W)."""
+        return [level[:, BOX_CHANNELS:] for level in preds]
+
     def loss(self, preds: list[Tensor], targets: Targets) -> Losses:
         """-> {"box", "cls", "dfl"}: means over the batch, each times its gain."""
         losses = detection_loss(preds, targets, STRIDES, REG_MAX)
