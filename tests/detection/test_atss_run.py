@@ -36,7 +36,7 @@ distill:
   taps: [p3, p4, p5]
   align: all
   attention: {{build: kdmini.distill.attention:AttentionTransfer, weight: 0.75}}
-  logits: {{build: kdmini.terms.logits:LogitDistillation, reg_max: 0, weight: 0.1}}
+  logits: {{build: kdmini.terms.logits:LogitDistillation, weight: 0.1}}
 metric: {{build: kdmini.detection.average_precision:DetectionMetric}}
 train: {{epochs: 2, batch: 8, nbs: 8, loss_scale: none, warmup_epochs: 0, ema_tau: 2}}
 """
