@@ -29,9 +29,9 @@ import numpy as np
 
 from kdmini.contracts import UserError
 from kdmini.data.folders import composed
-from kdmini.data.pictures import DEEP
+from kdmini.data.pictures import DEEP, Bits
 from kdmini.data.voc import nearest
-from kdmini.detection.samples import Bits, Marked, Samples
+from kdmini.detection.samples import Marked, Samples
 from kdmini.detection.truth import Boxes, Target
 from kdmini.files import check_kind
 from kdmini.typed import short

@@ -29,8 +29,8 @@ import numpy as np
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.folders import files, find_file, has_ending, leads_out, one_of
-from kdmini.data.pictures import DEEP, IMAGES
-from kdmini.detection.samples import SLACK, Bits, Marked, Samples
+from kdmini.data.pictures import DEEP, IMAGES, Bits
+from kdmini.detection.samples import SLACK, Marked, Samples
 from kdmini.detection.truth import Boxes, Target
 from kdmini.files import check_kind
 from kdmini.typed import short

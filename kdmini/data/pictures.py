@@ -6,11 +6,12 @@ Legend: H rows and W columns of an image.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from kdmini.bounds import Range
 from kdmini.contracts import UserError
 from kdmini.data.room import ROOM
 from kdmini.files import check_kind
@@ -23,6 +24,7 @@ UPRIGHT = 1  # where nothing is turned
 ORIENTATIONS = range(1, 9)  # its values
 QUARTER_TURNS = range(5, 9)  # those that swap width and height
 DEEP = 16  # bits of a value in a deep image
+Bits = Annotated[int, Range(8, DEEP)]  # of those, the ones that are used
 
 # Pillow asks for memory in pieces of this size. Those of its default, 16 MiB, stay with the
 # thread that had them; larger ones go back to the system with the image.
@@ -76,6 +78,18 @@ def read(path: str | Path, formats: tuple[str, ...] = FORMATS, bits: int = DEEP)
     return picture
 
 
+def remark_on_bits(used_bits: list[int | None], bits: int) -> str:
+    """Of the images of a set: whether those of 16 bits use fewer; empty if not."""
+    deep = [used for used in used_bits if used is not None]
+    most_bits = max(deep, default=DEEP)
+    if most_bits >= bits:
+        return ""
+    return (
+        f"{len(deep):,} images of 16 bits use {most_bits} of them, so they are dark "
+        f"(`bits: {max(most_bits, 8)}` scales grey ones)"
+    )
+
+
 def orientation_of(image: Image.Image) -> int:
     """As EXIF asks for it; UPRIGHT where it cannot be read, for then nobody turns the image."""
     try:
@@ -101,6 +115,8 @@ def opened(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Ima
                 size = f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,}"
                 raise Image.DecompressionBombError(size)
             yield image
+    except UserError:  # of what is in the image
+        raise
     # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others
     except Exception as error:
         reason = str(error).replace("\n", " ")

@@ -4,6 +4,9 @@
     VOC2012/Annotations/2007_000027.xml
     VOC2012/ImageSets/Main/trainval.txt     a name a line: 2007_000027
 
+    VOC2012/SegmentationClass/2007_000032.png
+    VOC2012/ImageSets/Segmentation/trainval.txt
+
 Any folder laid out like this will do. Nothing is ever written to it.
 """
 
@@ -47,11 +50,14 @@ class Places(NamedTuple):
     """Where images and annotations lie in a folder, and what an image alone is."""
 
     images: str = "JPEGImages"
-    annotations: str = "Annotations"
+    annotations: str = "Annotations"  # a path from elsewhere stands for itself
     background: bool = False  # an image without an annotation is one without objects
+    lists: str = "Main"  # folder in ImageSets
+    endings: tuple[str, ...] = ANNOTATIONS
 
 
 VOC_PLACES = Places()
+LIST = ".txt"
 
 # --- split lists
 
@@ -95,11 +101,14 @@ def list_splits(root: Path, splits: list[str], places: Places) -> list[Entry]:
 
 def list_split(root: Path, split: str, places: Places) -> list[Entry]:
     """The images of a split, in its order. `all` is every annotated image, listed or not; and
-    every other image where those are background.
+    every other image where those are background. What ends with .txt is the path of a list
+    that lies anywhere.
 
     Raises UserError, with the remedy, for a folder or a split that does not exist or
     lists nothing.
     """
+    if split.endswith(LIST) and "\0" not in split:
+        return list_own(root, Path(split).expanduser(), places)
     if ".." in split or "\0" in split:
         raise UserError(
             f"split {split!r} is not a folder and a name, like VOC2012/trainval; correct `splits`"
@@ -110,20 +119,21 @@ def list_split(root: Path, split: str, places: Places) -> list[Entry]:
         remedy = f"fetch it with `python -m kdmini.tools.download --root {root}`"
 
     candidates = (root / folder_name, root / "VOCdevkit" / folder_name)
-    folder = next((path for path in candidates if (path / places.annotations).is_dir()), None)
+    folder = next((path for path in candidates if has_places(path, places)), None)
     if folder is None:
-        found = other_places(root, folder_name, name)
+        found = other_places(root, folder_name, name) if places.endings == ANNOTATIONS else ""
         raise UserError(
             f"{root / folder_name}: no such folder, or no {places.annotations} in it; "
             f"{found or remedy}"
         )
 
     known = known_names(folder, places)
-    lists = files(folder / "ImageSets" / "Main")
-    path = Path(one_of(lists.get(composed(name), []), (".txt",)))
+    place = folder / "ImageSets" / places.lists
+    lists = files(place)
+    path = Path(one_of(lists.get(composed(name), []), (LIST,)))
     if name == "all":
         names = sorted(known.all)
-        listed = listed_in(folder / "ImageSets" / "Main" / "trainval.txt", known.some)
+        listed = listed_in(place, known.some)
         print(f"{split}: {len(names):,} {known.title}{listed}")
     elif path.name:
         names = read_ids(path, known.some)
@@ -131,11 +141,36 @@ def list_split(root: Path, split: str, places: Places) -> list[Entry]:
         # with a `_` in their names are VOC's lists per class
         usual = sorted(list_name for list_name in lists if "_" not in list_name)
         choice = ", ".join(usual) or "no list"
-        missing = folder / "ImageSets" / "Main" / name
-        raise UserError(f"{missing}.txt: no such split ({choice}, and `all`); {remedy}")
+        raise UserError(f"{place / name}.txt: no such split ({choice}, and `all`); {remedy}")
     if not names:
         raise UserError(f"{folder}: split {name!r} lists no image; {remedy}")
     return [Entry(folder, image) for image in names]
+
+
+def list_own(root: Path, path: Path, places: Places) -> list[Entry]:
+    """The images in root itself that a list from anywhere names, in its order.
+
+    A line may name them as the usual lists of the masks of SBD do,
+    `/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png`. Raises UserError.
+    """
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{path}: no such file; correct `splits`, where what ends with {LIST} is the path "
+            "of a list"
+        )
+    if not has_places(root, places):
+        raise UserError(
+            f"{root}: no such folder, or no {places.annotations} in it; for a list of your own "
+            f"`root` is the folder of {places.images} itself"
+        )
+    names = read_ids(path, known_names(root, places).some, f"{places.images}/")
+    if not names:
+        raise UserError(f"{path}: lists no image; correct it or `splits`")
+    return [Entry(root, image) for image in names]
+
+
+def has_places(folder: Path, places: Places) -> bool:
+    return folder.is_dir() and (folder / places.annotations).is_dir()
 
 
 class Known(NamedTuple):
@@ -147,7 +182,7 @@ class Known(NamedTuple):
 
 
 def known_names(folder: Path, places: Places) -> Known:
-    annotated = names_with(files(folder / places.annotations), ANNOTATIONS)
+    annotated = names_with(files(folder / places.annotations), places.endings)
     pictured = names_with(files(folder / places.images), IMAGES)
     alone = pictured - annotated
     known = annotated | pictured
@@ -156,7 +191,8 @@ def known_names(folder: Path, places: Places) -> Known:
 
     remarks = ["annotated images"]
     if alone:
-        remarks.append(f"{len(alone):,} without an annotation left out (or set background=true)")
+        way_out = " (or set background=true)" if places.endings == ANNOTATIONS else ""
+        remarks.append(f"{len(alone):,} without an annotation left out{way_out}")
     others = list(os.scandir(folder / places.annotations))
     left_by_macos = sum(item.name.startswith(APPLE_DOUBLE) for item in others)
     if left_by_macos:
@@ -167,18 +203,21 @@ def known_names(folder: Path, places: Places) -> Known:
     return Known(annotated, known, ", ".join(remarks))
 
 
-def listed_in(trainval: Path, known: Collection[str]) -> str:
+def listed_in(place: Path, known: Collection[str]) -> str:
     """How many images the usual list has, as the end of a line; empty without the list."""
+    trainval = place / f"trainval{LIST}"
     if not trainval.is_file():
         return ""
-    return f", of which ImageSets/Main/trainval lists {len(read_ids(trainval, known)):,}"
+    count = len(read_ids(trainval, known))
+    return f", of which ImageSets/{place.name}/trainval lists {count:,}"
 
 
-def read_ids(path: Path, known: Collection[str]) -> list[str]:
+def read_ids(path: Path, known: Collection[str], images: str = "") -> list[str]:
     """The names in a split file, in order. Raises UserError for one that leads elsewhere.
 
     known: the names of files. A line is the name that it begins with, whatever ending or
     columns come after it: VOC's lists per class have -1, 0 or 1 there, VoTT's endings too.
+    images: the folder, as "JPEGImages/", that may stand before a name.
     """
     check_kind(path)
     names = []
@@ -187,7 +226,7 @@ def read_ids(path: Path, known: Collection[str]) -> list[str]:
         line = composed(text.strip())
         if not line:
             continue
-        name = name_in(line, known)
+        name = name_in(without_folder(line, images), known)
         if name not in known and (".." in name or re.search(r"[/\\\0]", name)):
             raise UserError(f"{path}: {name!r} is not the name of an image; names have no folder")
         names.append(name)
@@ -206,6 +245,12 @@ def name_in(line: str, known: Collection[str]) -> str:
                 return name
         rest = re.sub(r"\s*\S+$", "", rest)
     return without_ending(re.sub(r"\s+(-1|0|1)$", "", line))
+
+
+def without_folder(line: str, images: str) -> str:
+    """ "a.jpg" of "/JPEGImages/a.jpg /SegmentationClassAug/a.png"; else the line."""
+    path = re.match(rf"/?{re.escape(images)}(\S+)", line) if images else None
+    return path[1] if path else line
 
 
 def without_ending(name: str) -> str:
@@ -252,6 +297,14 @@ def photograph(entry: Entry, places: Places = VOC_PLACES) -> tuple[str, str]:
 
 
 # --- class names
+
+
+def class_names(names: list[str] | None, usual: list[str]) -> list[str]:
+    """Those given, or else the usual ones. Raises UserError where one of them comes twice."""
+    known = list(usual if names is None else names)
+    if not known or len(set(known)) < len(known):
+        raise UserError(f"`names` is empty or names a class twice: {known}")
+    return known
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -5,17 +5,22 @@ Legend: G objects of an image.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from kdmini.bounds import Range
 from kdmini.contracts import BadObjects, UserError
-from kdmini.data.pictures import DEEP, QUARTER_TURNS, UPRIGHT, Decoded, read
+from kdmini.data.pictures import (
+    DEEP,
+    QUARTER_TURNS,
+    UPRIGHT,
+    Decoded,
+    read,
+    remark_on_bits,
+)
 from kdmini.detection.truth import Target
 
 Size = tuple[int, int]  # width, height
-Bits = Annotated[int, Range(8, DEEP)]
 
 MIN_SIDE = 1  # pixels; a box with less inside the image is dropped
 SLACK = 0.01  # of a side, and a pixel: what careless tools put outside
@@ -129,14 +134,8 @@ class Samples:
         if outside:
             images = sum(count.outside > 0 for count in counts)
             remarks.append(f"{outside:,} boxes mostly outside the picture in {images:,} images")
-        used_bits = [count.used_bits for count in counts if count.used_bits is not None]
-        most_bits = max(used_bits, default=DEEP)
-        if most_bits < self.bits:
-            remarks.append(
-                f"{len(used_bits):,} images of 16 bits use {most_bits} of them, so they are dark "
-                f"(`bits: {max(most_bits, 8)}` scales grey ones)"
-            )
-        return ", ".join(remarks)
+        dark = remark_on_bits([count.used_bits for count in counts], self.bits)
+        return ", ".join([*remarks, dark] if dark else remarks)
 
 
 def check_enough(counts: list[Count]) -> None:

@@ -12,9 +12,17 @@ from tqdm import tqdm
 
 from kdmini.contracts import UserError
 from kdmini.data.folders import ANNOTATIONS, composed, files, find_file, one_of
-from kdmini.data.pictures import DEEP, IMAGES
-from kdmini.data.voc import VOC_NAMES, Entry, Places, list_images, nearest, photograph
-from kdmini.detection.samples import Bits, Marked, Samples
+from kdmini.data.pictures import DEEP, IMAGES, Bits
+from kdmini.data.voc import (
+    VOC_NAMES,
+    Entry,
+    Places,
+    class_names,
+    list_images,
+    nearest,
+    photograph,
+)
+from kdmini.detection.samples import Marked, Samples
 from kdmini.detection.truth import Boxes, Target
 from kdmini.detection.voc_xml import NOTHING, Annotation, read_annotation
 from kdmini.typed import short
@@ -39,7 +47,8 @@ class VOC:
     root: the folder that holds VOC2007 and VOC2012, or its parent with VOCdevkit/ inside.
     splits: "VOC2012/trainval" is ImageSets/Main/trainval.txt of that folder; "train",
         without a folder, belongs to root itself; the name `all` stands for every
-        annotation file, listed or not.
+        annotation file, listed or not; "my/list.txt" is a list that lies anywhere, of images
+        in root itself.
     names: the classes, in the order of the labels; the twenty of VOC by default.
     exclude: splits whose photographs are left out, under whatever id they appear.
     images: folder of the images in that of the split; `.` is the folder itself.
@@ -73,10 +82,7 @@ class VOC:
         bits: Bits = DEEP,
         as_stored: bool = False,
     ):
-        self.names = list(VOC_NAMES if names is None else names)
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise UserError(f"`names` is empty or names a class twice: {self.names}")
-
+        self.names = class_names(names, VOC_NAMES)
         # absolute, not resolved: a folder that is a link keeps its own name
         folder = Path(root).expanduser().absolute()
         self.places = Places(images, annotations, background)
