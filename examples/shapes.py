@@ -2,7 +2,8 @@
 
 One to four filled shapes lie on a textured ground, the later ones over the earlier. As
 in VOC, a box is tight around what can be seen, and an object of which little can be seen
-is `difficult`.
+is `difficult`. A mask has the index of the shape in each pixel, 0 of the ground, and 255,
+void, along borders: for segmentation, the names are `ground` and the shapes.
 
 Legend: H, W image size; h, w size of one object's stamp; P corners of an outline.
 """
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from kdmini import output
 from kdmini.bounds import Count, Range, Seed
 from kdmini.contracts import UserError
+from kdmini.data.palette import with_palette
+from kdmini.segmentation.truth import VOID
 from kdmini.typed import argument
 
 SHAPE_NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -52,6 +55,7 @@ class Scene(NamedTuple):
     image: Image.Image
     things: list[Thing]  # without those of which nothing can be seen
     owner: np.ndarray  # (H, W) number of the object seen there, -1 the ground
+    mask: np.ndarray  # (H, W) uint8, 1 + its place in SHAPE_NAMES, 0 the ground, 255 void
 
 
 def outline(name: str) -> np.ndarray:
@@ -183,7 +187,24 @@ def draw_scene(seed: int, index: int, size: int) -> Scene:
         if seen.any():
             difficult = bool(seen.sum() < (1 - HIDDEN) * area)
             things.append(Thing(name, box_around(seen), difficult))
-    return Scene(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), things, owner)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return Scene(image, things, owner, mask_of(owner, names))
+
+
+def mask_of(owner: np.ndarray, names: list[str]) -> np.ndarray:
+    """Which object is seen where, (H, W) -> indices (H, W) uint8; names: of the objects.
+
+    Void are pixels that have another object, or the ground, above, below or beside them.
+    """
+    indices = [SHAPE_NAMES.index(name) + 1 for name in names]
+    mask = np.array([*indices, 0], np.uint8)[owner]  # -1, the ground, is the last
+    upright = owner[1:] != owner[:-1]
+    level = owner[:, 1:] != owner[:, :-1]
+    mask[1:][upright] = VOID
+    mask[:-1][upright] = VOID
+    mask[:, 1:][level] = VOID
+    mask[:, :-1][level] = VOID
+    return mask
 
 
 def box_around(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -223,7 +244,14 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
     Raises UserError where another one is there, made with other settings or otherwise.
     """
     settings = json.dumps(
-        {"train": train, "val": val, "size": size, "seed": seed, "names": SHAPE_NAMES}
+        {
+            "train": train,
+            "val": val,
+            "size": size,
+            "seed": seed,
+            "names": SHAPE_NAMES,
+            "masks": True,
+        }
     )
     root = root.expanduser().absolute()
     note = root / "settings.json"
@@ -249,11 +277,12 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
 
 
 def write_scenes(root: Path, train: int, val: int, size: int, seed: int) -> None:
-    """Images, annotations and split lists; those to validate on come after the others."""
+    """Images, boxes, masks and split lists; those to validate on come after the others."""
     images = root / "JPEGImages"
     annotations = root / "Annotations"
-    splits = root / "ImageSets" / "Main"
-    for folder in (images, annotations, splits):
+    masks = root / "SegmentationClass"
+    lists = [root / "ImageSets" / task for task in ("Main", "Segmentation")]
+    for folder in (images, annotations, masks, *lists):
         folder.mkdir(parents=True)
 
     ids = [f"{index:06}" for index in range(train + val)]
@@ -261,8 +290,10 @@ def write_scenes(root: Path, train: int, val: int, size: int, seed: int) -> None
         scene = draw_scene(seed, index, size)
         scene.image.save(images / f"{id}.jpg", quality=QUALITY)
         (annotations / f"{id}.xml").write_text(to_xml(id, scene.image, scene.things))
+        with_palette(scene.mask).save(masks / f"{id}.png")
     for split, members in {"train": ids[:train], "val": ids[train:]}.items():
-        (splits / f"{split}.txt").write_text("".join(f"{id}\n" for id in members))
+        for folder in lists:
+            (folder / f"{split}.txt").write_text("".join(f"{id}\n" for id in members))
 
 
 def main(argv: list[str] | None = None) -> None:

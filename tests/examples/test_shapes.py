@@ -19,6 +19,7 @@ from examples.shapes import (
 )
 from kdmini.contracts import UserError
 from kdmini.detection.voc import VOC
+from kdmini.segmentation.voc import VOC as Segmentation
 
 
 def digests(root):
@@ -172,6 +173,79 @@ def test_the_set_is_read_back_as_it_was_drawn(tmp_path, split, numbers):
         assert names == [thing.name for thing in scene.things]
         assert target["difficult"].tolist() == [thing.difficult for thing in scene.things]
     assert dataset.report() == ""
+
+
+CLASSES = ["ground", *SHAPE_NAMES]
+VOID = 255
+
+
+def test_a_mask_names_what_is_seen_and_is_void_along_borders(larger_scenes):
+    """Pixel by pixel, of a few scenes, and in all of them inside of objects and ground."""
+    for scene in larger_scenes[:3]:
+        owner = np.pad(scene.owner, 1, mode="edge")
+        for row, column in np.ndindex(scene.mask.shape):
+            y, x = row + 1, column + 1
+            around = {owner[y - 1, x], owner[y + 1, x], owner[y, x - 1], owner[y, x + 1]}
+            is_border = around != {owner[y, x]}
+            assert (scene.mask[row, column] == VOID) == is_border
+    for scene in larger_scenes:
+        solid = scene.mask != VOID
+        assert ((scene.mask == 0) == (scene.owner < 0))[solid].all()
+        seen = [number for number in range(scene.owner.max() + 1) if (scene.owner == number).any()]
+        for number, thing in zip(seen, scene.things, strict=True):
+            indices = scene.mask[solid & (scene.owner == number)]
+            assert set(indices.tolist()) <= {CLASSES.index(thing.name)}
+
+
+def test_void_leaves_something_of_every_shape(larger_scenes):
+    pixels = sum(np.bincount(scene.mask.ravel(), minlength=256) for scene in larger_scenes)
+    assert (pixels[: len(CLASSES)] > 0.005 * pixels.sum()).all()
+    assert 0.02 < pixels[VOID] / pixels.sum() < 0.05
+    assert pixels[len(CLASSES) : VOID].sum() == 0
+
+
+EXPECTED = [  # width and height, sum of the pixels, things
+    (
+        (109, 139),
+        6656562,
+        [("circle", (10, 1, 61, 50), False), ("circle", (40, 39, 102, 89), False)],
+    ),
+    (
+        (128, 106),
+        5872814,
+        [
+            ("ring", (37, 45, 73, 85), False),
+            ("triangle", (42, 66, 57, 85), False),
+            ("square", (92, 82, 113, 100), False),
+        ],
+    ),
+    ((76, 79), 3137438, [("ring", (41, 45, 61, 69), False)]),
+]
+
+
+def test_masks_do_not_change_pictures_and_boxes():
+    """As they were drawn before there were masks; a sum, as sines may differ in a last bit."""
+    drawn = []
+    for seed, index, size in ((0, 0, 128), (0, 319, 128), (7, 3, 64)):
+        scene = draw_scene(seed, index, size)
+        total = int(np.asarray(scene.image).sum())
+        drawn.append((scene.image.size, total, [tuple(thing) for thing in scene.things]))
+    for (size, total, things), expected in zip(drawn, EXPECTED, strict=True):
+        assert (size, things) == (expected[0], expected[2])
+        assert total == pytest.approx(expected[1], abs=100)
+
+
+@pytest.mark.parametrize("split, numbers", [("train", range(6)), ("val", range(6, 9))])
+def test_masks_are_read_back_as_they_were_drawn(tmp_path, split, numbers):
+    write_set(tmp_path / "set", train=6, val=3, size=64, seed=4)
+    dataset = Segmentation(str(tmp_path / "set"), [split], names=CLASSES)
+    boxes = VOC(str(tmp_path / "set"), [split], names=SHAPE_NAMES)
+    assert dataset.photographs == boxes.photographs
+    for sample, index in enumerate(numbers):
+        image, target = dataset[sample]
+        np.testing.assert_array_equal(target["mask"], draw_scene(4, index, 64).mask)
+        assert target["id"] == boxes[sample][1]["id"]
+        np.testing.assert_array_equal(image, boxes[sample][0])
 
 
 def test_same_settings_same_bytes_and_other_seeds_differ(tmp_path):
