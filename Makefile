@@ -81,6 +81,8 @@ $(ORACLE)/.installed: pyproject.toml Makefile
 	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/torchdistill --no-deps torchdistill==1.1.5
 	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/object-detection-metrics --no-deps \
 		object-detection-metrics==0.4.post1 shapely
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/torchmetrics --no-deps \
+		torchmetrics==1.9.0 lightning-utilities
 	touch $@
 
 # what things cost, beside the references if `make parity` has installed them: a quarter of an hour

@@ -50,7 +50,7 @@ class Places(NamedTuple):
     """Where images and annotations lie in a folder, and what an image alone is."""
 
     images: str = "JPEGImages"
-    annotations: str = "Annotations"  # a path from elsewhere stands for itself
+    annotations: str = "Annotations"  # an absolute path stands for itself
     background: bool = False  # an image without an annotation is one without objects
     lists: str = "Main"  # folder in ImageSets
     endings: tuple[str, ...] = ANNOTATIONS

@@ -47,8 +47,8 @@ class VOC:
         that and the twenty of VOC.
     exclude: splits whose photographs are left out, under whatever id they appear.
     images: folder of the images in that of the split; `.` is the folder itself.
-    masks: folder of the masks, likewise, or a path from elsewhere, as of those of SBD: PNGs
-        whose pixels are indices, in mode P or L, 255 void.
+    masks: folder of the masks, likewise, or an absolute path, as of those of SBD: PNGs whose
+        pixels are indices, in mode P or L, 255 void.
     bits: used of images of 16 bits, such as 12 of a thermal camera; they are scaled to 8.
     as_stored: masks belong to the pixels as they are stored, whatever EXIF says; else an
         image of which that is not clear is an error.
@@ -82,8 +82,10 @@ class VOC:
 
         # absolute, not resolved: a folder that is a link keeps its own name
         folder = Path(root).expanduser().absolute()
-        place = str(Path(masks).expanduser())
-        self.places = Places(images, place, lists="Segmentation", endings=MASKS)
+        place = Path(masks).expanduser()
+        if place.is_absolute() and not place.is_dir():
+            raise UserError(f"{place}: no such folder; correct `masks`")
+        self.places = Places(images, str(place), lists="Segmentation", endings=MASKS)
         entries = list_images(folder, splits, exclude or [], self.places)
         self.photographs = {photograph(entry, self.places) for entry in entries}
         self.records = find_records(entries, self.places)

@@ -49,12 +49,23 @@ SECTIONS = [
         "kdmini.detection.voc:VOC",
         "A folder laid out like PASCAL VOC. Other layouts: [own.md](own.md).",
     ),
+    Section(
+        "data.train, data.val: VOC with masks",
+        "kdmini.segmentation.voc:VOC",
+        "A folder laid out like PASCAL VOC, for segmentation.",
+    ),
     Section("student, teacher: YOLO11", "kdmini.detection.yolo11.model:YOLO11", "", ("names",)),
     Section("student, teacher: ATSS", "kdmini.detection.atss:ATSS", "", ("names",)),
     Section(
         "metric: DetectionMetric",
         "kdmini.detection.average_precision:DetectionMetric",
         "AP50-95, AP50 and AP75 as COCO has them, VOC07 and VOC.",
+        ("names",),
+    ),
+    Section(
+        "metric: MeanIoU",
+        "kdmini.segmentation.mean_iou:MeanIoU",
+        "mIoU, the accuracy of pixels and its mean over classes, mAcc.",
         ("names",),
     ),
     Section("train", "kdmini.optim:Recipe", "How a run is trained."),

@@ -154,12 +154,42 @@ def write_settings(folder: Path, shapes: Path, *fragments: dict[str, Any]) -> Pa
 def test_every_block_is_used() -> None:
     names = {block.partition(".py\n")[0].removeprefix("# ") for block in blocks(PAGE, "python")}
     assert names == FILES
-    assert len(blocks(PAGE, "yaml")) == 8
+    assert len(blocks(PAGE, "yaml")) == 10
+
+
+def masks_of(dataset: Any) -> dict[str, np.ndarray]:
+    """Name of an image -> its mask."""
+    targets = [dataset[index][1] for index in range(len(dataset))]
+    return {Path(target["id"]).name: target["mask"] for target in targets}
+
+
+def test_masks_are_read_in_both_layouts(here: Path, shapes: Path) -> None:
+    usual = fragment("segmentation.voc:VOC, splits: [train]")["data"]
+    for split in ("train", "val"):
+        usual[split]["names"] = ["ground", *NAMES]
+    shutil.copytree(shapes, here / usual["root"])
+    sets = config.call(make_sets, usual, "data")
+    assert (len(sets.train), len(sets.val)) == (24, 8)
+
+    added = fragment("train_aug.txt")["data"]
+    root = here / added["root"]
+    shutil.copytree(shapes, root)
+    (root / "SegmentationClass").rename(root / "SegmentationClassAug")
+    (root / "SegmentationClass").mkdir()
+    for name in (root / "ImageSets/Segmentation/val.txt").read_text().split():
+        shutil.copy(root / f"SegmentationClassAug/{name}.png", root / "SegmentationClass")
+    every = [f"{path.stem}\n" for path in (root / "JPEGImages").iterdir()]
+    (here / added["train"]["splits"][0]).write_text("".join(every))
+    again = config.call(make_sets, added, "data")
+    assert (len(again.train), len(again.val)) == (24, 8)
+    masks = masks_of(sets.train)
+    for name, mask in masks_of(again.train).items():
+        assert np.array_equal(mask, masks[name])
 
 
 @pytest.mark.parametrize("kind", ["VOC", "YoloTxt", "CocoJson", "CsvBoxes"])
 def test_a_set_is_read_in_each_layout(kind: str, here: Path, shapes: Path, scenes: Scenes) -> None:
-    section = with_names(fragment(f":{kind}")["data"])
+    section = with_names(fragment("detection.voc:VOC" if kind == "VOC" else f":{kind}")["data"])
     root = here / section["root"]
     if kind == "VOC":
         shutil.copytree(shapes, root)

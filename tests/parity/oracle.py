@@ -19,8 +19,8 @@ def oracle(script: str, *args: object, version: str = "8.3.250") -> str:
 
     KDMINI_ORACLE names a folder with one folder for each reference, into which `pip
     install --target ... --no-deps` put it: ultralytics 8.3.0, 8.3.250, 8.4.0 and
-    newest, torchdistill, object-detection-metrics; `version` says which. Where it is
-    not set, the test is skipped. The script sees neither kdmini nor the network, and
+    newest, torchdistill, object-detection-metrics, torchmetrics; `version` says which.
+    Where it is not set, the test is skipped. The script sees neither kdmini nor the network, and
     its settings go to a folder that is deleted.
     """
     folder = os.environ.get("KDMINI_ORACLE")

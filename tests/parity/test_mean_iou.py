@@ -75,4 +75,4 @@ def test_torchmetrics(tmp_path: Path) -> None:
             *(own_accuracies - accuracies),
         )
         largest = max(map(abs, differences))
-        witness("Metrics: mean IoU, overall and by class", "torchmetrics", largest, DIGITS)
+        witness("Metrics: mean IoU, overall and by class", "torchmetrics 1.9.0", largest, DIGITS)

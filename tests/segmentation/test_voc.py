@@ -342,6 +342,15 @@ def test_lists_of_ones_own_are_checked(with_sbd, monkeypatch, text, said):
         VOC(".", ["own.txt"])
 
 
+def test_masks_elsewhere_have_to_be_there(with_sbd):
+    for masks, said in (
+        (with_sbd / "sdb", "sdb: no such folder; correct `masks`"),
+        ("x", "no x in"),
+    ):
+        with pytest.raises(UserError, match=said):
+            VOC(str(with_sbd), ["VOC2012/val"], masks=str(masks))
+
+
 def test_a_photograph_is_the_same_to_detection(with_sbd):
     (with_sbd / "VOCdevkit/VOC2012/Annotations").mkdir()
     boxes = Detection(str(with_sbd), ["VOC2012/all"], background=True)
