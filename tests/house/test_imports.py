@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "terms": ("distill",),
     # a model never learns that it is distilled
     "detection": ("data", "checkpoint", "classes", "files", "typed", "weightfile"),
+    "segmentation": ("data", "checkpoint", "classes", "files", "typed", "weightfile"),
     # models, data and terms arrive as arguments
     "engine": ("progress", "device", "optim", "distributed", "signals"),
     # models, data sets and terms are named in the config
