@@ -19,18 +19,11 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d  # over the channels of each cell
 
 from kdmini.bounds import Range
-from kdmini.contracts import Losses, Prediction, Targets
-from kdmini.segmentation import maps
+from kdmini.segmentation.maps import Segmenter
 from kdmini.segmentation.scan import cross_merge, cross_scan, scan, state_affinity
 from kdmini.weightfile import fill, trained_tensors
 
-# of red, green and blue, of ImageNet
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
 DT_RANGE = (0.001, 0.1)  # of dt before training, drawn log-uniform
-
-Scale = Literal["pico", "t_s1l8", "t_s2l5", "s_s1l20", "s_s2l15", "b_s2l15"]
 
 
 class Size(NamedTuple):
@@ -42,7 +35,7 @@ class Size(NamedTuple):
 
 
 # the published ones, and one that is ours
-SIZES: dict[Scale, Size] = {
+SIZES = {
     "pico": Size((2, 2, 2, 2), 32, 1),
     "t_s1l8": Size((2, 2, 8, 2), 96, 1),
     "t_s2l5": Size((2, 2, 5, 2), 96, 2),
@@ -52,82 +45,60 @@ SIZES: dict[Scale, Size] = {
 }
 
 
-class VMamba(nn.Module):
-    """The network; its taps are encoder.stages.0 to encoder.stages.3, at strides 4 to 32, and
-    encoder.stages.3.B.mixer.graph, what the positions hand to each other in its block B.
+class VMamba(Segmenter):
+    """The network; its taps are stages.0 to stages.3 (strides 4 to 32) and decoder, the map
+    before the classes (stride 4).
 
-    `preds`: [class logits (N, K, H / 4, W / 4)].
-    scale: pico, or one that the authors published.
-    width: channels of the head.
+    stages.3.B.mixer.graph gives what the positions hand to each other in block B of the last
+    stage, (N, 4, P, P), an order of the scan each; what it costs is paid only where it is
+    tapped.
+    `preds`: [logits (N, K, H / 4, W / 4)].
+    size: of the network, pico or one that the authors published.
+    width: channels of the decoder.
     weights: a best.pt of this network.
     """
-
-    stride = 32
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
         names: list[str],
-        scale: Scale = "pico",
+        size: Literal["pico", "t_s1l8", "t_s2l5", "s_s1l20", "s_s2l15", "b_s2l15"] = "pico",
         width: Annotated[int, Range(1, 4096)] = 128,
         weights: str | None = None,
     ):
-        super().__init__()
-        self.names = list(names)
-        self.card: dict[str, Any] = {"network": "VMamba", "scale": scale, "width": width}
-        self.encoder = Encoder(SIZES[scale])
-        self.head = Head(self.encoder.channels, width, len(self.names))
-        # not in the state_dict, as nothing learns them
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        super().__init__(names)
+        self.card: dict[str, Any] = {"network": "VMamba", "size": size, "width": width}
+        depths, first, expansion = SIZES[size]
+        dims = [first * 2**stage for stage in range(len(depths))]
+        self.stem = nn.Sequential(halving(3, first // 2), nn.GELU(), halving(first // 2, first))
+        self.stages = nn.ModuleList()
+        for channels, depth in zip(dims, depths, strict=True):
+            last = channels == dims[-1]
+            blocks = [Block(channels, expansion * channels, last) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
+        self.downsamples = nn.ModuleList(halving(c, 2 * c) for c in dims[:-1])
+        self.decoder = Decoder(dims, width)
+        self.dropout = nn.Dropout2d(0.1)  # of whole channels
+        self.classifier = nn.Conv2d(width, len(self.names), 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)  # as every class is as likely
         if weights:
             tensors = trained_tensors(weights, self.names, self.card)
             fill(self, tensors, weights)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) RGB 0..1, sides divisible by 32 -> preds."""
-        return [self.head(self.features(images))]
+        """(N, 3, H, W) RGB 0..1 -> preds."""
+        return [self.classifier(self.dropout(self._fused(images)))]
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """What the head reads."""
-        return self.encoder((images - self.mean) / self.std)
+    def features(self, images: Tensor) -> None:
+        """Runs all but the classifier, for the hooks."""
+        self._fused(images)
 
-    def class_maps(self, preds: list[Tensor]) -> list[Tensor]:
-        return preds
-
-    def loss(self, preds: list[Tensor], targets: Targets) -> Losses:
-        return maps.loss(preds, targets)
-
-    @torch.no_grad()
-    def decode(self, preds: list[Tensor]) -> list[Prediction]:
-        return maps.decode(preds)
-
-
-class Encoder(nn.Module):
-    """Four stages, each at half the size and twice the channels of the one before."""
-
-    def __init__(self, size: Size):
-        super().__init__()
-        first = size.channels
-        self.channels = [first * 2**stage for stage in range(4)]
-        self.stem = nn.Sequential(halving(3, first // 2), nn.GELU(), halving(first // 2, first))
-        self.stages = nn.ModuleList()
-        self.downsamples = nn.ModuleList(halving(c, 2 * c) for c in self.channels[:-1])
-        for stage, depth in enumerate(size.depths):
-            channels = self.channels[stage]
-            last = stage == len(size.depths) - 1
-            blocks = [Block(channels, size.expansion * channels, last) for _ in range(depth)]
-            self.stages.append(nn.Sequential(*blocks))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """-> what each stage gives, (N, C, H, W) at strides 4, 8, 16 and 32."""
-        x = self.stages[0](self.stem(images))
-        outputs = [x]
+    def _fused(self, images: Tensor) -> Tensor:
+        x = self.stages[0](self.stem(self.normalised(images)))
+        feats = [x]  # (N, C, H, W) of each stage, before the next one halves it
         for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
             x = stage(downsample(x))
-            outputs.append(x)
-        return outputs
+            feats.append(x)
+        return self.decoder(feats)
 
 
 class Block(nn.Module):
@@ -203,30 +174,27 @@ class SS2D(nn.Module):
         return y.sum(1) + skip[:, None, None] * u
 
 
-class Head(nn.Module):
-    """SegFormer's: every stage to `width` channels and the size of the first, one layer over
-    all of them, and the classes.
+class Decoder(nn.Module):
+    """SegFormer's: every stage to `width` channels and the size of the first, then one layer
+    over all of them. As in VMamba's own, a norm stands before it.
     """
 
-    def __init__(self, channels: Sequence[int], width: int, num_classes: int):
+    def __init__(self, dims: Sequence[int], width: int):
         super().__init__()
-        self.levels = nn.ModuleList(
-            nn.Sequential(LayerNorm2d(c), dense(c, width)) for c in channels
+        levels = [nn.Sequential(LayerNorm2d(c), dense(c, width)) for c in dims]
+        self.levels = nn.ModuleList(levels)
+        self.fuse = nn.Sequential(
+            nn.Conv2d(len(dims) * width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
-        self.fuse = nn.Conv2d(len(channels) * width, width, 1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.dropout = nn.Dropout2d(0.1)
-        self.classes = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, feats: Sequence[Tensor]) -> Tensor:
-        """(N, C, H, W) of every stage -> class logits (N, K, H, W) at the size of the first."""
+        """(N, C, H, W) of every stage -> (N, width, H, W) at the size of the first."""
         size = feats[0].shape[2:]
         levels = []
         for level, feat in zip(self.levels, feats, strict=True):
             x = F.interpolate(level(feat), size, mode="bilinear", align_corners=False)
             levels.append(x)
-        fused = self.fuse(torch.cat(levels[::-1], 1))  # deepest first
-        return self.classes(self.dropout(F.relu(self.norm(fused))))
+        return self.fuse(torch.cat(levels[::-1], 1))  # deepest first
 
 
 def halving(c_in: int, c_out: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ from kdmini.contracts import UserError
 from kdmini.distill.taps import Taps
 from kdmini.optim import Recipe, make_sgd
 from kdmini.segmentation import mamba
-from kdmini.segmentation.mamba import SIZES, SS2D, Head, Size, VMamba
+from kdmini.segmentation.mamba import SIZES, SS2D, Decoder, Size, VMamba
 from tests.segmentation.sequential import ss2d
 
 NAMES = [str(number) for number in range(21)]
@@ -50,12 +50,13 @@ def mixer(channels: int = 20) -> SS2D:
 # --- the network
 
 
-@pytest.mark.parametrize("scale", PUBLISHED)
-def test_the_size_is_that_of_the_released_network(scale: str) -> None:
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_size_is_that_of_the_released_network(size: str) -> None:
     with torch.device("meta"):
-        encoder = VMamba(NAMES, scale).encoder
-    last = encoder.channels[-1]
-    assert count(encoder) + 2 * last + 1000 * last + 1000 == PUBLISHED[scale]
+        model = VMamba(NAMES, size)
+    encoder = count(model) - count(model.decoder) - count(model.classifier)
+    last = 8 * SIZES[size].channels
+    assert encoder + 2 * last + 1000 * last + 1000 == PUBLISHED[size]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,15 @@ def test_channels_last_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(other, plain, atol=1e-6)
 
 
+def test_a_folded_copy_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(monkeypatch)
+    torch.nn.init.uniform_(model.decoder.fuse[1].running_var)
+    images = torch.rand(1, 3, 64, 64)
+    before = model(images)[0]
+    assert torch.allclose(model.fold()(images)[0], before, atol=1e-6)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+
+
 def test_a_best_pt_is_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = tiny(monkeypatch)
     path = tmp_path / "best.pt"
@@ -119,17 +129,16 @@ def test_a_best_pt_is_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         VMamba(NAMES[:3], width=16, weights=str(path))
 
 
-def test_the_head_reads_all_stages_at_the_size_of_the_first_deepest_first() -> None:
-    head = Head([4, 6, 8], 5, 5).eval()
+def test_the_decoder_reads_all_stages_at_the_size_of_the_first_deepest_first() -> None:
+    decoder = Decoder([4, 6, 8], 5).eval()
     feats = [torch.randn(1, 4, 8, 8), torch.randn(1, 6, 4, 4), torch.randn(1, 8, 2, 2)]
-    torch.nn.init.eye_(head.classes.weight.data[..., 0, 0])
-    torch.nn.init.zeros_(head.classes.bias)
+    fuse = decoder.fuse[0].weight.data
     for place, stage in enumerate((2, 1, 0)):
-        head.fuse.weight.data.zero_()
-        head.fuse.weight.data[:, 5 * place : 5 * place + 5, 0, 0] = torch.eye(5)
-        level = head.levels[stage](feats[stage])
+        fuse.zero_()
+        fuse[:, 5 * place : 5 * place + 5, 0, 0] = torch.eye(5)
+        level = decoder.levels[stage](feats[stage])
         expected = F.interpolate(level, (8, 8), mode="bilinear").relu()
-        assert torch.allclose(head(feats), expected, atol=1e-5)
+        assert torch.allclose(decoder(feats), expected, atol=1e-5)
 
 
 # --- the selective scan of a map
@@ -186,25 +195,26 @@ def test_decays_skips_biases_and_norms_are_free_of_weight_decay() -> None:
 
 def test_the_taps_are_the_stages_before_they_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(monkeypatch)
-    taps = Taps(model, [f"encoder.stages.{stage}" for stage in range(4)])
+    taps = Taps(model, [*(f"stages.{stage}" for stage in range(4)), "decoder"])
     read = []
-    for downsample in model.encoder.downsamples:
+    for downsample in model.downsamples:
         downsample.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     with torch.no_grad():
         model.features(torch.rand(2, 3, 64, 96))
     feats = list(taps.take().values())
     shapes = [tuple(feat.shape) for feat in feats]
-    assert shapes == [(2, 8, 16, 24), (2, 16, 8, 12), (2, 32, 4, 6), (2, 64, 2, 3)]
+    assert shapes[:4] == [(2, 8, 16, 24), (2, 16, 8, 12), (2, 32, 4, 6), (2, 64, 2, 3)]
+    assert shapes[4] == (2, 8, 16, 24)
     assert all(feat is x for feat, x in zip(feats[:3], read, strict=True))
 
 
 def test_a_tap_on_the_graph_is_the_affinity_of_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one input for all channels, the mean over them of y is the mean of M times that."""
     model = tiny(monkeypatch)
-    taps = Taps(model, ["encoder.stages.3.1.mixer.graph"])
+    taps = Taps(model, ["stages.3.1.mixer.graph"])
     with torch.no_grad():
         model(torch.rand(2, 3, 64, 96))
-    assert taps.take()["encoder.stages.3.1.mixer.graph"].shape == (2, 4, 6, 6)
+    assert taps.take()["stages.3.1.mixer.graph"].shape == (2, 4, 6, 6)
 
     module = mixer()
     taps = Taps(module, ["graph"])
@@ -226,7 +236,7 @@ def test_the_graph_is_not_computed_without_a_tap(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(mamba, "state_affinity", fail)
     model(torch.rand(1, 3, 64, 64))
     with pytest.raises(UserError, match="no submodule"):
-        Taps(model, ["encoder.stages.2.0.mixer.graph"])
-    Taps(model, ["encoder.stages.3.0.mixer.graph"])
+        Taps(model, ["stages.2.0.mixer.graph"])
+    Taps(model, ["stages.3.0.mixer.graph"])
     with pytest.raises(AssertionError):
         model(torch.rand(1, 3, 64, 64))
