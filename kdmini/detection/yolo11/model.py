@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdmini.bounds import Gain
+from kdmini.classes import source_rows
 from kdmini.contracts import Losses, UserError
 from kdmini.detection.boxes import anchor_points, dist_ltrb_to_xyxy, flatten_levels, select
 from kdmini.detection.truth import Detections, Targets
 from kdmini.detection.yolo11 import weights as weight_files
-from kdmini.detection.yolo11.class_rows import CLASS_ROWS, source_rows
+from kdmini.detection.yolo11.class_rows import CLASS_ROWS
 from kdmini.detection.yolo11.layers import (
     BOX_CHANNELS,
     C2PSA,
