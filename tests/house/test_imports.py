@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "yamltext": (),
     "config": ("files", "typed", "yamltext"),
     "weightfile": ("checkpoint", "files", "typed"),
-    "weights": ("weightfile",),
+    "weights": ("typed", "weightfile"),
     "progress": ("distributed", "signals", "typed"),
     "classes": (),
     "inputs": ("distributed", "typed"),

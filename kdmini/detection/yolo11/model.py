@@ -33,6 +33,7 @@ from kdmini.detection.yolo11.layers import (
 )
 from kdmini.detection.yolo11.loss import detection_loss, expected_dist
 from kdmini.detection.yolo11.sizes import SCALES, Scale, Sizes, sizes_of
+from kdmini.weights.state import source_of
 
 HEAD = 23  # the last layer
 HEAD_INPUTS = (16, 19, 22)  # layers of strides 8, 16 and 32
@@ -70,7 +71,7 @@ class YOLO11(nn.Module):
         file = None
         classes = None
         if weights:
-            source = weight_files.source_of(weights)
+            source = source_of(weights, weight_files.Source)
             classes = source.classes
             file = weight_files.read(source.path, source.names, source.sppf_act)
             # before anything of the size that a file or a config claims is built

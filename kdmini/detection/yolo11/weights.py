@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -23,8 +23,6 @@ from kdmini.detection.yolo11.contents import (
     safetensors_content,
 )
 from kdmini.detection.yolo11.sizes import Scale, sizes_of
-from kdmini.typed import fit as fit_type
-from kdmini.typed import nearest
 from kdmini.weightfile import find
 from kdmini.weights.archive import Refused, quoted, refusals, unzip
 from kdmini.weights.archive import content_of as file_content
@@ -46,19 +44,6 @@ class Source:
     classes: Literal["by_name", "keep"] | None = None
     names: list[str] | None = None
     sppf_act: bool = True
-
-
-def source_of(weights: str | Mapping[str, Any]) -> Source:
-    """Raises UserError for a setting that is none."""
-    given = {"path": weights} if isinstance(weights, str) else dict(weights)
-    kinds = get_type_hints(Source)
-    for key, value in given.items():
-        if key not in kinds:
-            raise UserError(f"weights: unknown key `{key}`; {nearest(key, kinds)}")
-        given[key] = fit_type(value, kinds[key], f"weights: {key}")
-    if "path" not in given:
-        raise UserError("weights: no `path`; name a file")
-    return Source(**given)
 
 
 @dataclass(frozen=True)
