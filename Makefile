@@ -81,6 +81,9 @@ $(ORACLE)/.installed: pyproject.toml Makefile
 	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/torchdistill --no-deps torchdistill==1.1.5
 	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/object-detection-metrics --no-deps \
 		object-detection-metrics==0.4.post1 shapely
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/transformers --no-deps transformers==5.24.0 \
+		tokenizers regex huggingface-hub httpx2 httpcore2 h11 truststore
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/timm --no-deps timm==1.0.31
 	touch $@
 
 # what things cost, beside the references if `make parity` has installed them: a quarter of an hour

@@ -23,6 +23,7 @@ from kdmini.segmentation.segformer import SegFormer
 pytestmark = pytest.mark.parity
 
 BOUND = 1e-11
+THEIRS = "transformers 5.24.0"
 NAMES = [f"class {number}" for number in range(21)]
 STAGES = [f"stages.{number}" for number in range(4)]
 GRAPHS = ["stages.0.blocks.1.attn.graph", "stages.3.blocks.0.attn.graph"]
@@ -130,15 +131,15 @@ def test_transformers(tmp_path: Path, size: Any) -> None:
     for file in ("model.safetensors", "state.pt"):  # the published names, and the newer ones
         network = SegFormer(NAMES, size, weights=str(tmp_path / file)).double()
         mine = segformer_outputs(network, images)
-        compare("SegFormer: four stages, relative", "transformers", mine[:4], theirs[:4])
+        compare("SegFormer: four stages, relative", THEIRS, mine[:4], theirs[:4])
         for graph, attention in zip(mine[4:6], theirs[4:6], strict=True):
             difference = (graph - attention).abs().max()
-            witness("SegFormer: attention", "transformers, in float32", difference, 1e-6)
-        compare("SegFormer: logits, relative", "transformers", mine[6:], theirs[6:])
+            witness("SegFormer: attention", f"{THEIRS}, in float32", difference, 1e-6)
+        compare("SegFormer: logits, relative", THEIRS, mine[6:], theirs[6:])
 
     encoder = SegFormer(["cat"], size, weights=str(tmp_path / "encoder.pt")).double()
     feats = list(feats_of(encoder, STAGES, images).values())
-    compare("SegFormer: encoder alone, relative", "transformers", feats, theirs[:4])
+    compare("SegFormer: encoder alone, relative", THEIRS, feats, theirs[:4])
 
 
 def segformer_outputs(network: SegFormer, images: Tensor) -> list[Tensor]:
@@ -156,7 +157,7 @@ def test_the_eps_of_transformers_changes_little(tmp_path: Path) -> None:
     (logits,) = segformer_outputs(network, images)[6:]
     difference = relative(logits, found(tmp_path)[6])
     assert difference > BOUND
-    witness("SegFormer: logits, relative", "transformers with its eps", difference, 1e-4)
+    witness("SegFormer: logits, relative", f"{THEIRS}, its own eps", difference, 1e-4)
 
 
 @pytest.mark.parametrize("size", ["b0", "b1"])
@@ -165,7 +166,7 @@ def test_timm(tmp_path: Path, size: Any) -> None:
     oracle(LIVELY + TIMM, tmp_path, size, version="timm")
     network = SegFormer(["cat"], size, (8, 8, 4, 4), weights=str(tmp_path / "state.pt")).double()
     feats = list(feats_of(network, STAGES, images).values())
-    compare("SegFormer as PVTv2: four stages, relative", "timm", feats, found(tmp_path))
+    compare("SegFormer as PVTv2: four stages, relative", "timm 1.0.31", feats, found(tmp_path))
 
 
 def test_the_linear_attention_of_pvt_v2_is_refused(tmp_path: Path) -> None:
