@@ -83,6 +83,9 @@ $(ORACLE)/.installed: pyproject.toml Makefile
 		object-detection-metrics==0.4.post1 shapely
 	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/torchmetrics --no-deps \
 		torchmetrics==1.9.0 lightning-utilities
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/transformers --no-deps transformers==5.24.0 \
+		tokenizers regex huggingface-hub httpx2 httpcore2 h11 truststore
+	$(RUN) -m pip install --quiet --upgrade --target $(ORACLE)/timm --no-deps timm==1.0.31
 	touch $@
 
 # what things cost, beside the references if `make parity` has installed them: a quarter of an hour

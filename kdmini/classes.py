@@ -1,10 +1,20 @@
-"""Two lists of class names, compared: a label is an index, so the order counts."""
+"""Two lists of class names, compared or matched: a label is an index, so the order counts."""
 
 from collections.abc import Sequence
 
 from kdmini.contracts import UserError
 
 LISTED = 8  # names in a message
+
+# the VOC classes that COCO calls otherwise
+COCO_NAME = {
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
 
 
 def refuse_other_classes(
@@ -40,3 +50,20 @@ def listed(names: Sequence[str]) -> str:
     first = ", ".join(repr(name[:40]) for name in names[:LISTED])
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return (first or "none") + more
+
+
+def source_rows(names_of_file: Sequence[str], names: Sequence[str]) -> dict[int, int]:
+    """Row of each of `names` that the file has -> its row in the file.
+
+    A class may stand there under its VOC or its COCO name; its own name goes first.
+    """
+    row_of = {COCO_NAME.get(name, name): row for row, name in enumerate(names_of_file)}
+    row_of |= {name: row for row, name in enumerate(names_of_file)}
+    source = {}
+    for row, name in enumerate(names):
+        coco_name = COCO_NAME.get(name, name)
+        if name in row_of:
+            source[row] = row_of[name]
+        elif coco_name in row_of:
+            source[row] = row_of[coco_name]
+    return source

@@ -57,6 +57,18 @@ SECTIONS = [
     Section("student, teacher: YOLO11", "kdmini.detection.yolo11.model:YOLO11", "", ("names",)),
     Section("student, teacher: ATSS", "kdmini.detection.atss:ATSS", "", ("names",)),
     Section(
+        "student, teacher: SegFormer",
+        "kdmini.segmentation.segformer:SegFormer",
+        "",
+        ("names",),
+    ),
+    Section(
+        "student, teacher: Fast-SCNN",
+        "kdmini.segmentation.fast_scnn:FastSCNN",
+        "",
+        ("names",),
+    ),
+    Section(
         "metric: DetectionMetric",
         "kdmini.detection.average_precision:DetectionMetric",
         "AP50-95, AP50 and AP75 as COCO has them, VOC07 and VOC.",
@@ -175,7 +187,13 @@ def default_of(parameter: inspect.Parameter) -> str:
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
     if isinstance(default, tuple):
-        return "`" + str([list(item) for item in default]).replace("inf", ".inf") + "`"
+        return (
+            "`"
+            + str([list(item) if isinstance(item, tuple) else item for item in default]).replace(
+                "inf", ".inf"
+            )
+            + "`"
+        )
     return f"`{default}`"
 
 

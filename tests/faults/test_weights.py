@@ -19,7 +19,7 @@ import torch
 import train as train_script
 from kdmini import checkpoint
 from kdmini.detection.yolo11 import weights
-from kdmini.detection.yolo11.pickled import Pickled
+from kdmini.weights.pickled import Pickled
 from tests.faults.attempts import assert_one_line, assert_refused, attempts
 from tests.faults.children import run, script
 from tests.faults.entries import ENTRIES, Finished, finish, good_file, newest, put_back

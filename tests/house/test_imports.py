@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "yamltext": (),
     "config": ("files", "typed", "yamltext"),
     "weightfile": ("checkpoint", "files", "typed"),
+    "weights": ("typed", "weightfile"),
     "progress": ("distributed", "signals", "typed"),
     "classes": (),
     "inputs": ("distributed", "typed"),
@@ -46,8 +47,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "distill": ("distributed",),
     "terms": ("distill",),
     # a model never learns that it is distilled
-    "detection": ("data", "checkpoint", "classes", "files", "typed", "weightfile"),
-    "segmentation": ("data", "checkpoint", "classes", "files", "typed", "weightfile"),
+    "detection": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
+    "segmentation": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
     # models, data and terms arrive as arguments
     "engine": ("progress", "device", "optim", "distributed", "signals"),
     # models, data sets and terms are named in the config

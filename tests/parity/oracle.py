@@ -19,9 +19,9 @@ def oracle(script: str, *args: object, version: str = "8.3.250") -> str:
 
     KDMINI_ORACLE names a folder with one folder for each reference, into which `pip
     install --target ... --no-deps` put it: ultralytics 8.3.0, 8.3.250, 8.4.0 and
-    newest, torchdistill, object-detection-metrics, torchmetrics; `version` says which.
-    Where it is not set, the test is skipped. The script sees neither kdmini nor the network, and
-    its settings go to a folder that is deleted.
+    newest, torchdistill, object-detection-metrics, torchmetrics, transformers, timm;
+    `version` says which. Where it is not set, the test is skipped. The script sees neither
+    kdmini nor the network, and its settings go to a folder that is deleted.
     """
     folder = os.environ.get("KDMINI_ORACLE")
     if not folder:
@@ -33,6 +33,7 @@ def oracle(script: str, *args: object, version: str = "8.3.250") -> str:
             "YOLO_OFFLINE": "true",
             "YOLO_AUTOINSTALL": "false",
             "YOLO_VERBOSE": "false",
+            "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(

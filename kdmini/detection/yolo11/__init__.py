@@ -1,6 +1,6 @@
 """YOLO11 with the public layer numbers and state_dict keys.
 
 `sizes`, `layers` and `model` are the network, `assign` and `loss` train it. `weights` fills
-it from a file: `archive` opens it, `pickled` or `safetensors` reads it, `tensors` makes its
-tensors, `modules` and `contents` find the detector in it, `class_rows` cuts its head.
+it from a file, which kdmini/weights opens: `modules` and `contents` find the detector in it,
+`class_rows` cuts its head.
 """

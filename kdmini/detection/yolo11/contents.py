@@ -13,14 +13,20 @@ from typing import Any
 
 from torch import Tensor
 
-from kdmini.detection.yolo11.archive import Refused, quoted
 from kdmini.detection.yolo11.modules import EITHER, IDENTITY, check_modules
-from kdmini.detection.yolo11.pickled import Node, Pickled
-from kdmini.detection.yolo11.safetensors import Safetensors
 from kdmini.detection.yolo11.sizes import SCALE_OF, SCALES, Scale, sizes_of
-from kdmini.detection.yolo11.tensors import TENSORS, Storages, tree_of
+from kdmini.weights.archive import Refused
+from kdmini.weights.pickled import TRUSTED, Node, Pickled, refuse_names, spelt
+from kdmini.weights.safetensors import Safetensors
+from kdmini.weights.tensors import (
+    TENSORS,
+    Storages,
+    entries_of,
+    is_state_dict,
+    tensors_of,
+    tree_of,
+)
 
-TRUSTED = "nothing was run, obtain it from a source you trust"
 GIVE = "give a YOLO11 detection file, or a best.pt of kdmini"
 
 
@@ -64,27 +70,6 @@ def content_of(pickled: Pickled, storages: Storages) -> Content:
     raise Refused(f"holds no YOLO11 detector: {GIVE}")
 
 
-def entries_of(value: Any) -> dict[Any, Any]:
-    """Of a dict; none of anything else."""
-    return value if type(value) is dict else {}
-
-
-# what kdmini's own files name: tensors, and the dicts that they are in
-OWN_NAMES = r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)"
-
-
-def refuse_names(names: set[str]) -> None:
-    """Raises Refused where a file of kdmini names what kdmini does not write."""
-    for name in sorted(names):
-        if not re.fullmatch(OWN_NAMES, name):
-            raise Refused(f"names {spelt(name)}, which no file of kdmini does: {TRUSTED}")
-
-
-def spelt(name: str) -> str:
-    """What a pickle would import, as it is written in Python."""
-    return quoted(name.replace(" ", "."))
-
-
 def best_content(best: dict[str, Any], storages: Storages) -> Content:
     """What a best.pt of kdmini says, which states all of it."""
     card = best["card"]
@@ -111,16 +96,6 @@ def scale_of(stated: Any) -> Scale:
     depth, width, max_channels = map(float, stated)
     sizes_of((depth, width, max_channels))
     return depth, width, max_channels
-
-
-def tensors_of(state: Mapping[str, Any], storages: Storages) -> dict[str, Tensor]:
-    return {key: storages.tensor(node) for key, node in state.items()}
-
-
-def is_state_dict(value: Any) -> bool:
-    """Whether it is a dict of tensors alone."""
-    nodes = entries_of(value).values()
-    return bool(nodes) and all(isinstance(node, Node) and node.name in TENSORS for node in nodes)
 
 
 def bare(state: dict[str, Tensor]) -> dict[str, Tensor]:

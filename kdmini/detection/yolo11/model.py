@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdmini.bounds import Gain
+from kdmini.classes import source_rows
 from kdmini.contracts import Losses, UserError
 from kdmini.detection.boxes import anchor_points, dist_ltrb_to_xyxy, flatten_levels, select
 from kdmini.detection.truth import Detections, Targets
 from kdmini.detection.yolo11 import weights as weight_files
-from kdmini.detection.yolo11.class_rows import CLASS_ROWS, source_rows
+from kdmini.detection.yolo11.class_rows import CLASS_ROWS
 from kdmini.detection.yolo11.layers import (
     BOX_CHANNELS,
     C2PSA,
@@ -32,6 +33,7 @@ from kdmini.detection.yolo11.layers import (
 )
 from kdmini.detection.yolo11.loss import detection_loss, expected_dist
 from kdmini.detection.yolo11.sizes import SCALES, Scale, Sizes, sizes_of
+from kdmini.weights.state import source_of
 
 HEAD = 23  # the last layer
 HEAD_INPUTS = (16, 19, 22)  # layers of strides 8, 16 and 32
@@ -69,7 +71,7 @@ class YOLO11(nn.Module):
         file = None
         classes = None
         if weights:
-            source = weight_files.source_of(weights)
+            source = source_of(weights, weight_files.Source)
             classes = source.classes
             file = weight_files.read(source.path, source.names, source.sppf_act)
             # before anything of the size that a file or a config claims is built

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kdmini.detection.yolo11.archive import Refused, quoted
-from kdmini.detection.yolo11.pickled import Node
-from kdmini.detection.yolo11.tensors import TENSORS
+from kdmini.weights.archive import Refused, quoted
+from kdmini.weights.pickled import Node
+from kdmini.weights.tensors import TENSORS
 
 GIVE = "give a YOLO11 detection file"
 

@@ -1,37 +1,35 @@
 """YOLO11 weight files: read, checked, and fitted to a model.
 
-Nothing in a file is run: archive.py opens it, pickled.py interprets its pickle,
-tensors.py makes the tensors, contents.py finds the detector in what it says, and that is
-checked here. Whatever does not serve is refused in one line that names the file.
+Nothing in a file is run: kdmini/weights opens it, interprets its pickle and makes the
+tensors, contents.py finds the detector in what it says, and that is checked here. Whatever
+does not serve is refused in one line that names the file.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from torch import Tensor
 
-from kdmini.classes import difference
+from kdmini.classes import difference, source_rows
 from kdmini.contracts import UserError
-from kdmini.detection.yolo11.archive import Refused, quoted, unzip
-from kdmini.detection.yolo11.class_rows import CLASS_ROWS, class_tensors, source_rows
+from kdmini.detection.yolo11.class_rows import CLASS_ROWS, class_tensors
 from kdmini.detection.yolo11.contents import (
     GIVE,
     Content,
     content_of,
     safetensors_content,
 )
-from kdmini.detection.yolo11.pickled import interpret
-from kdmini.detection.yolo11.safetensors import is_safetensors, read_safetensors
 from kdmini.detection.yolo11.sizes import Scale, sizes_of
-from kdmini.detection.yolo11.tensors import Storages
-from kdmini.typed import fit as fit_type
-from kdmini.typed import nearest
 from kdmini.weightfile import find
+from kdmini.weights.archive import Refused, quoted, refusals, unzip
+from kdmini.weights.archive import content_of as file_content
+from kdmini.weights.pickled import interpret
+from kdmini.weights.safetensors import is_safetensors, read_safetensors
+from kdmini.weights.tensors import Storages, check_finite
 
-MAX_FILE_BYTES = 1 << 30
 MAX_CLASSES = 10_000
 
 
@@ -46,19 +44,6 @@ class Source:
     classes: Literal["by_name", "keep"] | None = None
     names: list[str] | None = None
     sppf_act: bool = True
-
-
-def source_of(weights: str | Mapping[str, Any]) -> Source:
-    """Raises UserError for a setting that is none."""
-    given = {"path": weights} if isinstance(weights, str) else dict(weights)
-    kinds = get_type_hints(Source)
-    for key, value in given.items():
-        if key not in kinds:
-            raise UserError(f"weights: unknown key `{key}`; {nearest(key, kinds)}")
-        given[key] = fit_type(value, kinds[key], f"weights: {key}")
-    if "path" not in given:
-        raise UserError("weights: no `path`; name a file")
-    return Source(**given)
 
 
 @dataclass(frozen=True)
@@ -92,20 +77,8 @@ def read(path: str | Path, names: list[str] | None = None, sppf_act: bool = True
     names, sppf_act: of a file that does not state them. Raises UserError.
     """
     path = find(path)
-    try:
+    with refusals(path):
         file = parse(path, names, sppf_act)
-    except Refused as reason:
-        raise UserError(f"{path} {reason}") from None
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): check it, or name another file"
-        ) from error
-    except Exception as error:
-        # whatever a damaged or crafted file trips over, the file is the cause
-        cause = f"{type(error).__name__}: {quoted(str(error))}"
-        raise UserError(
-            f"{path} is damaged or no weight file ({cause}): obtain it again"
-        ) from error
     print(description(file))
     return file
 
@@ -134,12 +107,7 @@ def parse(path: Path, names: list[str] | None, sppf_act: bool) -> WeightFile:
 
     Raises Refused with the reason, or whatever else a damaged file leads to.
     """
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise Refused(
-            f"is larger than {MAX_FILE_BYTES} bytes, which no YOLO11 file is: name another file"
-        )
-
-    data = path.read_bytes()
+    data = file_content(path)
     if is_safetensors(data):
         content = safetensors_content(read_safetensors(data))
     else:
@@ -170,13 +138,7 @@ def check(content: Content) -> None:
         )
     if CLASS_ROWS[0] not in state:
         raise Refused(f"is {content.kind} without {CLASS_ROWS[0]!r}, so no YOLO11: {GIVE}")
-
-    for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise Refused(
-                f"has NaN or infinity in {quoted(key)}: "
-                "give a file from before its training diverged"
-            )
+    check_finite(state)
 
 
 def checked_names(content: Content, given: list[str] | None) -> list[str]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kdmini.checkpoint import save_best
+from kdmini.classes import COCO_NAME
 from kdmini.contracts import UserError
 from kdmini.data.voc import VOC_NAMES
 from kdmini.detection.yolo11 import weights
-from kdmini.detection.yolo11.class_rows import COCO_NAME
 from kdmini.detection.yolo11.model import YOLO11
 from tests.detection.yolo11.weight_files import COCO_NAMES, ROWS, CocoFile, assert_equal
 

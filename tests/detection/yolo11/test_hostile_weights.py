@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kdmini.contracts import UserError
-from kdmini.detection.yolo11 import pickled
+from kdmini.weights import pickled
 from tests.detection.yolo11.watched import read, refused
 from tests.detection.yolo11.weight_files import (
     ROWS,

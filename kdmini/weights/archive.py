@@ -3,6 +3,13 @@
 import io
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdmini.contracts import UserError
+
+MAX_FILE_BYTES = 1 << 30
 
 
 class Refused(Exception):
@@ -12,6 +19,36 @@ class Refused(Exception):
 def quoted(text: str, most: int = 80) -> str:
     """Text out of a file, fit for a terminal: in quotes, escaped, cut."""
     return repr(text if len(text) <= most else text[:most] + "...")
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Whatever is raised inside becomes a UserError of one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Refused as reason:
+        raise UserError(f"{path} {reason}") from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check it, or name another file"
+        ) from error
+    except Exception as error:
+        # whatever a damaged or crafted file trips over, the file is the cause
+        cause = f"{type(error).__name__}: {quoted(str(error))}"
+        raise UserError(
+            f"{path} is damaged or no weight file ({cause}): obtain it again"
+        ) from error
+
+
+def content_of(path: Path) -> bytes:
+    """Raises Refused for a file that is larger than any of weights."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise Refused(
+            f"is larger than {MAX_FILE_BYTES} bytes, which no file of weights is: name another file"
+        )
+    return path.read_bytes()
 
 
 def unzip(data: bytes) -> dict[str, bytearray]:
@@ -34,7 +71,7 @@ def unzip(data: bytes) -> dict[str, bytearray]:
             entries[name] = bytearray(content)
 
     if "data.pkl" not in entries:
-        raise Refused("is a zip without data.pkl, so no weight file: give a YOLO11 .pt file")
+        raise Refused("is a zip without data.pkl, so no weight file: give a .pt file of weights")
     if entries.get("byteorder", b"little") != b"little":
         raise Refused("is from a big-endian machine: save it again on a little-endian one")
     return entries
@@ -65,7 +102,7 @@ def foreign(data: bytes) -> str:
     for beginning, description in FOREIGN.items():
         if re.match(beginning, data):
             return description
-    return f"is no weight file (it begins with {data[:8]!r}): give a YOLO11 .pt file"
+    return f"is no weight file (it begins with {data[:8]!r}): give a .pt file of weights"
 
 
 def check_listing(infos: list[zipfile.ZipInfo], file_bytes: int) -> None:

@@ -8,11 +8,12 @@ note, and whoever reaches it when the content is read decides what to do about i
 """
 
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from kdmini.detection.yolo11.archive import Refused, quoted
+from kdmini.weights.archive import Refused, quoted
 
 MAX_OPCODES = 2_000_000  # far more than a file from mid-training has
 PROTOCOLS = (2, 3, 4, 5)
@@ -52,7 +53,7 @@ def interpret(pickled: bytes | bytearray) -> Pickled:
     for count, (opcode, arg, _) in enumerate(pickletools.genops(pickled)):
         if count > MAX_OPCODES:
             raise Refused(
-                f"has a pickle of over {MAX_OPCODES} steps, which no YOLO11 file has: "
+                f"has a pickle of over {MAX_OPCODES} steps, which no file of weights has: "
                 "name another file"
             )
         if opcode.name == "STOP":
@@ -63,10 +64,27 @@ def interpret(pickled: bytes | bytearray) -> Pickled:
     return Pickled(machine.stack.pop(), machine.names)
 
 
+# what kdmini's own files name: tensors, and the dicts that they are in
+OWN_NAMES = r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)"
+TRUSTED = "nothing was run, obtain it from a source you trust"
+
+
+def refuse_names(names: set[str]) -> None:
+    """Raises Refused where a file of kdmini names what kdmini does not write."""
+    for name in sorted(names):
+        if not re.fullmatch(OWN_NAMES, name):
+            raise Refused(f"names {spelt(name)}, which no file of kdmini does: {TRUSTED}")
+
+
+def spelt(name: str) -> str:
+    """What a pickle would import, as it is written in Python."""
+    return quoted(name.replace(" ", "."))
+
+
 def unknown(opcode: str, arg: Any) -> Refused:
     return Refused(
         f"has the pickle opcode {opcode} {quoted(str(arg))}, which torch.save does not write: "
-        "nothing was run, obtain it from a source you trust"
+        f"{TRUSTED}"
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdmini.detection.yolo11.archive import Refused
-from kdmini.detection.yolo11.pickled import Node
+from kdmini.weights.archive import Refused, quoted
+from kdmini.weights.pickled import Node
 
 MAX_NODES = 20_000  # modules, parameters and buffers of a model
 MAX_NAME = 200  # characters of a dotted name
@@ -89,3 +89,28 @@ class Storages:
         tensor = torch.frombuffer(content, dtype=dtype).as_strided(size, stride, offset)
         wide = torch.int64 if dtype == torch.int64 else torch.float32
         return tensor.to(wide, copy=True).contiguous()
+
+
+def entries_of(value: Any) -> dict[Any, Any]:
+    """Of a dict; none of anything else."""
+    return value if type(value) is dict else {}
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether it is a dict of tensors alone."""
+    nodes = entries_of(value).values()
+    return bool(nodes) and all(isinstance(node, Node) and node.name in TENSORS for node in nodes)
+
+
+def tensors_of(state: Mapping[str, Any], storages: Storages) -> dict[str, Tensor]:
+    return {key: storages.tensor(node) for key, node in state.items()}
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Raises Refused where a number is none."""
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise Refused(
+                f"has NaN or infinity in {quoted(key)}: "
+                "give a file from before its training diverged"
+            )
