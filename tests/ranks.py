@@ -188,27 +188,26 @@ def stopped(data: Store) -> list[int]:
     return [training.progress.step, stop.agreed]
 
 
-class Watched(DetectionMetric):
-    """Keeps what it is given: (id of the image, detections)."""
-
-    def __init__(self) -> None:
-        super().__init__(NAMES)
-        self.updates: list[tuple[str, dict[str, Tensor]]] = []
-
-    def update(self, detections: Any, targets: Any) -> None:
-        super().update(detections, targets)
-        for detected, target in zip(detections, targets, strict=True):
-            self.updates.append((target["id"], detected))
+def updates_of(metric: DetectionMetric) -> list[tuple[str, dict[str, Tensor]]]:
+    """Name and detections of each image, in the order in which they are scored."""
+    updates = []
+    for batch in metric.records:
+        for number, name in enumerate(batch.ids):
+            rows = batch.detections[batch.detections["image"] == number]
+            columns = ("scores", "labels", "boxes_xyxy")
+            detected = {key: torch.from_numpy(rows[key].copy()) for key in columns}
+            updates.append((name, detected))
+    return updates
 
 
 def evaluate(data: Store, batch: int) -> dict[str, Any]:
-    metric = Watched()
+    metric = DetectionMetric(NAMES)
     torch.manual_seed(2)
     model = YOLO11(NAMES, SCALE)
     loader = ValLoader(data, batch, distributed.rank(), distributed.world())
     autocast, _ = precision(False, CPU)
     scores = engine.evaluate(model, loader, metric, autocast)
-    return {"scores": scores, "updates": metric.updates, "batches": len(loader)}
+    return {"scores": scores, "updates": updates_of(metric), "batches": len(loader)}
 
 
 def read(data: Store, limit: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdmini.checkpoint import save_best
 from kdmini.contracts import UserError
 from kdmini.distill.taps import Taps
-from kdmini.optim import Recipe, make_sgd
+from kdmini.optim import Recipe, make_optimizer
 from kdmini.segmentation import mamba
 from kdmini.segmentation.mamba import SIZES, SS2D, Decoder, Size, VMamba
 from tests.segmentation.sequential import ss2d
@@ -179,7 +179,7 @@ def test_dt_and_the_scan_are_of_float32_under_autocast(monkeypatch: pytest.Monke
 
 def test_decays_skips_biases_and_norms_are_free_of_weight_decay() -> None:
     module = SS2D(16, 16, has_graph=False)
-    optimizer = make_sgd([module], Recipe(epochs=1, batch=1, weight_decay=0.1))
+    optimizer = make_optimizer([module], Recipe(epochs=1, batch=1, weight_decay=0.1))
     decayed = {
         id(parameter)
         for group in optimizer.param_groups
