@@ -20,7 +20,7 @@ from bench.step import Ours, noise
 from kdmini.data.loader import Augment, TrainLoader
 from kdmini.data.render import render
 from kdmini.data.store import Storage, Store
-from kdmini.device import precision
+from kdmini.device import half_of, precision
 
 # a pixel further away in the buffer than 32 bits can count
 FAR = 4_300_000_000
@@ -108,10 +108,8 @@ class Card:
     def precision_of_true(self) -> str:
         """What `amp: true` means here."""
         autocast, _ = precision(True, self.device)
-        with autocast():
-            if not torch.is_autocast_enabled(self.device.type):
-                return "float32"
-            return str(torch.get_autocast_dtype(self.device.type)).removeprefix("torch.")
+        dtype = half_of(autocast, self.device) or torch.float32
+        return str(dtype).removeprefix("torch.")
 
     # --- speed, memory, waits
 

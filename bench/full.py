@@ -44,12 +44,13 @@ HEIGHT = 375
 
 
 class Noise:
-    """A dataset of `count` pictures with two or three objects."""
+    """A dataset of `count` pictures, each with as many objects, or else with two or three."""
 
     truth = Boxes
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, objects: int | None = None):
         self.count = count
+        self.objects = objects
         self.names = list(VOC_NAMES)
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class Noise:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
         rng = np.random.default_rng(index)
-        objects = 2 + index % 2
+        objects = self.objects or 2 + index % 2
         corners = np.sort(rng.uniform(0, (WIDTH, HEIGHT), (objects, 2, 2)), 1)
         target: Target = {
             "boxes_xyxy": corners.reshape(-1, 4).astype(np.float32),

@@ -5,7 +5,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.meta import table
 
@@ -25,10 +25,14 @@ class Need(NamedTuple):
     image: int
 
 
+def counted() -> dict[str, Any]:
+    """What a step takes, as tests/cuda/count.py writes it."""
+    return json.loads(COUNTED.read_text())
+
+
 def needs() -> dict[str, Need]:
     """By what is trained."""
-    counted = json.loads(COUNTED.read_text())["memory"]
-    return {name: Need(**numbers) for name, numbers in counted.items()}
+    return {name: Need(**numbers) for name, numbers in counted()["memory"].items()}
 
 
 def largest(card: float, needed: Need, stored: float = 0) -> int:
@@ -42,9 +46,9 @@ def largest(card: float, needed: Need, stored: float = 0) -> int:
 
 def sizing() -> str:
     """Batch sizes by card."""
-    counted = needs()
-    distilled = counted["distilled"]
-    alone = counted["student alone"]
+    needed = needs()
+    distilled = needed["distilled"]
+    alone = needed["student alone"]
     rows: list[tuple] = []
     for card in CARDS:
         sizes = [
@@ -54,7 +58,7 @@ def sizing() -> str:
         ]
         rows.append((f"{card} GB", *(size or "-" for size in sizes)))
     head = ("card", "distilled", "student alone", "distilled, VOC on the card")
-    lines = [in_words(name, needed) for name, needed in counted.items()]
+    lines = [in_words(name, numbers) for name, numbers in needed.items()]
     return f"{table(head, rows)}\n\n{', '.join(lines)}"
 
 

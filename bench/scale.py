@@ -8,10 +8,9 @@ bandwidth that a step reaches was measured on one H200 (bench/RESULTS.md, 2026-1
 tables stand in docs/speed.md.
 """
 
-import json
 from typing import NamedTuple
 
-from bench.memory import COUNTED
+from bench.memory import counted
 from bench.meta import TAPS, detector, parameters, table
 from kdmini.distill.align import Align
 from kdmini.distill.step import tap_shapes
@@ -44,12 +43,11 @@ class Cost(NamedTuple):
 
 def cost(gpus: int, images: int) -> Cost:
     """Of so many images on each GPU."""
-    parts = json.loads(COUNTED.read_text())["step"].values()
-    moved = 1e6 * sum(part["MB"] for part in parts)  # an image
-    kernels = sum(part["kernels"] for part in parts)
-    reached = MEASURED * moved / BANDWIDTH_THEN
+    kernels = sum(part["kernels"] for part in counted()["step"].values())
+    # bound by the memory: as many times slower as its bandwidth is lower
+    speed = MEASURED * BANDWIDTH / BANDWIDTH_THEN
     return Cost(
-        computing=images * moved / (BANDWIDTH * reached),
+        computing=images / speed,
         launching=kernels * LAUNCH,
         sending=ring(gpus, GRADIENT * learned()),
     )
@@ -57,10 +55,10 @@ def cost(gpus: int, images: int) -> Cost:
 
 def parts() -> str:
     """What a step takes of a card, part by part."""
-    counted = json.loads(COUNTED.read_text())["step"]
-    rows = [(name, part["kernels"], f"{part['MB']:.0f}") for name, part in counted.items()]
-    kernels = sum(part["kernels"] for part in counted.values())
-    moved = sum(part["MB"] for part in counted.values())
+    step = counted()["step"]
+    rows = [(name, part["kernels"], f"{part['MB']:.0f}") for name, part in step.items()]
+    kernels = sum(part["kernels"] for part in step.values())
+    moved = sum(part["MB"] for part in step.values())
     rows.append(("all", kernels, f"{moved:.0f}"))
     return table(("part of a step", "kernels", "MB moved an image"), rows)
 

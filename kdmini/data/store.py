@@ -231,24 +231,28 @@ def picture_of(dataset: Dataset, index: int, imgsz: int, training: bool) -> Pict
     """One image, reduced; of one that cannot be used, what is wrong with it.
 
     Nothing of its full size is left on return: not even an error, whose traceback holds the
-    pixels.
+    pixels. The room is given back after that, and not by the one who still holds them.
     """
-    faults: list[str] = []
     with ROOM.one_image():
-        try:
-            image, target = dataset[index]
-        except BadObjects as error:
-            faults = error.lines
-            image, target = error.rest
-        except UserError as error:
-            return str(error)
-        labels, rest = dataset.truth.split(target) if training else (None, target)
-        reduced = shrink(image, imgsz)
-        pixels = pack(reduced, labels)
-        native = image.shape[:2]
-        code = digest(pixels, native, target)
-        is_labelled = labels is not None
-        return Picture(pixels, reduced.shape[:2], native, rest, code, is_labelled, faults)
+        return reduced_picture(dataset, index, imgsz, training)
+
+
+def reduced_picture(dataset: Dataset, index: int, imgsz: int, training: bool) -> Picture | str:
+    faults: list[str] = []
+    try:
+        image, target = dataset[index]
+    except BadObjects as error:
+        faults = error.lines
+        image, target = error.rest
+    except UserError as error:
+        return str(error)
+    labels, rest = dataset.truth.split(target) if training else (None, target)
+    reduced = shrink(image, imgsz)
+    pixels = pack(reduced, labels)
+    native = image.shape[:2]
+    code = digest(pixels, native, target)
+    is_labelled = labels is not None
+    return Picture(pixels, reduced.shape[:2], native, rest, code, is_labelled, faults)
 
 
 def report_bad(images: list[str], objects: list[str], total: int, on_bad: OnBad, name: str) -> None:

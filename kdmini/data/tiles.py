@@ -23,9 +23,14 @@ class Tiles(NamedTuple):
     offset: np.ndarray  # (N, 4) int64, place of each tile's first pixel
 
 
+def is_in_place(store: Store) -> bool:
+    """Whether its pixels lie on the device to which its batches go."""
+    return store.pixels.device.type == store.device.type
+
+
 def tiles_of(store: Store, layout: Layout) -> Tiles:
-    """The pixels of the store itself, where batches go to the device on which they lie."""
-    if store.pixels.device.type == store.device.type:
+    """The pixels of the store itself, where they are in place."""
+    if is_in_place(store):
         return Tiles(store.pixels, store.offsets[layout.image])
     return pack_tiles(store, layout)
 
@@ -50,7 +55,7 @@ def with_tiles(store: Store, layouts: Iterable[Layout]) -> Iterator[tuple[Layout
     ahead: while the device works on one batch, the next is read.
     """
     find = partial(tiles_of, store)
-    if store.pixels.device.type == store.device.type:
+    if is_in_place(store):
         yield from ((layout, find(layout)) for layout in layouts)
         return
     before: tuple[Layout, Future[Tiles]] | None = None

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from tests.cuda.scenario import HEIGHT, WIDTH, Scenario, play
+from bench.full import HEIGHT, WIDTH
+from tests.cuda.scenario import Scenario, play
 
 SMALL = 32
 LARGE = 64

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.parallel.distributed as parallel
@@ -30,7 +29,6 @@ import train
 from kdmini import check, checkpoint, config, distributed, engine, inputs
 from kdmini.data import loader, tiles
 from kdmini.detection import truth
-from kdmini.detection.truth import Boxes
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.step import Distillation
 from kdmini.optim import EMA
@@ -41,9 +39,6 @@ from tests.cuda.watch import Watch, on_card
 ROOT = Path(__file__).parents[2]
 HERE = "tests.cuda.scenario"
 TAPS = ["model.6", "model.8", "model.13", "model.16", "model.19", "model.22"]
-CLASSES = 20
-WIDTH = 500  # pixels of a picture
-HEIGHT = 375
 ATTENTION = {
     "build": "kdmini.distill.attention:AttentionTransfer",
     "weight": 0.75,
@@ -108,34 +103,8 @@ class Findings:
     resting: int = 0  # bytes before the first step
     peak: int = 0
     unlike: list[str] = field(default_factory=list)  # laid out unlike their weights
-    printed: str = ""
     saves: int = 0
     scaled: bool = False  # whether gradients are scaled, as in fp16
-
-
-class Pictures:
-    """Noise of VOC's size, with as many objects everywhere."""
-
-    truth = Boxes
-
-    def __init__(self, count: int, objects: int):
-        self.count = count
-        self.objects = objects
-        self.names = [f"class {label}" for label in range(CLASSES)]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
-        rng = np.random.default_rng(index)
-        corners = np.sort(rng.uniform(0, (WIDTH, HEIGHT), (self.objects, 2, 2)), 1)
-        target = {
-            "boxes_xyxy": corners.reshape(-1, 4).astype(np.float32),
-            "labels": rng.integers(0, CLASSES, self.objects),
-            "difficult": np.zeros(self.objects, bool),
-            "id": str(index),
-        }
-        return rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8), target
 
 
 class Seen:
@@ -159,7 +128,7 @@ class Seen:
 
 def settings_of(scenario: Scenario, run: str) -> dict[str, Any]:
     """The config of a scenario."""
-    pictures = {"build": f"{HERE}:Pictures", "objects": scenario.objects}
+    pictures = {"build": "bench.full:Noise", "objects": scenario.objects}
     terms: dict[str, Any] = {}
     if scenario.teacher and not scenario.terms:
         terms["attention"] = ATTENTION

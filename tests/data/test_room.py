@@ -2,7 +2,9 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from kdmini.data import pictures
 from kdmini.data import store as store_module
 from kdmini.data.pictures import decode
 from kdmini.data.room import BYTES_PER_PIXEL, Room
-from kdmini.data.store import Store
+from kdmini.data.store import Store, picture_of
 from kdmini.detection.voc import VOC
 from tests.data.voc_folder import add, write_split
 
@@ -102,6 +104,33 @@ def test_a_store_is_the_same_to_the_bit_whatever_the_bound(photographs, monkeypa
     assert room.held == 0
     largest = 139 * 60 * BYTES_PER_PIXEL
     assert largest <= room.peak <= max(most, largest)
+
+
+def test_room_is_given_back_when_nothing_of_full_size_is_left(monkeypatch):
+    seen = []
+    left = []
+
+    class Noted(np.ndarray):
+        """An array that can be referred to weakly."""
+
+    class Images(list):
+        def __getitem__(self, index):
+            pixels = np.zeros((50, 40, 3), np.uint8).view(Noted)
+            seen.append(weakref.ref(pixels))
+            return pixels, {"cls": np.zeros(0, np.int64)}
+
+    class GivingBack(Room):
+        @contextmanager
+        def one_image(self):
+            with super().one_image():
+                yield
+                left.append(sum(pixels() is not None for pixels in seen))
+
+    monkeypatch.setattr(store_module, "ROOM", GivingBack())
+    picture = picture_of(Images(), 0, 20, training=False)
+    assert picture.size == (20, 16)
+    assert len(seen) == 1
+    assert left == [0]
 
 
 class Watched(Room):

@@ -1,5 +1,6 @@
 """Damaged, hostile and odd image files, from the folder to the batch and through train.py."""
 
+import ctypes
 import io
 import re
 import resource
@@ -25,6 +26,7 @@ from tests.faults.own import pixels
 from tests.faults.record import survived
 
 DAMAGED_FILES = "Data: damaged image files"
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 ODD = "Data: odd formats, modes, EXIF turns, wrong sizes"
 
 
@@ -184,6 +186,9 @@ def test_threads_together_hold_no_more_than_the_bound(own, tmp_path):
         own.new_image(name).write_bytes(png(side))
 
     def measured() -> None:
+        # glibc keeps freed pieces below 32 MB for the thread that had them, up to 64 MB for
+        # each: with a threshold of 1 MB only what is held counts
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
         ROOM.most = side * side * BYTES_PER_PIXEL
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         Store(own.read(as_stored=True), 64, workers=6)
@@ -193,7 +198,7 @@ def test_threads_together_hold_no_more_than_the_bound(own, tmp_path):
     assert done.code == 0, done.text
     grown_bytes = 1024 * int(re.search(r"grew (\d+) KiB", done.text)[1])
     share = grown_bytes / (side * side * BYTES_PER_PIXEL)
-    assert 0.4 < share < 1.2, share  # 3 without the bound
+    assert 0.4 < share < 0.9, share  # 3 without the bound
     survived("Data: memory of images decoded at one time")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11
+from tests.pretended import Operations
 
 TINY = [0.5, 0.0625, 1024]  # an eighth of the width of s: 20 times faster in a test
 
@@ -205,22 +205,14 @@ def test_folding_changes_nothing_but_the_number_of_layers(scale: Any) -> None:
 def test_a_frozen_copy_held_in_half_precision_computes_the_same_bits() -> None:
     """Autocast then has none of its weights to cast at every step."""
 
-    class Casts(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            Casts.count += func is torch.ops.aten._to_copy.default
-            return func(*args, **(kwargs or {}))
-
     model = tiny(scale="n").fold()
     images = torch.rand(2, 3, 64, 64)
     counts = []
     outputs = []
     for _ in range(2):
-        Casts.count = 0
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Operations() as operations:
             outputs.append(model(images))
-        counts.append(Casts.count)
+        counts.append(operations.counts["_to_copy"])
         model.hold_in(torch.bfloat16)
     for cast_each_time, held in zip(*outputs, strict=True):
         assert cast_each_time.dtype == torch.bfloat16
