@@ -52,6 +52,7 @@ Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 Share = Annotated[float, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
+Zoom = Annotated[float, Range(0.01, 100)]
 Gain = Annotated[float, Range(0, 1_000_000)]  # what a loss is multiplied by
 Temperature = Annotated[float, Range(0.001, 1000)]
 Power = Annotated[float, Range(0, 100)]

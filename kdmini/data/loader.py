@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from kdmini.bounds import Natural, Share, ShareBelowOne
+from kdmini.bounds import Natural, Share, ShareBelowOne, Zoom
 from kdmini.contracts import Prediction, Target, UserError
 from kdmini.data.layout import Frame, Layout, letterbox, mirror, mosaic, where, zoom
 from kdmini.data.render import render_labelled
@@ -27,7 +27,7 @@ class Augment:
 
     mosaic: probability of four images in one.
     translate: largest shift, as a share of the image size.
-    scale: zoom is 1 - scale to 1 + scale.
+    scale: zoom is 1 - scale to 1 + scale; or [lowest, highest].
     fliplr: probability of a mirrored image.
     hsv_h: the factor of the hue is 1 - gain to 1 + gain.
     hsv_s: the same for the saturation.
@@ -37,12 +37,24 @@ class Augment:
 
     mosaic: Share = 1.0
     translate: Share = 0.1
-    scale: ShareBelowOne = 0.5
+    scale: ShareBelowOne | tuple[Zoom, Zoom] = 0.5
     fliplr: Share = 0.5
     hsv_h: Share = 0.015
     hsv_s: Share = 0.7
     hsv_v: Share = 0.4
     close_mosaic: Natural = 10
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, tuple) and self.scale[0] > self.scale[1]:
+            low, high = self.scale
+            raise UserError(f"data.augment.scale: {low} to {high}; the lowest zoom goes first")
+
+    def zoom(self, drawn: np.ndarray) -> np.ndarray:
+        """Uniform in [0, 1) -> the factor of each image."""
+        if isinstance(self.scale, tuple):
+            low, high = self.scale
+            return low + (high - low) * drawn
+        return 1 + self.scale * (2 * drawn - 1)
 
 
 class Draws(NamedTuple):
@@ -128,7 +140,7 @@ class TrainLoader:
         augment = self.augment
         size = self.imgsz
         draws = draw(self.seed, epoch, indices)
-        factor = 1 + augment.scale * (2 * draws.zoom - 1)
+        factor = augment.zoom(draws.zoom)
         to = (0.5 + augment.translate * (2 * draws.shift - 1)) * size
 
         partners = (draws.partners * len(self.store)).astype(np.int64)

@@ -1,5 +1,7 @@
 """The loader: batches as a pure function of (seed, epoch, index), and what it draws."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -179,6 +181,20 @@ def test_zooms_reach_as_far_as_asked_for(drawn):
     factor = drawn.a[:, 0, 1] / 64
     assert 0.6 <= factor.min() < 0.61
     assert 1.39 < factor.max() <= 1.4
+
+
+def test_zooms_lie_between_the_two_that_were_named(many):
+    augment = replace(NONE, scale=(0.5, 2.0))
+    layout = loader_of(many, augment=augment).layout(0, np.arange(MANY))
+    factor = layout.a[:, 0, 1] / 64
+    assert 0.5 <= factor.min() < 0.51
+    assert 1.98 < factor.max() <= 2
+    assert abs(np.median(factor) - 1.25) < 0.05
+
+
+def test_zooms_named_the_wrong_way_round_are_refused():
+    with pytest.raises(UserError, match="lowest zoom goes first"):
+        Augment(scale=(2.0, 0.5))
 
 
 def test_shifts_reach_as_far_as_asked_for(drawn):
