@@ -10,7 +10,6 @@ made of, K classes, P = H W positions.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d  # over the channels of each cell
 
 from kdmini.bounds import Range
+from kdmini.segmentation.decoder import Decoder
 from kdmini.segmentation.maps import Segmenter
 from kdmini.segmentation.scan import cross_merge, cross_scan, scan, state_affinity
 from kdmini.weightfile import fill, trained_tensors
@@ -76,6 +76,7 @@ class VMamba(Segmenter):
             blocks = [Block(channels, expansion * channels, last) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
         self.downsamples = nn.ModuleList(halving(c, 2 * c) for c in dims[:-1])
+        self.norms = nn.ModuleList(LayerNorm2d(c) for c in dims)  # as before VMamba's own head
         self.decoder = Decoder(dims, width)
         self.dropout = nn.Dropout2d(0.1)  # of whole channels
         self.classifier = nn.Conv2d(width, len(self.names), 1)
@@ -98,7 +99,7 @@ class VMamba(Segmenter):
         for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
             x = stage(downsample(x))
             feats.append(x)
-        return self.decoder(feats)
+        return self.decoder([norm(feat) for norm, feat in zip(self.norms, feats, strict=True)])
 
 
 class Block(nn.Module):
@@ -172,29 +173,6 @@ class SS2D(nn.Module):
         y = cross_merge(h, *u.shape[2:]) * c
         skip = self.d.unflatten(0, (4, -1)).sum(0)  # (D,)
         return y.sum(1) + skip[:, None, None] * u
-
-
-class Decoder(nn.Module):
-    """SegFormer's: every stage to `width` channels and the size of the first, then one layer
-    over all of them. As in VMamba's own, a norm stands before it.
-    """
-
-    def __init__(self, dims: Sequence[int], width: int):
-        super().__init__()
-        levels = [nn.Sequential(LayerNorm2d(c), dense(c, width)) for c in dims]
-        self.levels = nn.ModuleList(levels)
-        self.fuse = nn.Sequential(
-            nn.Conv2d(len(dims) * width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
-
-    def forward(self, feats: Sequence[Tensor]) -> Tensor:
-        """(N, C, H, W) of every stage -> (N, width, H, W) at the size of the first."""
-        size = feats[0].shape[2:]
-        levels = []
-        for level, feat in zip(self.levels, feats, strict=True):
-            x = F.interpolate(level(feat), size, mode="bilinear", align_corners=False)
-            levels.append(x)
-        return self.fuse(torch.cat(levels[::-1], 1))  # deepest first
 
 
 def halving(c_in: int, c_out: int) -> nn.Sequential:

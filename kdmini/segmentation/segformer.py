@@ -8,17 +8,16 @@ Legend: N images, H W cells, L = H * W tokens, P positions of the keys, C channe
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from kdmini.bounds import Range, ShareBelowOne
 from kdmini.segmentation import segformer_files
+from kdmini.segmentation.decoder import Decoder
 from kdmini.segmentation.maps import Segmenter
 from kdmini.segmentation.segformer_files import SIZES
 
@@ -225,26 +224,3 @@ class MixMLP(nn.Module):
         hidden = to_map(self.fc1(tokens), size)
         hidden = to_tokens(self.dwconv(hidden))
         return self.fc2(F.gelu(hidden))
-
-
-class Decoder(nn.Module):
-    """Maps of the four stages -> one of them all, (N, width, H, W) of the first."""
-
-    def __init__(self, dims: Sequence[int], width: int):
-        super().__init__()
-        self.linear = nn.ModuleList(nn.Linear(dim, width) for dim in dims)
-        self.fuse = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(len(dims) * width, width, 1, bias=False),
-                norm=nn.BatchNorm2d(width),
-                act=nn.ReLU(),
-            )
-        )
-
-    def forward(self, feats: Sequence[Tensor]) -> Tensor:
-        size = feats[0].shape[2:]
-        maps = []
-        for linear, feat in zip(self.linear, feats, strict=True):
-            x = to_map(linear(to_tokens(feat)), feat.shape[2:])
-            maps.append(F.interpolate(x, size, mode="bilinear", align_corners=False))
-        return self.fuse(torch.cat(maps[::-1], dim=1))  # deepest first

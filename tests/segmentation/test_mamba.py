@@ -12,7 +12,7 @@ from kdmini.contracts import UserError
 from kdmini.distill.taps import Taps
 from kdmini.optim import Recipe, make_optimizer
 from kdmini.segmentation import mamba
-from kdmini.segmentation.mamba import SIZES, SS2D, Decoder, Size, VMamba
+from kdmini.segmentation.mamba import SIZES, SS2D, Size, VMamba
 from tests.segmentation.sequential import ss2d
 
 NAMES = [str(number) for number in range(21)]
@@ -54,7 +54,8 @@ def mixer(channels: int = 20) -> SS2D:
 def test_the_size_is_that_of_the_released_network(size: str) -> None:
     with torch.device("meta"):
         model = VMamba(NAMES, size)
-    encoder = count(model) - count(model.decoder) - count(model.classifier)
+    head = [model.norms, model.decoder, model.classifier]
+    encoder = count(model) - sum(map(count, head))
     last = 8 * SIZES[size].channels
     assert encoder + 2 * last + 1000 * last + 1000 == PUBLISHED[size]
 
@@ -110,7 +111,7 @@ def test_channels_last_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folded_copy_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(monkeypatch)
-    torch.nn.init.uniform_(model.decoder.fuse[1].running_var)
+    torch.nn.init.uniform_(model.decoder.fuse.norm.running_var)
     images = torch.rand(1, 3, 64, 64)
     before = model(images)[0]
     assert torch.allclose(model.fold()(images)[0], before, atol=1e-6)
@@ -127,18 +128,6 @@ def test_a_best_pt_is_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert torch.equal(model(images)[0], again(images)[0])
     with pytest.raises(UserError, match="change one of them"):
         VMamba(NAMES[:3], width=16, weights=str(path))
-
-
-def test_the_decoder_reads_all_stages_at_the_size_of_the_first_deepest_first() -> None:
-    decoder = Decoder([4, 6, 8], 5).eval()
-    feats = [torch.randn(1, 4, 8, 8), torch.randn(1, 6, 4, 4), torch.randn(1, 8, 2, 2)]
-    fuse = decoder.fuse[0].weight.data
-    for place, stage in enumerate((2, 1, 0)):
-        fuse.zero_()
-        fuse[:, 5 * place : 5 * place + 5, 0, 0] = torch.eye(5)
-        level = decoder.levels[stage](feats[stage])
-        expected = F.interpolate(level, (8, 8), mode="bilinear").relu()
-        assert torch.allclose(decoder(feats), expected, atol=1e-5)
 
 
 # --- the selective scan of a map
