@@ -14,6 +14,8 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -39,6 +41,7 @@ FINE = 4  # subpixels along a side, averaged away
 QUALITY = 92  # of the JPEGs
 
 Size = Annotated[int, Range(32, 8192)]
+Side = Annotated[float, Range(0.05, 0.65)]  # of 0.7 at least is the short side
 
 
 class Thing(NamedTuple):
@@ -55,7 +58,7 @@ class Scene(NamedTuple):
     image: Image.Image
     things: list[Thing]  # without those of which nothing can be seen
     owner: np.ndarray  # (H, W) number of the object seen there, -1 the ground
-    mask: np.ndarray  # (H, W) uint8, 1 + its place in SHAPE_NAMES, 0 the ground, 255 void
+    mask: np.ndarray  # (H, W) uint8, 1 + the place of its name, 0 the ground, 255 void
 
 
 def outline(name: str) -> np.ndarray:
@@ -158,8 +161,17 @@ def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return one * (1 - mix) + other * mix + clouds + grain
 
 
-def draw_scene(seed: int, index: int, size: int) -> Scene:
-    """Scene `index` of the set of `seed`; size: about the long side, in pixels."""
+def draw_scene(
+    seed: int,
+    index: int,
+    size: int,
+    names: Sequence[str] = SHAPE_NAMES,
+    side: Sequence[float] = SIDE,
+) -> Scene:
+    """Scene `index` of the set of `seed`; size: about the long side, in pixels.
+
+    names: of the shapes. side: lowest and highest of an object, in long sides of the image.
+    """
     rng = np.random.default_rng([seed, index])
     long = round(size * rng.uniform(0.8, 1.25))
     short = round(long * rng.uniform(0.7, 1))
@@ -167,36 +179,36 @@ def draw_scene(seed: int, index: int, size: int) -> Scene:
 
     pixels = ground(rng, height, width)
     owner = np.full((height, width), -1)
-    names = []
+    drawn = []  # names
     areas = []  # pixels, also of what later objects hide
     for number in range(rng.integers(1, 5)):
-        name = SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))]
-        colours, cover = stamp(rng, name, long * rng.uniform(*SIDE))
+        name = names[rng.integers(len(names))]
+        colours, cover = stamp(rng, name, long * rng.uniform(*side))
         top = int(rng.integers(height - cover.shape[0] + 1))
         left = int(rng.integers(width - cover.shape[1] + 1))
         window = (slice(top, top + cover.shape[0]), slice(left, left + cover.shape[1]))
         pixels[window] += (colours - pixels[window]) * cover[:, :, None]
         solid = cover >= 0.5
         owner[window][solid] = number
-        names.append(name)
+        drawn.append(name)
         areas.append(int(solid.sum()))
 
     things = []
-    for number, (name, area) in enumerate(zip(names, areas, strict=True)):
+    for number, (name, area) in enumerate(zip(drawn, areas, strict=True)):
         seen = owner == number
         if seen.any():
             difficult = bool(seen.sum() < (1 - HIDDEN) * area)
             things.append(Thing(name, box_around(seen), difficult))
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return Scene(image, things, owner, mask_of(owner, names))
+    indices = [names.index(name) + 1 for name in drawn]
+    return Scene(image, things, owner, mask_of(owner, indices))
 
 
-def mask_of(owner: np.ndarray, names: list[str]) -> np.ndarray:
-    """Which object is seen where, (H, W) -> indices (H, W) uint8; names: of the objects.
+def mask_of(owner: np.ndarray, indices: list[int]) -> np.ndarray:
+    """Which object is seen where, (H, W) -> the index of its shape, (H, W) uint8.
 
     Void are pixels that have another object, or the ground, above, below or beside them.
     """
-    indices = [SHAPE_NAMES.index(name) + 1 for name in names]
     mask = np.array([*indices, 0], np.uint8)[owner]  # -1, the ground, is the last
     upright = owner[1:] != owner[:-1]
     level = owner[:, 1:] != owner[:, :-1]
@@ -238,7 +250,15 @@ def to_xml(name: str, image: Image.Image, things: list[Thing]) -> str:
     return "\n".join([*lines, "</annotation>", ""])
 
 
-def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed: int = 0) -> None:
+def write_set(
+    root: Path,
+    train: int = 320,
+    val: int = 80,
+    size: int = 128,
+    seed: int = 0,
+    names: Sequence[str] = SHAPE_NAMES,
+    side: Sequence[float] = SIDE,
+) -> None:
     """Write the whole set, or keep the one that is there.
 
     Raises UserError where another one is there, made with other settings or otherwise.
@@ -249,12 +269,15 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
             "val": val,
             "size": size,
             "seed": seed,
-            "names": SHAPE_NAMES,
+            "names": list(names),
+            "side": list(side),
             "masks": True,
         }
     )
     root = root.expanduser().absolute()
     note = root / "settings.json"
+    if side[0] > side[1]:
+        raise UserError(f"--side: {side[0]} to {side[1]}; the lowest goes first")
     if note.is_file() and note.read_text() == settings:
         print(f"{root}: {train} + {val} scenes are there already")
         return
@@ -265,7 +288,8 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
     temporary = root.with_name(f".{root.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # an earlier run was killed
     try:
-        write_scenes(temporary, train, val, size, seed)
+        draw = partial(draw_scene, seed, size=size, names=names, side=side)
+        write_scenes(temporary, train, val, draw)
         (temporary / note.name).write_text(settings)
         os.replace(temporary, root)
     except OSError as error:
@@ -276,7 +300,7 @@ def write_set(root: Path, train: int = 320, val: int = 80, size: int = 128, seed
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_scenes(root: Path, train: int, val: int, size: int, seed: int) -> None:
+def write_scenes(root: Path, train: int, val: int, draw: Callable[[int], Scene]) -> None:
     """Images, boxes, masks and split lists; those to validate on come after the others."""
     images = root / "JPEGImages"
     annotations = root / "Annotations"
@@ -287,7 +311,7 @@ def write_scenes(root: Path, train: int, val: int, size: int, seed: int) -> None
 
     ids = [f"{index:06}" for index in range(train + val)]
     for index, id in enumerate(tqdm(ids, "shapes", unit="img")):
-        scene = draw_scene(seed, index, size)
+        scene = draw(index)
         scene.image.save(images / f"{id}.jpg", quality=QUALITY)
         (annotations / f"{id}.xml").write_text(to_xml(id, scene.image, scene.things))
         with_palette(scene.mask).save(masks / f"{id}.png")
@@ -311,6 +335,22 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(
             f"--{name}", type=argument(kind), default=default, help=f"{what} (default: {default})"
         )
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        choices=SHAPE_NAMES,
+        default=SHAPE_NAMES,
+        metavar="NAME",
+        help=f"the shapes, in the order of their indices (default: {' '.join(SHAPE_NAMES)})",
+    )
+    parser.add_argument(
+        "--side",
+        nargs=2,
+        type=argument(Side),
+        default=SIDE,
+        metavar=("LOWEST", "HIGHEST"),
+        help=f"of an object, in long sides of the image (default: {SIDE[0]} {SIDE[1]})",
+    )
     try:
         write_set(**vars(parser.parse_args(argv)))
     except UserError as error:

@@ -258,6 +258,27 @@ def test_same_settings_same_bytes_and_other_seeds_differ(tmp_path):
     assert not set(first.values()) & set(other.values())
 
 
+def test_only_the_named_shapes_at_the_sides_asked_for_and_indices_in_that_order():
+    names = ["ring", "cross"]
+    for number in range(40):
+        scene = draw_scene(0, number, 96, names, (0.6, 0.65))
+        last = scene.things[-1]  # which nothing covers
+        x0, y0, x1, y1 = last.box_xyxy
+        long = max(scene.image.size)
+        assert 0.6 * long - 1.5 <= max(x1 - x0, y1 - y0) <= 0.65 * long + 1.5
+        inside = scene.mask[y0:y1, x0:x1]
+        assert (inside == 1 + names.index(last.name)).any()
+        assert set(np.unique(scene.mask)) <= {0, 1, 2, 255}
+
+
+def test_the_named_shapes_belong_to_the_settings(tmp_path):
+    write_set(tmp_path / "set", train=2, val=1, size=32, names=["ring"], side=(0.5, 0.6))
+    with pytest.raises(UserError, match="delete it"):
+        write_set(tmp_path / "set", train=2, val=1, size=32)
+    with pytest.raises(UserError, match="the lowest goes first"):
+        write_set(tmp_path / "other", side=(0.6, 0.5))
+
+
 def test_a_scene_is_a_pure_function_of_its_numbers():
     assert draw_scene(0, 1, 48).things == draw_scene(0, 1, 48).things
 
