@@ -6,7 +6,7 @@ its part of the map, less the mean of the image, of unit length (beside EPS).
 
     similarity    aff_ij = exp(-|z_i - z_j|^2 / (2 tau)) = exp((cos(z_i, z_j) - 1) / tau)
     of weights    aff_ij = |W_ij + W_ji|,    W the mean over the heads h, pooled to the grid
-    query, key    the same, of W_ij = softmax_j((A z_i + a) . (B z_j + b) / sqrt(C)), learnt
+    query, key    the same, of W_ij = softmax_j((A z_i + a) . B z_j / sqrt(C)), A a B learnt
 
 Weights are those of attention, whose rows sum to 1, or a state-space model's, which have
 signs: what counts is how much a position hands on.
@@ -55,7 +55,7 @@ class QueryKey(nn.Module):
         super().__init__()
         self.grid = grid
         self.query = nn.Linear(channels, channels)
-        self.key = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels, bias=False)  # a bias would change no softmax
 
     def forward(self, feat: Tensor) -> Tensor:
         z = positions(feat, self.grid).mT  # (N, P, C)
