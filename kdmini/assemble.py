@@ -17,6 +17,7 @@ from kdmini.data.loader import TrainLoader, ValLoader, refuse_few
 from kdmini.data.storage import choose
 from kdmini.device import Autocast, half_of, is_compiled, precision
 from kdmini.distill.step import Distillation, Weighted, freeze, tap_shapes
+from kdmini.distill.taps import is_graph
 from kdmini.engine import Training
 from kdmini.footprint import step_bytes
 from kdmini.inputs import Inputs
@@ -60,7 +61,9 @@ def make_distillation(
     pairs = tap_pairs(taps)
     if teacher is not None:
         freeze(teacher)  # so that its taps are tried as they will run
-    shapes = tap_shapes(student, teacher or student, pairs, imgsz) if pairs else {}
+    all_shapes = tap_shapes(student, teacher or student, pairs, imgsz) if pairs else {}
+    graphs = {tap: shape for tap, shape in all_shapes.items() if is_graph(pairs[tap])}
+    shapes = {tap: shape for tap, shape in all_shapes.items() if tap not in graphs}
     for tap, (_, _, height, width) in shapes.items():
         if height * width == 1:
             print(
@@ -76,7 +79,8 @@ def make_distillation(
             )
         position = {key: entry[key] for key in ("weight", "schedule") if key in entry}
         settings = {key: value for key, value in entry.items() if key not in position}
-        term = config.build(settings, where, shapes=shapes, names=student.names, student=student)
+        pieces = {"shapes": shapes, "graphs": graphs, "names": student.names, "student": student}
+        term = config.build(settings, where, **pieces)
         if teacher is None and getattr(term, "needs_teacher", True):
             raise UserError(
                 f"{where}: needs a teacher; add the section `teacher`, or set distill=null"

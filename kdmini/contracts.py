@@ -146,14 +146,18 @@ class View(NamedTuple):
     images: Tensor  # (N, 3, S, S) RGB, 0..1
     # the model's class_maps(preds), (N, K, H, W) each; None where no term reads them
     classes: Sequence[Tensor] | None = None
+    # of taps where the teacher gives weights between positions, (N, heads, L, P): these, and of
+    # the student the same or a map (N, C, H, W); neither aligned nor resized
+    graphs: Feats | None = None
 
 
 class Term(Protocol):
     """An nn.Module; its parameters are optimised and saved.
 
     Its constructor may name `names`, the student's; `shapes`, {tap: (student C, teacher C,
-    H, W)} before alignment, where without a teacher the student's C stands twice; and
-    `student`, the network itself, which must not become a submodule of the term.
+    H, W)} before alignment, where without a teacher the student's C stands twice; `graphs`,
+    the same of the taps in `View.graphs`, with the student's H, W; and `student`, the network
+    itself, which must not become a submodule of the term.
     Optional: `needs_teacher = False`.
     """
 

@@ -156,6 +156,10 @@ def sections(reductions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     if "self_teacher" in found:  # a tree without terms/ has none of them
         # narrower than these maps, and with scores that count
         found["self_teacher"]["self_teacher"].update(width=10, soft=1e4)
+        pixels = {"build": "kdmini.terms.pixels:PixelRelation", "pool": 2, "weight": 1.0}
+        found["pixels"] = {"taps": TAPS, "pixels": pixels}
+        haar = {**found["frequency"]["frequency"], "filter": "haar"}
+        found["frequency haar"] = {"taps": TAPS, "frequency": haar}
     for reduction in ("sample", "mean_square"):
         build = "kdmini.distill.attention:AttentionTransfer"
         term = {"build": build, "reduction": reduction, "weight": 1.0}

@@ -15,7 +15,7 @@ from kdmini.contracts import Feats, Losses, Targets, Term, UserError, View
 from kdmini.distill.align import Align, Mode, Shapes, same_size, smaller
 from kdmini.distill.attention import map_distance, to_largest
 from kdmini.distill.schedule import Segment, check_segments, piecewise_linear
-from kdmini.distill.taps import Taps, feats_of
+from kdmini.distill.taps import Taps, feats_of, is_graph
 
 ALWAYS = ((0.0, 1.0, float("inf"), 1.0),)
 
@@ -149,20 +149,29 @@ class Distillation(nn.Module):
         be compiled whole.
         """
         classes = self.class_maps(preds)
+        feats, graphs = self.parted(feats)
         if teacher:
-            ours, theirs = same_size(feats, teacher.feats)
+            maps, of_teacher = self.parted(teacher.feats)
+            ours, theirs = same_size(feats, maps)
             feats = self.align(ours)
-            teacher = teacher._replace(feats=theirs)
+            teacher = teacher._replace(feats=theirs, graphs=of_teacher)
         if teacher and classes is not None:
             levels, fixed = same_size(by_level(classes), by_level(teacher.classes))
             classes = [*levels.values()]
             teacher = teacher._replace(classes=[*fixed.values()])
-        student = View(feats, preds, images, classes)
+        student = View(feats, preds, images, classes, graphs)
         return {name: self.terms[name](student, teacher, targets) for name in names}
+
+    def parted(self, feats: Feats) -> tuple[Feats, Feats]:
+        """-> the taps that are maps in both networks, and those of a graph of the teacher's."""
+        graphs = {tap: feat for tap, feat in feats.items() if is_graph(self.taps[tap])}
+        return {tap: feat for tap, feat in feats.items() if tap not in graphs}, graphs
 
     @torch.no_grad()
     def teacher_view(self, images: Tensor) -> View | None:
-        """The teacher's view of the images, under the student's tap names."""
+        """The teacher's view of the images, under the student's tap names; in `feats` all of
+        its taps, as tapped.
+        """
         if self.teacher is None:
             return None
         preds = self.teacher.run(images)
@@ -180,17 +189,17 @@ class Distillation(nn.Module):
         of training would dim those of an untrained student.
         """
         student.forward(images)  # not compiled once more to look at a few batches
-        feats = self.student_taps.take()
+        feats, _ = self.parted(self.student_taps.take())
         teacher = self.teacher_view(images)
-        if teacher is None or not self.taps:
+        if teacher is None or not feats:
             return {}
-        feats, theirs = same_size(feats, teacher.feats)
+        feats, theirs = same_size(feats, self.parted(teacher.feats)[0])
         goals = {tap: to_largest(feat) for tap, feat in theirs.items()}
         distances: dict[str, Tensor] = {}
         for kind, ours in {"aligned": self.align(feats), "raw": feats}.items():
             by_tap = {
                 f"{kind}/{tap}": map_distance(to_largest(ours[tap]), goals[tap]).sum()
-                for tap in self.taps
+                for tap in ours
             }
             distances[kind] = torch.stack([*by_tap.values()]).sum()
             distances |= by_tap
@@ -218,9 +227,9 @@ def tap_shapes(
     student: nn.Module, teacher: nn.Module, taps: Mapping[str, str], imgsz: int
 ) -> Shapes:
     """Runs one empty image -> {student's tap: (student C, teacher C, H, W)}, the size that of the
-    smaller map; a line says which is brought to it.
+    smaller map; a line says which is brought to it. Of a graph it is that of the student's.
 
-    Raises UserError where one size is no multiple of the other.
+    Raises UserError where one size is no multiple of the other, or a graph has a map to teach it.
     """
     ours = feats_of_nothing(student, list(taps), imgsz)
     theirs = feats_of_nothing(teacher, list(taps.values()), imgsz)
@@ -228,6 +237,14 @@ def tap_shapes(
     for tap, name in taps.items():
         _, student_channels, *student_size = ours[tap].shape
         _, teacher_channels, *teacher_size = theirs[name].shape
+        if is_graph(name):
+            height, width = student_size
+            shapes[tap] = (student_channels, teacher_channels, height, width)
+            continue
+        if is_graph(tap):
+            raise UserError(
+                f"distill.taps: {tap} is a graph, and {name} of the teacher is none; name one"
+            )
         height, width = smaller(student_size, teacher_size, tap)
         shapes[tap] = (student_channels, teacher_channels, height, width)
         if student_size != teacher_size:

@@ -89,6 +89,13 @@ def feats_of(model: nn.Module, names: Sequence[str], images: Tensor) -> Feats:
     return taps.take()
 
 
+def is_graph(name: str) -> bool:
+    """Whether a submodule gives weights between positions, (N, heads, L, P), and no map of
+    features: one that is called `graph` does.
+    """
+    return name.rpartition(".")[2] == "graph"
+
+
 def shape_of(output: object) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of {output.ndim} dimensions"

@@ -103,13 +103,14 @@ TERMS = [
     "kdmini.terms.logits:LogitDistillation",
     "kdmini.terms.masked:MaskedGeneration",
     "kdmini.terms.pearson:PearsonDistillation",
+    "kdmini.terms.pixels:PixelRelation",
     "kdmini.terms.score_weighted:ScoreWeighted",
     "kdmini.terms.self_teacher:SelfTeacher",
     "kdmini.terms.spatial:SpatialImitation",
 ]
 # what nn.Module's own constructor has, of a term that takes no settings
 UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-OFFERED = ("shapes", "names", "student")  # to a term, by kdmini.assemble
+OFFERED = ("shapes", "graphs", "names", "student")  # to a term, by kdmini.assemble
 
 
 def page() -> str:

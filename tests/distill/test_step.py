@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from kdmini.assemble import make_distillation
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.align import same_size
 from kdmini.distill.attention import AttentionTransfer, map_distance
 from kdmini.distill.step import Weighted, freeze, tap_shapes
+from kdmini.distill.taps import feats_of
 from tests.distill.small import NO_TARGETS, TAPS, Probe, Small, distil, images, pair
 
 # --- terms
@@ -251,6 +253,81 @@ def test_maps_that_are_no_multiples_are_refused() -> None:
     maps = {"tap": torch.ones(1, 2, 6, 6)}
     with pytest.raises(UserError, match="tap is 6x6 in the student, 4x4 in the teacher; pair"):
         same_size(maps, {"tap": torch.ones(1, 2, 4, 4)})
+
+
+class Attentive(Small):
+    """Its `graph` gives weights between the 64 positions of `deep`, two heads of them."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.graph = nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        deep = self.deep(self.stem(images))
+        tokens = deep.flatten(2).unflatten(1, (2, 4))  # (N, 2, 4, 64)
+        self.graph((tokens.mT @ tokens).softmax(3))
+        return self.head(deep)
+
+    features = forward  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", ["deep", "graph"])
+def test_a_graph_of_the_teachers_reaches_the_terms_as_it_is(name: str, capsys) -> None:
+    """And what the student has there, neither aligned nor resized; the maps are as ever."""
+    torch.manual_seed(0)
+    student = Attentive(4)
+    teacher = Attentive(6)
+    taps = {"stem": "stem", name: "graph"}
+    shapes = tap_shapes(student, teacher, taps, 32)
+    graph_shape = (8, 2, 8, 8) if name == "deep" else (2, 2, 64, 64)
+    assert shapes == {"stem": (4, 6, 16, 16), name: graph_shape}
+    assert "averaged" not in capsys.readouterr().out
+
+    probe = Probe()
+    section = {"build": "tests.distill.test_step:Shapes", "weight": 1.0}
+    pairs = [(ours, theirs) for ours, theirs in taps.items()]
+    distillation = make_distillation(student, teacher, 32, pairs, term=section)
+    term = distillation.terms["term"]
+    assert term.shapes == {"stem": (4, 6, 16, 16)}
+    assert term.graphs == {name: graph_shape}
+    distillation.terms["term"] = probe
+    preds = student(images())
+    distillation(images(), preds, NO_TARGETS, 0)
+    ours, theirs = probe.views[0]
+    assert list(ours.feats) == list(theirs.feats) == ["stem"]
+    assert ours.feats["stem"].shape == theirs.feats["stem"].shape == (2, 6, 16, 16)
+    assert theirs.graphs[name].shape == (2, 2, 64, 64)
+    expected = feats_of(student.train(), [name], images())[name].shape
+    assert ours.graphs[name].shape == expected
+    assert ours.graphs[name].requires_grad
+
+    student.eval()
+    distances = distillation.distances(student, images())
+    assert distances.keys() == {"aligned", "aligned/stem", "raw", "raw/stem"}
+
+
+class Shapes(nn.Module):
+    """A term that notes what it is told of the taps."""
+
+    uses = frozenset({"feats"})
+
+    def __init__(self, shapes: Any, graphs: Any):
+        super().__init__()
+        self.shapes = shapes
+        self.graphs = graphs
+
+
+def test_taps_that_are_graphs_alone_have_no_distances() -> None:
+    torch.manual_seed(0)
+    student = Attentive(4)
+    distillation = make_distillation(student, Attentive(6), 32, [("deep", "graph")])
+    assert distillation.distances(student.eval(), images()) == {}
+
+
+def test_a_map_does_not_teach_a_graph() -> None:
+    words = r"distill\.taps: graph is a graph, and deep of the teacher is none"
+    with pytest.raises(UserError, match=words):
+        tap_shapes(Attentive(4), Attentive(6), {"graph": "deep"}, 32)
 
 
 def test_a_tap_that_is_not_there_is_refused() -> None:

@@ -152,6 +152,23 @@ def plain_channelwise(scene: Scene, temperature: float) -> Any:
     return total
 
 
+def plain_pixels(scene: Scene, temperature: float) -> Any:
+    def relations(feat: Tensor) -> list[list[Tensor]]:
+        """(C, H, W) -> the cosines of every cell with all."""
+        unit = [cell / cell.dot(cell).sqrt() for cell in feat.flatten(1).unbind(1)]
+        return [[a.dot(b) for b in unit] for a in unit]
+
+    total: Any = 0
+    for s, t in pairs(scene):
+        for n in range(IMAGES):
+            rows = list(zip(relations(s[n]), relations(t[n]), strict=True))
+            for of_student, of_teacher in rows:
+                q = softmax(of_student, temperature)
+                p = softmax(of_teacher, temperature)
+                total += temperature**2 * kl(p, q) / (IMAGES * len(rows))
+    return total
+
+
 def plain_pearson(scene: Scene) -> Any:
     total: Any = 0
     for s, t in pairs(scene):

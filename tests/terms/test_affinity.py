@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kdmini.contracts import UserError, View
-from kdmini.terms.affinity import AffinityDistillation, pooling
+from kdmini.terms.affinity import AffinityDistillation
+from kdmini.terms.graphs import pooling
 from tests.terms.affinity_equation import (
     GRID,
     MAPS,
@@ -39,6 +40,10 @@ def make(**settings: Any) -> AffinityDistillation:
 
 def value_of(term: Any, scene: Scene) -> Tensor:
     return term(*scene, TARGETS)
+
+
+def weights_of(term: AffinityDistillation, targets: Any, images: Tensor) -> Tensor:
+    return term.weights(term.regions(targets, images))
 
 
 def random_scene(dtype: torch.dtype = torch.float64, seed: int = 0, size: float = 1.0) -> Scene:
@@ -151,21 +156,21 @@ def test_rank_and_emphasis_keep_what_is_large_in_the_teachers_graph() -> None:
 
 def test_boxes_weigh_the_positions_that_they_cover() -> None:
     images = torch.empty(IMAGES, 3, *SIZE)
-    weights = make().weights(TARGETS, images)
+    weights = weights_of(make(), TARGETS, images)
     expected = torch.tensor([plain_weights(n, 0.25) for n in range(IMAGES)])
     assert torch.allclose(weights, expected)
     assert weights.min() >= 0.25
     assert weights[1].max() < weights[0].max() < 1
 
     whole_image = with_labels([-1, -1, 0], [-1, -1, -1])
-    weights = make().weights(whole_image, images)
+    weights = weights_of(make(), whole_image, images)
     assert (weights[0] == 1).all()
     assert (weights[1] == 0.25).all()
 
     no_objects = with_labels([-1, -1, -1], [-1, -1, -1])
-    assert (make().weights(no_objects, images) == 0.25).all()
+    assert (weights_of(make(), no_objects, images) == 0.25).all()
 
-    even = make(background=1.0).weights(TARGETS, images)
+    even = weights_of(make(background=1.0), TARGETS, images)
     assert (even == 1).all()
 
 

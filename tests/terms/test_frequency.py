@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdmini.contracts import UserError, View
 from kdmini.distill.attention import AttentionTransfer
-from kdmini.terms.frequency import FrequencyAttention, bands
+from kdmini.terms.frequency import FrequencyAttention, bands, haar_bands
 from tests.terms.views import (
     IMAGES,
     Scene,
@@ -207,6 +207,116 @@ def test_a_frequency_on_the_radius_is_low_however_it_is_rounded(size: int) -> No
         assert high.abs().max() < 1e-5
 
 
+# --- the bands of a wavelet
+
+
+def plain_haar(feat: np.ndarray, levels: int) -> np.ndarray:
+    """(H, W) -> the same from LL alone: the transform of pairs, level by level, and back."""
+    if levels == 0:
+        return feat
+    a = feat[0::2, 0::2]
+    b = feat[0::2, 1::2]
+    c = feat[1::2, 0::2]
+    d = feat[1::2, 1::2]
+    approximation = plain_haar((a + b + c + d) / 2, levels - 1)
+    back = np.zeros_like(feat)
+    for row in (0, 1):
+        for column in (0, 1):
+            back[row::2, column::2] = approximation / 2  # LH, HL and HH are 0
+    return back
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_haar_keeps_what_the_wavelet_gives_without_its_details(levels: int) -> None:
+    feat = leaf((3, 8, 16), torch.Generator().manual_seed(0)).detach()
+    low, high = haar_bands(feat, levels)
+    for n in range(IMAGES):
+        for c in range(3):
+            expected = plain_haar(feat[n, c].numpy(), levels)
+            assert np.allclose(low[n, c], expected, rtol=0, atol=1e-14)
+    assert torch.allclose(low + high, feat, rtol=0, atol=1e-14)
+    assert (low * high).sum().abs() < 1e-10  # the bands are orthogonal
+
+
+def test_haar_blocks_at_the_far_edges_may_be_smaller() -> None:
+    feat = torch.arange(15.0).view(1, 1, 3, 5)
+    low, _ = haar_bands(feat, 1)
+    expected = torch.tensor([[3.0, 3, 5, 5, 6.5], [3, 3, 5, 5, 6.5], [10.5, 10.5, 12.5, 12.5, 14]])
+    assert torch.equal(low[0, 0], expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_term_is_the_same_with_the_bands_of_a_wavelet(strategy: Any) -> None:
+    """Two levels at one tap; its value is that of the parts that are made by hand."""
+    levels = {"fine": 2, "middle": 1, "coarse": 1}
+    shares = {"fine": 0.3, "middle": 0.0, "coarse": 0.5}
+    ours = random_scene()
+    term = FrequencyAttention(SHAPES, strategy, low=shares, filter="haar", levels={"fine": 2})
+    value = value_of(term, ours)
+    value.backward()
+
+    expected: Any = 0
+    for tap, share in shares.items():
+        parts = []
+        for side, whole in zip(ours, ("teacher", "student"), strict=True):
+            feat = side.feats[tap].detach()
+            low, high = haar_bands(feat, levels[tap])
+            parts.append((feat, feat) if strategy == whole else (low, high))
+        (low_s, high_s), (low_t, high_t) = parts
+        expected += share * plain_distance(low_s, low_t)
+        expected += (1 - share) * plain_distance(high_s, high_t)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert len(gradients(ours.student)) == len(SHAPES)
+    for gradient in gradients(ours.student):
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() > 1e-3
+    assert has_no_gradient(ours.teacher)
+    assert_compiled_is_the_same(term, value_of, random_scene)
+
+
+# --- the strategies of the notes, for segmentation
+
+ENCODER = {"stages.1": 32, "pooled": 32}
+DECODER = {"fusion": 8}
+
+
+@pytest.mark.parametrize("filter", ["fourier", "haar"])
+@pytest.mark.parametrize("encoder", [1.0, 0.0, 0.7])
+def test_low_parts_encoder_and_decoder_whatever_their_resolution(
+    filter: Any, encoder: float
+) -> None:
+    """1: the basic strategy; 0: the reverse; else a ratio. What the other band holds is not seen
+    where a share is 0 or 1.
+    """
+    strides = {"higher": 8, **ENCODER, **DECODER}
+    shapes = {tap: (4, 4, 128 // stride, 128 // stride) for tap, stride in strides.items()}
+    low = {"higher": encoder, **dict.fromkeys(ENCODER, encoder), "fusion": 1 - encoder}
+    term = FrequencyAttention(shapes, low=low, filter=filter)
+    assert term.low == low
+
+    generator = torch.Generator().manual_seed(0)
+    for tap, (_, channels, height, width) in shapes.items():
+        teacher = leaf((channels, height, width), generator)
+        other = leaf((channels, height, width), generator).detach()
+        low_t, high_t = term.bands(tap, teacher.detach())
+        low_o, high_o = term.bands(tap, other)
+        if low[tap] == 1:
+            assert term.distance(tap, low_t + high_o, teacher) < 1e-6
+        if low[tap] == 0:
+            assert term.distance(tap, low_o + high_t, teacher) < 1e-6
+        assert term.distance(tap, other, teacher) > 0.1
+
+
+@pytest.mark.parametrize("first_low", [1, 2, 3])
+def test_stages_are_split_where_one_likes(first_low: int) -> None:
+    """High-pass before, low-pass from there on; 2|2 is what `basic` does by itself."""
+    shapes = {f"stages.{i}": (4, 4, 32 >> i, 32 >> i) for i in range(4)}
+    low = {f"stages.{i}": float(i >= first_low) for i in range(4)}
+    by_itself = FrequencyAttention(shapes).low
+    assert FrequencyAttention(shapes, low=low).low == low
+    assert (by_itself == low) == (first_low == 2)
+
+
 # --- the strategies
 
 
@@ -310,11 +420,23 @@ def test_compiled_in_one_graph_it_gives_the_same(strategy: Any) -> None:
             "radius 0.2 keeps only the mean of fine, 8x6; use 0.25",
         ),
         ({"low": {"middel": 0.5}}, "low names middel, .* fine, middle, coarse"),
+        (
+            {"filter": "haar", "levels": 2},
+            "levels 2 keeps only the mean of coarse, 4x4; use 1 or less",
+        ),
+        ({"levels": {"middel": 2}}, "levels names middel, .* fine, middle, coarse"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         FrequencyAttention(SHAPES, **settings)
+
+
+def test_of_two_cells_a_wavelet_has_no_low_band() -> None:
+    shapes = {"tap": (3, 3, 2, 2)}
+    with pytest.raises(UserError, match=r"levels 1 keeps .* 2x2; use a `low` of 0 there"):
+        FrequencyAttention(shapes, "both", filter="haar")
+    FrequencyAttention(shapes, low=0.0, filter="haar")
 
 
 def test_it_asks_for_taps() -> None:

@@ -15,6 +15,7 @@ from kdmini.terms.localisation import LocalisationDistillation
 from kdmini.terms.logits import LogitDistillation
 from kdmini.terms.masked import MaskedGeneration
 from kdmini.terms.pearson import PearsonDistillation
+from kdmini.terms.pixels import PixelRelation
 from kdmini.terms.score_weighted import ScoreWeighted
 from kdmini.terms.spatial import SpatialImitation
 from tests.terms.equations import (
@@ -27,6 +28,7 @@ from tests.terms.equations import (
     plain_logits,
     plain_masked,
     plain_pearson,
+    plain_pixels,
     plain_score_weighted,
     plain_spatial,
     random_scene,
@@ -57,6 +59,7 @@ TERMS: dict[str, Any] = {
     "channelwise": ChannelWise(),
     "channelwise warm": ChannelWise(3.0),
     "pearson": PearsonDistillation(),
+    "pixels": PixelRelation(),
     "spatial": SpatialImitation(),
     "score_weighted": ScoreWeighted(),
     "masked": MASKED,
@@ -68,6 +71,7 @@ EQUATIONS: dict[str, Callable[[Scene], Any]] = {
     "channelwise": lambda scene: plain_channelwise(scene, 1),
     "channelwise warm": lambda scene: plain_channelwise(scene, 3),
     "pearson": plain_pearson,
+    "pixels": lambda scene: plain_pixels(scene, 0.1),
     "spatial": plain_spatial,
     "score_weighted": plain_score_weighted,
     "masked": lambda scene: plain_masked(scene, MASKED),
@@ -93,7 +97,8 @@ def test_value_and_gradient_are_those_of_the_equation(name: str) -> None:
     value.backward()
     expected.backward()
 
-    bound = 1e-5 if name == "pearson" else 1e-9  # its eps
+    has_eps = name.startswith(("pearson", "pixels"))
+    bound = 1e-5 if has_eps else 1e-9
     assert value.ndim == 0
     assert value > 0
     assert value.item() == pytest.approx(expected.item(), rel=bound)
@@ -146,6 +151,18 @@ def test_zero_at_equality_and_so_is_the_gradient(name: str) -> None:
     assert abs(value.item()) < 1e-13
     for gradient in gradients(same):
         assert gradient.abs().max() < 1e-13
+
+
+def test_pixels_are_related_after_blocks_of_them_are_averaged() -> None:
+    def averaged(x: Tensor) -> Tensor:
+        """By 2; the last rows and columns of an odd side by themselves."""
+        rows = torch.stack([part.mean(2) for part in x.split(2, 2)], 2)
+        return torch.stack([part.mean(3) for part in rows.split(2, 3)], 3)
+
+    scene = random_scene()
+    expected = value_of(PixelRelation(0.5), scene.map(averaged)).item()
+    assert expected > 0
+    assert value_of(PixelRelation(0.5, pool=2), scene).item() == pytest.approx(expected)
 
 
 def test_masked_is_zero_where_nothing_is_hidden_and_the_generator_changes_nothing() -> None:
@@ -264,6 +281,7 @@ def without_feats(term: nn.Module, preds: Any = None) -> None:
         (lambda: without_feats(LocalisationDistillation(), {"boxes": 0}), "this is a dict"),
         (lambda: without_feats(LogitDistillation()), "class maps has none"),
         (lambda: without_feats(SpatialImitation()), r"distill\.taps"),
+        (lambda: without_feats(PixelRelation()), r"distill\.taps"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(wrong: Callable[[], Any], message: str) -> None:
