@@ -160,7 +160,7 @@ def distances(one: Tensor, other: Tensor, goal: Tensor | None) -> list[str]:
 
 def apart_by(one: Tensor, other: Tensor) -> list[float]:
     """The distance of each image's maps, at the size of the smaller, as in training."""
-    size = min(one.shape[2:], other.shape[2:])
-    one = to_largest(F.adaptive_avg_pool2d(one, size))
-    other = to_largest(F.adaptive_avg_pool2d(other, size))
+    height, width = min(one.shape[2:], other.shape[2:])
+    one = to_largest(F.adaptive_avg_pool2d(one, (height, width)))
+    other = to_largest(F.adaptive_avg_pool2d(other, (height, width)))
     return list(map_distance(one, other).tolist())
