@@ -71,7 +71,9 @@ def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str]) -> Image
     row_height = round(1.5 * size)
     rows = 1 + max(entry.row for entry in entries)
     below = row_height * rows + size // 2
-    page = Image.new("RGB", (picture.width, picture.height + below), PAPER)
+    widest = max(entry.x + entry.width for entry in entries) + size // 2
+    page_width = max(picture.width, widest)
+    page = Image.new("RGB", (page_width, picture.height + below), PAPER)
     page.paste(picture)
     pen = ImageDraw.Draw(page)
     for entry in entries:
@@ -91,7 +93,7 @@ def colour_of(label: int) -> tuple[int, int, int]:
 
 
 def placed(texts: dict[int, str], size: int, page_width: int) -> list[Entry]:
-    """A legend's entries in rows that fit the page; one alone may be wider.
+    """A legend's entries in rows that fit the page, unless one is wider by itself.
 
     size: of the text, pixels.
     """

@@ -25,7 +25,9 @@ def test_every_stage_of_a_network_has_a_map(network, count: int) -> None:
 
 
 def test_of_a_transformer_each_stage_shows_its_last_block() -> None:
-    graphs = [f"stages.{stage}.blocks.{block}.attn.graph" for stage, block in enumerate([2, 3, 5, 2])]
+    graphs = [
+        f"stages.{stage}.blocks.{block}.attn.graph" for stage, block in enumerate([2, 3, 5, 2])
+    ]
     assert own_taps(SegFormer(NAMES, "b2")) == [*graphs, "decoder"]
 
 

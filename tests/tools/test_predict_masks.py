@@ -121,4 +121,7 @@ def test_any_class_name_takes_one_short_line(name: str) -> None:
 def test_a_drawing_is_legible_at_any_size(width: int, height: int) -> None:
     mask = np.ones((height, width), np.uint8)
     page = overlay(Image.new("RGB", (width, height)), mask, NAMES)
-    assert 640 <= max(page.size) <= 8192 + 40
+    assert 640 <= max(page.size) <= 8500
+    legend = np.asarray(page)[-60:]
+    assert (legend == PALETTE[1]).all(2).sum() > 100  # a square
+    assert (legend[:, 40:] < 100).all(2).any()  # its name
