@@ -111,8 +111,8 @@ def attention(
         axis.set_xlabel(name, fontsize=SMALL)
     grey = images @ LUMA  # (N, S, S)
     for number, (tap, column) in enumerate(columns.items(), 1):
-        sizes = dict.fromkeys("{1}x{2}".format(*maps.shape) for maps in column.maps)
-        axes[0, number].set_title(f"{tap}, {', '.join(sizes)}", fontsize=SMALL + 1)
+        map_height, map_width = column.maps[0].shape[1:]
+        axes[0, number].set_title(f"{tap}, {map_height}x{map_width}", fontsize=SMALL + 1)
         for row, axis in enumerate(axes[:, number]):
             draw_maps(axis, grey[row], [maps[row] for maps in column.maps])
             name_sides(axis, sides, visible=row == 0)

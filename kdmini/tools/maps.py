@@ -122,7 +122,7 @@ def attention(
     """
     columns = {}
     for number, tap in enumerate(taps):
-        feats = [of_side[number] for of_side in sides.values()]
+        feats = same_size([of_side[number] for of_side in sides.values()])
         maps = [attention_map(to_largest(feat)).cpu().numpy() for feat in feats]
         captions = [""] * len(scenes.targets)
         if len(feats) == 2:
@@ -159,8 +159,12 @@ def distances(one: Tensor, other: Tensor, goal: Tensor | None) -> list[str]:
 
 
 def apart_by(one: Tensor, other: Tensor) -> list[float]:
-    """The distance of each image's maps, at the size of the smaller, as in training."""
-    height, width = min(one.shape[2:], other.shape[2:])
-    one = to_largest(F.adaptive_avg_pool2d(one, (height, width)))
-    other = to_largest(F.adaptive_avg_pool2d(other, (height, width)))
+    """The distance of each image's maps."""
+    one, other = (to_largest(feat) for feat in same_size([one, other]))
     return list(map_distance(one, other).tolist())
+
+
+def same_size(feats: Sequence[Tensor]) -> list[Tensor]:
+    """(N, C, H, W) each -> all at the size of the smallest, as in training."""
+    height, width = min(feat.shape[2:] for feat in feats)
+    return [F.adaptive_avg_pool2d(feat, (height, width)) for feat in feats]

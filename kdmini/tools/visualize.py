@@ -9,6 +9,7 @@ python -m kdmini.tools.visualize WEIGHTS IMAGES... [--out FOLDER]     into ./pic
     before_after.png    where the student looked before training, and after it
     stages_teacher.png, stages_student.png
                         the maps of the stages of each that no tap shows
+    spectra_TERM.png    of a term that filters, the spectra before and after it
 
 and what the metric of the run draws; of a detector:
 
@@ -32,20 +33,21 @@ teacher. The student of a run is best.pt.
 import argparse
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdmini import config, engine, memory, output, signals
-from kdmini.assemble import make_model, tap_pairs, with_weights
+from kdmini.assemble import make_distillation, make_model, tap_pairs, with_weights
 from kdmini.contracts import Metric, Truth, UserError
 from kdmini.data.loader import TrainLoader, ValLoader
 from kdmini.data.pictures import decode
 from kdmini.data.store import Store
 from kdmini.detection.truth import Boxes
 from kdmini.device import pick_device, precision
+from kdmini.distill.align import same_size
 from kdmini.files import write_whole
 from kdmini.optim import Recipe
 from kdmini.runlog import RunFolder
@@ -54,9 +56,18 @@ from kdmini.segmentation.truth import Masks
 from kdmini.tools import detections, segmentations
 from kdmini.tools.curves import curves
 from kdmini.tools.load import load_network
-from kdmini.tools.maps import Figures, Networks, attention, maps_at, of_networks, own_taps
+from kdmini.tools.maps import (
+    GRAPH,
+    Figures,
+    Networks,
+    attention,
+    maps_at,
+    of_networks,
+    own_taps,
+)
 from kdmini.tools.photographs import Photographs
-from kdmini.tools.scenes import Material, Scenes, first_scenes
+from kdmini.tools.scenes import Material, Scenes, feats_at, first_scenes
+from kdmini.tools.spectra import spectra
 
 # what draws the pictures of weights alone; of a run its metric says so
 DRAWN_BY: dict[type[Truth], Callable[[Material], Figures]] = {
@@ -153,7 +164,36 @@ def of_run(folder: Path, files: Sequence[Path]) -> Figures:
         autocast, _ = precision(recipe.amp, device)
         engine.evaluate(networks.after, ValLoader(val_store, recipe.batch), metric, autocast)
         yield from draw_task(Material(metric=metric))
-    yield from of_networks(networks, scenes, tap_pairs(taps_of(sections, networks.after)))
+    pairs = tap_pairs(taps_of(sections, networks.after))
+    yield from of_networks(networks, scenes, pairs)
+    if networks.teacher is not None and pairs:
+        yield from of_filters(sections.distill, networks, scenes, pairs)
+
+
+def of_filters(
+    distill: Mapping[str, Any], networks: Networks, scenes: Scenes, pairs: Mapping[str, str]
+) -> Figures:
+    """The spectra of each term that filters, at the taps that are maps. It folds the teacher."""
+    builds = {name: entry["build"] for name, entry in distill.items() if isinstance(entry, dict)}
+    filters = [
+        name
+        for name, build in builds.items()
+        if hasattr(config.locate(build, f"distill.{name}"), "bands")
+    ]
+    if not filters:
+        return
+    pieces = {"student": networks.after, "teacher": networks.teacher}
+    imgsz = scenes.images.shape[2]
+    distillation = config.call(make_distillation, distill, "distill", imgsz=imgsz, **pieces)
+    maps = {ours: theirs for ours, theirs in pairs.items() if not theirs.endswith(GRAPH)}
+    ours = feats_at(list(maps), networks.after, scenes.images)
+    theirs = feats_at(list(maps.values()), networks.teacher, scenes.images)
+    student, teacher = same_size(
+        dict(zip(maps, ours, strict=True)), dict(zip(maps, theirs, strict=True))
+    )
+    for name in filters:
+        sides = {"teacher": teacher, "student": student}
+        yield f"spectra_{name}", spectra(distillation.terms[name], name, sides)
 
 
 def taps_of(sections: Sections, student: Any) -> list[Any]:

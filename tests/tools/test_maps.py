@@ -1,5 +1,6 @@
 """Where networks look: which layers are drawn, and how far apart the maps are said to be."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +8,8 @@ pytest.importorskip("matplotlib")
 from kdmini.segmentation.fast_scnn import FastSCNN
 from kdmini.segmentation.mamba import VMamba
 from kdmini.segmentation.segformer import SegFormer
-from kdmini.tools.maps import distances, maps_at, own_taps, received
+from kdmini.tools.maps import attention, distances, maps_at, own_taps, received
+from kdmini.tools.scenes import Scenes
 
 NAMES = ["ground", "circle"]
 IMAGES = torch.rand(2, 3, 64, 64)
@@ -46,6 +48,13 @@ def test_maps_of_two_sizes_are_compared_at_the_smaller() -> None:
     assert distances(fine, coarse, None) == ["distance 0.000"] * 2
     assert distances(coarse, fine, fine)[0].endswith("to teacher 0.000 → 0.000")
     assert distances(torch.rand(1, 2, 6, 6), torch.rand(1, 3, 4, 4), None)[0] != "distance 0.000"
+
+    pictures = np.zeros((2, 8, 8, 3))
+    scenes = Scenes(torch.from_numpy(pictures).movedim(3, 1), [{"id": "a"}, {"id": "b"}], [])
+    figure = attention(scenes, {"one": [fine], "other": [coarse]}, ["tap"])
+    drawn = [layer.get_array() for layer in figure.axes[2].images[1::2]]
+    np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-6)
+    assert "tap, 4x4" in [axis.get_title() for axis in figure.axes]
 
 
 def test_an_untrained_network_has_bright_maps_and_a_true_distance():
