@@ -52,7 +52,7 @@ def test_maps_of_two_sizes_are_compared_at_the_smaller() -> None:
     pictures = np.zeros((2, 8, 8, 3))
     scenes = Scenes(torch.from_numpy(pictures).movedim(3, 1), [{"id": "a"}, {"id": "b"}], [])
     figure = attention(scenes, {"one": [fine], "other": [coarse]}, ["tap"])
-    drawn = [layer.get_array() for layer in figure.axes[2].images[1::2]]
+    drawn = [layer.get_array() for layer in figure.axes[1].images[1::2]]
     np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-6)
     assert "tap, 4x4" in [axis.get_title() for axis in figure.axes]
 
