@@ -178,7 +178,9 @@ def main() -> None:
         "--teacher", action="store_true", help="score the config's teacher too, side by side"
     )
     parser.add_argument(
-        "--save", metavar="FOLDER", help="write the predictions there, as NAME.json"
+        "--save",
+        metavar="FOLDER",
+        help="write the predictions there: boxes as NAME.json, masks as PNGs in a folder NAME",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args, unknown = parser.parse_known_intermixed_args()  # overrides may stand anywhere

@@ -47,6 +47,7 @@ class MeanIoU:
     """
 
     fitness = "mIoU"
+    figures = "kdmini.tools.segmentations:figures"
     summary = ("mIoU", "accuracy")
 
     def __init__(self, names: list[str]):

@@ -46,6 +46,9 @@ def panels_of(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
     distances = group(lines, "distance/")
     raw = group(distances, "raw/")
     aligned = group(distances, "aligned/")
+    scores = group(lines, "score/")
+    shares = {name: line for name, line in scores.items() if max(y for _, y in line) <= 1}
+    counts = {name: line for name, line in scores.items() if name not in shares}
     mean = "mean over the epoch"
     panels = [
         Panel("Losses of the model, with their gains", mean, of_model),
@@ -58,7 +61,8 @@ def panels_of(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
         ),
         Panel("Distance at each tap, student as it is (raw)", "distance", raw),
         Panel("Distance at each tap, after the align modules", "distance", aligned),
-        Panel("Scores on the validation set", "score", group(lines, "score/")),
+        Panel("Scores on the validation set", "score", shares),
+        Panel("Scores above 1, such as counts", "score", counts),
         Panel("Learning rate", "", named(lines, "lr")),
         Panel("Speed of training", "", named(lines, "images/s")),
     ]

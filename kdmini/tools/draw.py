@@ -9,6 +9,7 @@ Legend: N images, S image size, H W cells of a map.
 
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ DPI = 100  # a figure of 16 inches is 1600 pixels wide
 # points
 SMALL = 9  # labels and captions
 LARGE = SMALL + 4  # the title of a figure
+
+LETTERS = 8  # of a title, in an inch
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -97,7 +100,8 @@ def attention(
     row_height = MAP_SIDE + 0.1 + 0.18 * caption_lines
     width = MAP_SIDE * (1.1 + len(columns) * (cell_width + 0.1))
     height = row_height * len(images) + 1.5
-    figure = blank(width, height, title + "\n")  # what stands over the axes comes close
+    lines = textwrap.fill(title, round(width * LETTERS))
+    figure = blank(width, height, lines + "\n")  # what stands over the axes comes close
     width_ratios = [1.0] + [cell_width] * len(columns)
     axes = figure.subplots(len(images), 1 + len(columns), squeeze=False, width_ratios=width_ratios)
 

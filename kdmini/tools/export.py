@@ -1,15 +1,16 @@
-"""Write a detector in a form that other programs read.
+"""Write a network in a form that other programs read.
 
 python -m kdmini.tools.export WEIGHTS --to onnx [--out FILE] [--imgsz 640]
 python -m kdmini.tools.export WEIGHTS --to safetensors [--out FILE]
 
-onnx: images (N, 3, S, S) RGB 0..1 with any N -> the detections before non-maximum
-suppression, twice: `output0` (N, 4 + K, A) is the layout that ultralytics and its like read,
-as in `YOLO("best.onnx").predict(image, imgsz=S)`: centre x and y, width, height, scores.
-`boxes_xyxy` (N, A, 4) in pixels and `scores` (N, A, K) are the same in two. BatchNorm is
-folded. safetensors: the
-state_dict under the public keys, nothing folded. Either one carries names, scale,
-license and image size as metadata: texts, and what is no text in JSON.
+onnx: images (N, 3, S, S) RGB 0..1 with any N. A detector gives the detections before
+non-maximum suppression, twice: `output0` (N, 4 + K, A) is the layout that ultralytics and its
+like read, as in `YOLO("best.onnx").predict(image, imgsz=S)`: centre x and y, width, height,
+scores; `boxes_xyxy` (N, A, 4) in pixels and `scores` (N, A, K) are the same in two. A network
+for segmentation gives `logits` (N, K, S, S), upsampled to the image: the largest is the class
+of a pixel. BatchNorm is folded. safetensors: the state_dict under its own keys, of a YOLO11
+the public ones, nothing folded. Either one carries names, size, license and image size as
+metadata, and of segmentation ONNX has the palette: texts, and what is no text in JSON.
 
 Legend: N images, S image size, A anchors, K classes.
 """
@@ -23,33 +24,24 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdmini import memory, output, signals
 from kdmini.bounds import ImageSize
-from kdmini.contracts import UserError
-from kdmini.detection.boxes import left_top, right_bottom
-from kdmini.detection.yolo11.model import YOLO11, decode_maps
+from kdmini.contracts import Truth, UserError
+from kdmini.detection.truth import Boxes
 from kdmini.files import write_whole
-from kdmini.tools.load import load_detector
+from kdmini.segmentation.truth import Masks
+from kdmini.tools.export_boxes import Decoded
+from kdmini.tools.export_masks import Upsampled
+from kdmini.tools.load import load_network
 from kdmini.typed import argument
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
-
-# by how much ONNX may differ from PyTorch: float32 is summed in another order
-BOX_TOLERANCE = 0.1  # pixels
-SCORE_TOLERANCE = 1e-3
-
-# what they read in the file; its other keys, names and imgsz, they read as they are
-FOR_READERS = {"task": "detect", "stride": "32", "batch": "1"}
-
-# output0 (N, 4 + K, A): centre x, centre y, width, height and the scores, as programs that read
-# YOLO models expect of the first output; and boxes_xyxy (N, A, 4), scores (N, A, K)
-OUTPUTS = ["output0", "boxes_xyxy", "scores"]
 
 ALIGNMENT = 8  # bytes, of which the tensors of safetensors begin at a multiple
 
@@ -61,26 +53,31 @@ class Stored(NamedTuple):
     layout: str  # numpy's, little-endian
 
 
-STORED = {  # all that a YOLO11 holds
+STORED = {  # all that a network holds
     torch.float32: Stored("F32", "<f4"),
     torch.int64: Stored("I64", "<i8"),
 }
 
 
-class Decoded(nn.Module):
-    """A detector whose outputs are boxes and scores, in the two layouts that are read."""
+class Form(Protocol):
+    """A network as an nn.Module whose outputs are what other programs read: one of a task."""
 
-    def __init__(self, detector: YOLO11):
-        super().__init__()
-        self.detector = detector
+    outputs: Sequence[str]  # their names
+    facts: dict[str, str]  # for those programs, beside the metadata of every network
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (N, 3, S, S) -> OUTPUTS."""
-        boxes_xyxy, scores = decode_maps(self.detector(images))
-        low = left_top(boxes_xyxy)
-        high = right_bottom(boxes_xyxy)
-        fused = torch.cat([(low + high) / 2, high - low, scores], 2)
-        return fused.mT, boxes_xyxy, scores
+    def __call__(self, images: Tensor) -> Any: ...
+
+    def difference(
+        self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]
+    ) -> tuple[str, bool]:
+        """-> how far apart two sets of outputs are, in words, and whether that is little.
+
+        Of what is not finite it is not.
+        """
+        ...
+
+
+FORMS: dict[type[Truth], Any] = {Boxes: Decoded, Masks: Upsampled}
 
 
 def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = None) -> Path:
@@ -92,14 +89,14 @@ def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = N
     if out and out.suffix != suffix:  # and so never the weights themselves
         raise UserError(f"--out {out}: name a file that ends in {suffix}")
 
-    detector, trained_imgsz = load_detector(weights)
+    network, trained_imgsz, truth = load_network(weights)
     path = out or Path(weights).with_suffix(suffix)
     size = imgsz or trained_imgsz
-    metadata = metadata_of(detector, size)
+    metadata = metadata_of(network, size)
     if to == "onnx":
-        content = to_onnx(detector, size, metadata)
+        content = to_onnx(network, FORMS[truth](network), size, metadata)
     else:
-        content = to_safetensors(detector.state_dict(), metadata)
+        content = to_safetensors(network.state_dict(), metadata)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +109,9 @@ def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = N
     return path
 
 
-def metadata_of(detector: YOLO11, imgsz: int) -> dict[str, str]:
+def metadata_of(network: Any, imgsz: int) -> dict[str, str]:
     """What the file says of itself: texts as they are, all else as JSON."""
-    card = {**detector.card, "names": detector.names, "imgsz": imgsz}
+    card = {**network.card, "names": network.names, "imgsz": imgsz}
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in card.items()
@@ -147,8 +144,10 @@ def to_safetensors(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def to_onnx(detector: YOLO11, imgsz: int, metadata: dict[str, str]) -> bytes:
-    """An ONNX model, compared with the detector, which is folded.
+def to_onnx(network: Any, form: Any, imgsz: int, metadata: dict[str, str]) -> bytes:
+    """An ONNX model, compared with the network, which is folded.
+
+    form: a Form of it.
 
     Raises UserError where a package is missing or the two differ.
     """
@@ -163,22 +162,22 @@ def to_onnx(detector: YOLO11, imgsz: int, metadata: dict[str, str]) -> bytes:
     seeded = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, imgsz, imgsz, generator=seeded)
     with torch.no_grad():
-        expected = Decoded(detector)(images)
+        expected = form(images)
 
-    detector.fold()
+    network.fold()
     with silenced():
         program = torch.onnx.export(
-            Decoded(detector),
+            form,
             (images,),
             dynamo=True,
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             input_names=["images"],
-            output_names=OUTPUTS,
+            output_names=form.outputs,
         )
     assert program is not None  # it is where dynamo=True
-    program.model.metadata_props.update(metadata | FOR_READERS)
+    program.model.metadata_props.update(metadata | form.facts)
     content = program.model_proto.SerializeToString()
-    compare(content, images, expected)
+    compare(content, images, expected if isinstance(expected, tuple) else [expected], form)
     return content
 
 
@@ -195,11 +194,11 @@ def silenced() -> Iterator[None]:
             logging.disable(level)
 
 
-def compare(content: bytes, images: Tensor, expected: Sequence[Tensor]) -> None:
+def compare(content: bytes, images: Tensor, expected: Sequence[Tensor], form: Form) -> None:
     """Prints how far onnxruntime's outputs are from PyTorch's, in batches of 1 and N.
 
-    images: (N, 3, S, S). expected: OUTPUTS, PyTorch's. Raises UserError where the two are
-    too far apart.
+    images: (N, 3, S, S). expected: PyTorch's outputs. Raises UserError where the two are too
+    far apart.
     """
     try:
         import onnxruntime
@@ -211,24 +210,15 @@ def compare(content: bytes, images: Tensor, expected: Sequence[Tensor]) -> None:
         return
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    box_error = np.float64(0)
-    score_error = np.float64(0)
-    for count in (1, len(images)):
-        batch = {"images": images[:count].numpy()}
-        pairs = zip(session.run(OUTPUTS, batch), expected, strict=True)
-        fused, boxes, scores = (np.abs(found - true[:count].numpy()) for found, true in pairs)
-        for errors in (fused[:, :4], boxes):
-            box_error = np.maximum(box_error, errors.max())  # NaN wins
-        for errors in (fused[:, 4:], scores):
-            score_error = np.maximum(score_error, errors.max())
-
-    difference = (
-        f"largest difference from PyTorch in batches of 1 and {len(images)}: "
-        f"{box_error:.1e} px, score {score_error:.1e}"
-    )
-    if not (box_error <= BOX_TOLERANCE and score_error <= SCORE_TOLERANCE):  # NaN too
+    counts = (1, len(images))
+    batches = [session.run(form.outputs, {"images": images[:n].numpy()}) for n in counts]
+    found = [np.concatenate(of_output) for of_output in zip(*batches, strict=True)]
+    true = [np.concatenate([tensor[:n].numpy() for n in counts]) for tensor in expected]
+    words, is_small = form.difference(found, true)
+    difference = f"largest difference from PyTorch in batches of 1 and {len(images)}: {words}"
+    if not is_small:
         raise UserError(
-            f"the ONNX model is not the detector ({difference}); nothing was written, "
+            f"the ONNX model is not the network ({difference}); nothing was written, "
             "try other versions of torch"
         )
     print(difference)

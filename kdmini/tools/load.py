@@ -1,38 +1,70 @@
-"""Weights by themselves, and images: what visualize, predict and export begin with.
+"""Weights by themselves: what visualize, predict and export begin with.
 
-A weight file says its scale, its classes and the image size it was trained at, so that no
-config is needed. Images by themselves have targets without objects.
+A weight file says what network it is of, its size, its classes and the image size it was
+trained at, so that no config is needed.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
+from kdmini import checkpoint, config
 from kdmini.contracts import Truth, UserError
-from kdmini.data.pictures import FORMATS, decode
-from kdmini.detection.truth import Boxes, Target
+from kdmini.detection.truth import Boxes
 from kdmini.detection.yolo11 import weights
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.typed import printable
+from kdmini.segmentation.truth import VOID, Masks
+from kdmini.typed import short
 from kdmini.weightfile import find
 
 DEFAULT_IMGSZ = 640  # pixels, of a file that states no size to work with
 MAX_IMGSZ = 4096  # pixels; a file that states more is not believed
 STRIDE = 32  # pixels; an image size is a multiple of it
 
-FIGURES = "kdmini.tools.detections:figures"  # draws what the detector detects: see scenes.py
+# `network` on the card of a best.pt -> what builds it; a file without one is a YOLO11's
+SEGMENTERS = {
+    "SegFormer": "kdmini.segmentation.segformer:SegFormer",
+    "Fast-SCNN": "kdmini.segmentation.fast_scnn:FastSCNN",
+    "VMamba": "kdmini.segmentation.mamba:VMamba",
+}
+NO_SETTINGS = ("network", "license")  # on a card
+
+
+class Loaded(NamedTuple):
+    """A network out of a weight file."""
+
+    network: Any  # in eval mode
+    imgsz: int  # that it was trained at
+    truth: type[Truth]  # of its task
+
+
+def load_network(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
+    """The network of a best.pt of kdmini, or of a public YOLO11 file; its classes are kept.
+
+    Prints one line that says what it is; raises UserError.
+    """
+    found = find(path)
+    try:
+        content = checkpoint.load(found)
+    except UserError:
+        content = {}  # of a public file, or none: the reader of those tells
+    card = content.get("card")
+    network = card.get("network") if isinstance(card, Mapping) else None
+    if not (isinstance(network, str) and network in SEGMENTERS):
+        detector, imgsz = load_detector(found, device)
+        return Loaded(detector, imgsz, Boxes)
+    segmenter = load_segmenter(found, content).to(device)
+    return Loaded(segmenter, usable_imgsz(content.get("imgsz")), Masks)
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple[YOLO11, int]:
     """-> the detector in eval mode, and the image size that it was trained at.
 
-    path: best.pt of kdmini or a public YOLO11 file, whose classes are kept. Prints one
-    line that says what it is; raises UserError.
+    path: best.pt of kdmini or a public YOLO11 file. Prints one line that says what it is;
+    raises UserError.
     """
     weights_path = find(path)
     with redirect_stdout(None):  # YOLO11 reads the file again, and says what it is
@@ -46,57 +78,30 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple
     return detector.eval().to(device), usable_imgsz(file.imgsz)
 
 
+def load_segmenter(path: Path, content: Mapping[str, Any]) -> Any:
+    """-> the network in eval mode.
+
+    content: of the file, a best.pt whose card names one of SEGMENTERS. Prints one line that
+    says what it is; raises UserError.
+    """
+    card = content["card"]
+    names = content.get("names")
+    if not (type(names) is list and names and all(type(name) is str for name in names)):
+        raise UserError(f"{path}: its names are {short(names)}, no list of texts; obtain it again")
+    if len(names) > VOID:
+        raise UserError(f"{path}: has {len(names):,} classes; a mask holds {VOID} at most")
+    settings = {key: value for key, value in card.items() if key not in NO_SETTINGS}
+    section = {**settings, "build": SEGMENTERS[card["network"]], "weights": str(path)}
+    with redirect_stdout(None):  # not every network says what it has read
+        network = config.build(section, str(path), names=names)
+    size = short(settings["size"])[1:-1] if "size" in settings else ""
+    license_text = short(network.card.get("license") or "not stated")[1:-1]
+    title = f"{card['network']} {size}".rstrip()
+    print(f"{path}: {title}, {len(names)} classes, license {license_text}")
+    return network.eval()
+
+
 def usable_imgsz(stated: Any) -> int:
     """The image size that a file states, or DEFAULT_IMGSZ for one that is not to be used."""
     usable = type(stated) is int and 0 < stated <= MAX_IMGSZ and stated % STRIDE == 0
     return stated if usable else DEFAULT_IMGSZ
-
-
-class Photographs:
-    """Image files without annotations, as a `kdmini.contracts.Dataset`.
-
-    ids: of the images. formats: Pillow's names of what is read. `refused` has the files
-    that could not be read.
-    """
-
-    truth: type[Truth] = Boxes
-
-    def __init__(
-        self, paths: Sequence[Path], ids: Sequence[str], formats: tuple[str, ...] = FORMATS
-    ):
-        self.names: list[str] = []
-        self.paths = paths
-        self.ids = ids
-        self.formats = formats
-        self.refused: dict[int, Path] = {}  # by index: some are read twice
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        path = self.paths[index]
-        try:
-            image = self.read(path)
-        except UserError:
-            self.refused[index] = path
-            raise
-        return image, without_objects(self.ids[index])
-
-    def read(self, path: Path) -> np.ndarray:
-        """An image file as (H, W, 3) uint8 RGB. Raises UserError."""
-        if not os.path.isfile(path):  # a pipe would be waited for
-            raise UserError(f"{printable(path)}: no such file")
-        try:
-            return decode(path, self.formats)
-        except UserError as error:
-            raise UserError(printable(error)) from None
-
-
-def without_objects(name: str) -> Target:
-    """The target of an image that nobody has annotated."""
-    return {
-        "boxes_xyxy": np.zeros((0, 4), np.float32),
-        "labels": np.zeros(0, np.int64),
-        "difficult": np.zeros(0, bool),
-        "id": name,
-    }

@@ -57,8 +57,8 @@ def feats_at(taps: Sequence[str], model: nn.Module, images: Tensor) -> list[Tens
 class Material:
     """What a task has to draw from.
 
-    Of a run, `figures` is called with the loader, with the student, and with the metric, each
-    as soon as it is there; of weights alone, with the student.
+    Of a run, `figures` is called with the loader, with student and teacher, and with the
+    metric, each as soon as it is there; of weights alone, with the student.
     """
 
     # the training images as they are rendered
@@ -67,6 +67,7 @@ class Material:
     # the trained student, on the device of the scenes
     student: Any = None
     weights: str = ""  # names its weights in a title
+    teacher: Any = None  # likewise; None where the run has none
     scenes: Scenes | None = None
 
     # the metric of the run, after the whole validation set

@@ -7,6 +7,9 @@ python -m kdmini.tools.visualize WEIGHTS IMAGES... [--out FOLDER]     into ./pic
     attention.png       where teacher and student look at each tap, and how far apart the
                         two maps are
     before_after.png    where the student looked before training, and after it
+    stages_teacher.png, stages_student.png
+                        the maps of the stages of each that no tap shows
+    spectra_TERM.png    of a term that filters, the spectra before and after it
 
 and what the metric of the run draws; of a detector:
 
@@ -15,45 +18,62 @@ and what the metric of the run draws; of a detector:
                             first of the validation set
     precision_recall.png    of each class, over the whole validation set
 
-Of the weights of a YOLO11 alone there are detections.png and attention.png, without a
-teacher. The student of a run is best.pt. Its maps are those of its own features, not
-aligned to the teacher's: a sum over channels needs no alignment, and a trained align module
-could look like the teacher in the student's place.
+of a network for segmentation:
 
-Legend: N images, C channels, H W cells of a map.
+    batch.png               likewise, with their masks
+    masks.png               the photograph, its true mask, those of teacher and student, and
+                            where the networks are wrong
+    confusion.png           what the pixels of each class were taken for, over the whole
+                            validation set
+
+Of weights alone there are detections.png or masks.png, and attention.png, without a
+teacher. The student of a run is best.pt.
 """
 
 import argparse
 import io
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from kdmini import config, engine, memory, output, signals
-from kdmini.assemble import make_model, tap_pairs, with_weights
-from kdmini.contracts import Metric, UserError
+from kdmini.assemble import make_distillation, make_model, tap_pairs, with_weights
+from kdmini.contracts import Metric, Truth, UserError
 from kdmini.data.loader import TrainLoader, ValLoader
 from kdmini.data.pictures import decode
 from kdmini.data.store import Store
+from kdmini.detection.truth import Boxes
 from kdmini.device import pick_device, precision
-from kdmini.distill.attention import attention_map, map_distance, to_largest
+from kdmini.distill.align import same_size
 from kdmini.files import write_whole
 from kdmini.optim import Recipe
 from kdmini.runlog import RunFolder
 from kdmini.sections import Sections, Sets
-from kdmini.tools import draw
+from kdmini.segmentation.truth import Masks
+from kdmini.tools import detections, segmentations
 from kdmini.tools.curves import curves
-from kdmini.tools.load import FIGURES, Photographs, load_detector
+from kdmini.tools.load import load_network
+from kdmini.tools.maps import (
+    GRAPH,
+    Figures,
+    Networks,
+    attention,
+    maps_at,
+    of_networks,
+    own_taps,
+)
+from kdmini.tools.photographs import Photographs
 from kdmini.tools.scenes import Material, Scenes, feats_at, first_scenes
+from kdmini.tools.spectra import spectra
 
-Figures = Iterator[tuple[str, draw.Figure]]  # name of the picture, the picture
-
-# of a YOLO11, where no distillation names others
-TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]
+# what draws the pictures of weights alone; of a run its metric says so
+DRAWN_BY: dict[type[Truth], Callable[[Material], Figures]] = {
+    Boxes: detections.figures,
+    Masks: segmentations.figures,
+}
 
 # images
 DEFAULT_IMAGES = 6  # of a picture, where none are named
@@ -93,17 +113,17 @@ def figures_of(source: Path, files: Sequence[Path]) -> Figures:
 def of_weights(path: Path, files: Sequence[Path]) -> Figures:
     """Of a weights file and the images named beside it."""
     device = pick_device("auto")
-    detector, imgsz = load_detector(path, device)
+    network, imgsz, truth = load_network(path, device)
     if not files:
         raise UserError(
             f"{path}: name images to look at beside the weights, or a run folder instead of them"
         )
     refuse_unreadable(files)
-    scenes = scenes_of_files(files, imgsz, device)
-    draw_task = config.locate(FIGURES, "figures")
-    yield from draw_task(Material(student=detector, weights=path.name, scenes=scenes))
-    sides = {path.name: feats_at(TAPS, detector, scenes.images)}
-    yield "attention", attention(scenes, sides, TAPS)
+    scenes = scenes_of_files(files, imgsz, device, truth)
+    yield from DRAWN_BY[truth](Material(student=network, weights=path.name, scenes=scenes))
+    taps = own_taps(network)
+    sides = {path.name: maps_at(taps, network, scenes.images)}
+    yield "attention", attention(scenes, sides, taps)
 
 
 def of_run(folder: Path, files: Sequence[Path]) -> Figures:
@@ -135,26 +155,58 @@ def of_run(folder: Path, files: Sequence[Path]) -> Figures:
     val_store = sets.store("val", device)
     scenes = first_scenes(val_store, DEFAULT_IMAGES)
     if files:
-        scenes = scenes_of_files(files, sets.imgsz, device)
+        scenes = scenes_of_files(files, sets.imgsz, device, sets.val.truth)
     if draw_task:
-        yield from draw_task(Material(student=networks.after, weights=str(best), scenes=scenes))
+        material = Material(
+            student=networks.after, weights=str(best), teacher=networks.teacher, scenes=scenes
+        )
+        yield from draw_task(material)
         autocast, _ = precision(recipe.amp, device)
         engine.evaluate(networks.after, ValLoader(val_store, recipe.batch), metric, autocast)
         yield from draw_task(Material(metric=metric))
-    taps = sections.distill["taps"] if sections.distill else own_taps(networks.after)
-    yield from of_networks(networks, scenes, tap_pairs(taps))
+    pairs = tap_pairs(taps_of(sections, networks.after))
+    yield from of_networks(networks, scenes, pairs)
+    if networks.teacher is not None and pairs:
+        yield from of_filters(sections.distill, networks, scenes, pairs)
 
 
-def own_taps(student: Any) -> list[Any]:
-    """Of a run that names none: those of a YOLO11, if the student is one."""
-    modules = dict(student.named_modules())
-    if all(tap in modules for tap in TAPS):
-        return TAPS
-    print(
-        f"its config names no taps, and {type(student).__name__} has none of a YOLO11; "
-        "to see maps, name layers of it: a section `distill` with `taps`"
+def of_filters(
+    distill: Mapping[str, Any], networks: Networks, scenes: Scenes, pairs: Mapping[str, str]
+) -> Figures:
+    """The spectra of each term that filters, at the taps that are maps. It folds the teacher."""
+    builds = {name: entry["build"] for name, entry in distill.items() if isinstance(entry, dict)}
+    filters = [
+        name
+        for name, build in builds.items()
+        if hasattr(config.locate(build, f"distill.{name}"), "bands")
+    ]
+    if not filters:
+        return
+    pieces = {"student": networks.after, "teacher": networks.teacher}
+    imgsz = scenes.images.shape[2]
+    distillation = config.call(make_distillation, distill, "distill", imgsz=imgsz, **pieces)
+    maps = {ours: theirs for ours, theirs in pairs.items() if not theirs.endswith(GRAPH)}
+    ours = feats_at(list(maps), networks.after, scenes.images)
+    theirs = feats_at(list(maps.values()), networks.teacher, scenes.images)
+    student, teacher = same_size(
+        dict(zip(maps, ours, strict=True)), dict(zip(maps, theirs, strict=True))
     )
-    return []
+    for name in filters:
+        sides = {"teacher": teacher, "student": student}
+        yield f"spectra_{name}", spectra(distillation.terms[name], name, sides)
+
+
+def taps_of(sections: Sections, student: Any) -> list[Any]:
+    """Those of the config; of one that names none those that are known of the student."""
+    if sections.distill:
+        return list(sections.distill["taps"])
+    own = own_taps(student)
+    if not own:
+        print(
+            f"its config names no taps, and none are known of {type(student).__name__}; "
+            "to see maps, name layers of it: a section `distill` with `taps`"
+        )
+    return list(own)
 
 
 def refuse_unreadable(files: Sequence[Path]) -> None:
@@ -163,9 +215,11 @@ def refuse_unreadable(files: Sequence[Path]) -> None:
         decode(path)
 
 
-def scenes_of_files(files: Sequence[Path], imgsz: int, device: torch.device) -> Scenes:
+def scenes_of_files(
+    files: Sequence[Path], imgsz: int, device: torch.device, truth: type[Truth]
+) -> Scenes:
     """The images as they are letterboxed, named by their files."""
-    photographs = Photographs(files, ids=[path.stem for path in files])
+    photographs = Photographs(files, [path.stem for path in files], truth)
     store = Store(photographs, imgsz, device, name="images")
     return first_scenes(store, len(files), annotated=False)
 
@@ -174,14 +228,6 @@ def figures_of_task(metric: Metric) -> Callable[[Material], Figures] | None:
     """What draws the pictures of the run's task, if its metric names anything."""
     figures = getattr(metric, "figures", None)
     return config.locate(figures, "metric: figures") if figures else None
-
-
-class Networks(NamedTuple):
-    """The networks of a run."""
-
-    before: Any  # the student as training began with it
-    after: Any  # as it is in best.pt
-    teacher: Any  # None where the run has none
 
 
 def make_networks(
@@ -203,81 +249,6 @@ def train_loader(sets: Sets, recipe: Recipe, seed: int) -> TrainLoader:
     limit = min(sets.storing["limit"] or DRAWN_FROM, DRAWN_FROM)
     store = sets.store("train", torch.device("cpu"), limit=limit)
     return TrainLoader(store, min(BATCH, len(store)), recipe.epochs, sets.augment, seed)
-
-
-# --- where networks look
-
-
-def of_networks(networks: Networks, scenes: Scenes, pairs: Mapping[str, str]) -> Figures:
-    """pairs: {student's tap: teacher's tap}."""
-    taps = list(pairs)
-    if not taps:
-        print("left out: the attention maps, as the run has no taps")
-        return
-    before = feats_at(taps, networks.before, scenes.images)
-    after = feats_at(taps, networks.after, scenes.images)
-    teacher = None
-    if networks.teacher is not None:
-        teacher = feats_at(list(pairs.values()), networks.teacher, scenes.images)
-        yield "attention", attention(scenes, {"teacher": teacher, "student": after}, taps)
-    else:
-        print(
-            "left out: attention.png, as the run has no teacher; "
-            "before_after.png has the student's maps"
-        )
-    sides = {"before": before, "after": after}
-    yield "before_after", attention(scenes, sides, taps, goal=teacher)
-
-
-def attention(
-    scenes: Scenes,
-    sides: Mapping[str, Sequence[Tensor]],
-    taps: Sequence[str],
-    goal: Sequence[Tensor] | None = None,
-) -> draw.Figure:
-    """The maps of one network, or of two networks or moments with their distances.
-
-    sides: name -> the features at each tap, (N, C, H, W).
-    goal: those of the teacher, from which the distance of either side is given too.
-    """
-    columns = {}
-    for number, tap in enumerate(taps):
-        feats = [of_side[number] for of_side in sides.values()]
-        maps = [attention_map(to_largest(feat)).cpu().numpy() for feat in feats]
-        captions = [""] * len(scenes.targets)
-        if len(feats) == 2:
-            one, other = feats
-            captions = distances(one, other, goal[number] if goal else None)
-        columns[tap] = draw.Column(maps, captions)
-
-    names = list(sides)
-    title = f"Where {names[0]} looks: sum of squares over the channels"
-    if len(names) == 2:
-        title = (
-            f"Where the network looks, {' and '.join(names)}: "
-            "sum of squares over the channels, not aligned"
-        )
-    return draw.attention(scenes.pictures, scenes.ids, names, columns, title)
-
-
-def distances(one: Tensor, other: Tensor, goal: Tensor | None) -> list[str]:
-    """What stands under the maps of each image: how far apart they are.
-
-    And how far each is from the goal's, if there is one. All features are (N, C, H, W), and
-    compared by maps of unit norm, however weak they are.
-    """
-    one = to_largest(one)
-    other = to_largest(other)
-    captions = [f"distance {apart:.3f}" for apart in map_distance(one, other).tolist()]
-    if goal is None:
-        return captions
-    goal = to_largest(goal)
-    first = map_distance(one, goal).tolist()
-    last = map_distance(other, goal).tolist()
-    return [
-        f"{caption}\nto teacher {then:.3f} → {now:.3f}"
-        for caption, then, now in zip(captions, first, last, strict=True)
-    ]
 
 
 def main(argv: list[str] | None = None) -> None:

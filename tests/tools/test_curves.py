@@ -39,3 +39,11 @@ def test_what_is_no_finite_number_is_in_no_panel() -> None:
     record = {"epoch": 0, **{f"score/{name}": value for name, value in values.items()}}
     (panel,) = panels_of([record])
     assert panel.lines == {"f": [(1, 1)]}
+
+
+def test_a_count_has_a_panel_of_its_own() -> None:
+    """Beside it scores would be lines along the ground."""
+    records = [{"epoch": 0, "score/mIoU": 0.5, "score/absent": 0}, {"epoch": 1, "score/absent": 4}]
+    scores, counts = panels_of(records)
+    assert set(scores.lines) == {"mIoU"}
+    assert set(counts.lines) == {"absent"}

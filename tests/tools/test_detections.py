@@ -11,7 +11,8 @@ from PIL import Image
 
 from kdmini.data.store import Store
 from kdmini.detection.average_precision import DetectionMetric
-from kdmini.tools.load import Photographs
+from kdmini.detection.truth import Boxes
+from kdmini.tools.photographs import Photographs
 
 pytest.importorskip("matplotlib")
 from kdmini.tools import detections
@@ -114,7 +115,7 @@ def test_detections_lie_where_they_are_in_the_file(tmp_path: Path) -> None:
     """A picture of 100 x 50 is letterboxed to 64 x 32, 16 below the top of the square."""
     path = tmp_path / "wide.png"
     Image.new("RGB", (100, 50)).save(path)
-    store = Store(Photographs([path], ids=["wide"]), SIZE)
+    store = Store(Photographs([path], ["wide"], Boxes), SIZE)
     scenes = first_scenes(store, 1)
     objects = target(Object([0, 0, 50, 50], CIRCLE), Object([60, 0, 99, 50], CIRCLE))
     scenes = scenes._replace(targets=[objects])

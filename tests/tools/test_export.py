@@ -13,8 +13,11 @@ import torch
 from kdmini.checkpoint import save_best
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
+from kdmini.segmentation.fast_scnn import FastSCNN
 from kdmini.tools import export as tool
-from kdmini.tools.export import Decoded, main, to_onnx, to_safetensors
+from kdmini.tools.export import main, to_onnx, to_safetensors
+from kdmini.tools.export_boxes import Decoded
+from kdmini.tools.export_masks import Upsampled
 from tests.conftest import ROOT
 
 NAMES = ["cup", "잔", 'a "b"']
@@ -178,14 +181,14 @@ def test_a_model_that_is_not_the_detector_is_refused(
     with torch.no_grad():
         fused, boxes_xyxy, scores = Decoded(model)(images)
     content = onnx.path.read_bytes()
-    tool.compare(content, images, [fused, boxes_xyxy, scores])
+    tool.compare(content, images, [fused, boxes_xyxy, scores], Decoded(model))
     spoilt = torch.cat([fused[:, :4] * spoil_boxes, fused[:, 4:] + spoil_scores], 1)
     for expected in (
         [fused, boxes_xyxy * spoil_boxes, scores + spoil_scores],
         [spoilt, boxes_xyxy, scores],
     ):
-        with pytest.raises(UserError, match="not the detector"):
-            tool.compare(content, images, expected)
+        with pytest.raises(UserError, match="not the network"):
+            tool.compare(content, images, expected, Decoded(model))
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
@@ -196,7 +199,7 @@ def test_a_package_that_is_missing_is_named(
         monkeypatch.setitem(sys.modules, name, sys)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package}: pip install -e '\.\[export\]'"):
-        to_onnx(model, IMGSZ, {})
+        to_onnx(model, Decoded(model), IMGSZ, {})
 
 
 def refusal(*args: object) -> str:
@@ -232,3 +235,62 @@ def test_an_image_size_out_of_range_is_refused_by_the_command_line(
     with pytest.raises(SystemExit, match="2"):
         main([str(weights), "--to", "safetensors", f"--imgsz={imgsz}"])
     assert capsys.readouterr().err.splitlines()[-1].find("argument --imgsz: ") > 0
+
+
+# --- networks for segmentation
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> FastSCNN:
+    """BatchNorm has statistics of its own."""
+    torch.manual_seed(0)
+    network = FastSCNN(NAMES)
+    with torch.no_grad():
+        for _ in range(20):
+            network.train()(torch.rand(8, 3, IMGSZ, IMGSZ))
+    return network.eval()
+
+
+def test_onnx_gives_the_logits_of_every_pixel(
+    segmenter: FastSCNN, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript", reason="kdmini[export] is not installed")
+    pytest.importorskip("onnxruntime", reason="kdmini[export] is not installed")
+    save_best(tmp_path / "best.pt", segmenter, IMGSZ, 0, 0.5)
+    main([str(tmp_path / "best.pt"), "--to", "onnx"])
+    assert "another class in 0.00% of pixels" in capsys.readouterr().out
+
+    session = onnx_session(tmp_path / "best.onnx")
+    images = torch.rand(3, 3, IMGSZ, IMGSZ)
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    with torch.no_grad():
+        coarse = segmenter(images)[0]
+    expected = torch.nn.functional.interpolate(coarse, (IMGSZ, IMGSZ), mode="bilinear")
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["names"]) == NAMES
+    assert json.loads(metadata["palette"]) == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    assert metadata["network"] == "Fast-SCNN"
+    assert metadata["imgsz"] == str(IMGSZ)
+
+
+@pytest.mark.parametrize("spoil", [1.01, torch.nan])
+def test_logits_that_are_not_those_of_the_network_are_told(
+    segmenter: FastSCNN, spoil: float
+) -> None:
+    with torch.no_grad():
+        logits = Upsampled(segmenter)(torch.rand(2, 3, IMGSZ, IMGSZ)).numpy()
+    form = Upsampled(segmenter)
+    assert form.difference([logits], [logits])[1]
+    assert not form.difference([logits], [logits * spoil])[1]
+
+
+def test_safetensors_of_a_segmenter_hold_its_state(segmenter: FastSCNN, tmp_path: Path) -> None:
+    save_best(tmp_path / "best.pt", segmenter, IMGSZ, 0, 0.5)
+    main([str(tmp_path / "best.pt"), "--to", "safetensors"])
+    tensors, metadata = read_safetensors((tmp_path / "best.safetensors").read_bytes())
+    assert tensors.keys() == segmenter.state_dict().keys()
+    for key, value in segmenter.state_dict().items():
+        assert torch.equal(tensors[key], value)
+    assert json.loads(metadata["names"]) == NAMES

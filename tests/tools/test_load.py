@@ -5,14 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
+from kdmini import checkpoint
 from kdmini.checkpoint import save_best
 from kdmini.contracts import UserError
+from kdmini.detection.truth import Boxes
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.files import write_whole
-from kdmini.tools.load import Photographs, load_detector, usable_imgsz, without_objects
+from kdmini.segmentation.fast_scnn import FastSCNN
+from kdmini.segmentation.mamba import VMamba
+from kdmini.segmentation.maps import Segmenter
+from kdmini.segmentation.segformer import SegFormer
+from kdmini.segmentation.truth import Masks
+from kdmini.tools.load import load_detector, load_network, usable_imgsz
 
 NAMES = ["cup", "잔"]
 
@@ -57,30 +63,6 @@ def test_the_image_size_is_one_to_work_with(stated: object, imgsz: int) -> None:
     assert usable_imgsz(stated) == imgsz
 
 
-def test_an_image_by_itself_has_a_target_without_objects() -> None:
-    target = without_objects("a.jpg")
-    assert target["id"] == "a.jpg"
-    assert target["boxes_xyxy"].shape == (0, 4)
-    assert len(target["labels"]) == len(target["difficult"]) == 0
-
-
-def test_photographs_keep_account_of_what_cannot_be_read(tmp_path: Path) -> None:
-    good = tmp_path / "good.png"
-    Image.new("RGB", (3, 2)).save(good)
-    text = tmp_path / "text.png"
-    text.write_text("a text")
-    missing = tmp_path / "missing.png"
-    photographs = Photographs([good, text, missing], ids=["one", "two", "three"])
-    image, target = photographs[0]
-    assert image.shape == (2, 3, 3)
-    assert target["id"] == "one"
-    with pytest.raises(UserError, match=r"text.png: not a usable image"):
-        photographs[1]
-    with pytest.raises(UserError, match=r"missing.png: no such file"):
-        photographs[2]
-    assert [*photographs.refused.values()] == [text, missing]
-
-
 def no_space(*args: object) -> None:
     raise OSError(28, "No space left on device")
 
@@ -105,3 +87,62 @@ def test_a_file_is_written_whole_or_not_at_all(
     write_whole(path, b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+# --- networks for segmentation
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        FastSCNN(NAMES),
+        SegFormer(NAMES, "b1", ratios=(8, 8, 4, 4)),
+        VMamba(NAMES, "pico", width=32),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_saved_segmenter_comes_back_as_it_was(
+    tmp_path: Path, model: Segmenter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_best(tmp_path / "best.pt", model, 96, 0, 0.5)
+    loaded = load_network(tmp_path / "best.pt")
+    assert loaded.truth is Masks
+    assert loaded.imgsz == 96
+    assert loaded.network.names == NAMES
+    assert loaded.network.card == model.card
+    assert not loaded.network.training
+    state = loaded.network.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{model.card['network']}" in line
+    assert "2 classes" in line
+
+
+def test_a_detector_is_loaded_as_one(tmp_path: Path) -> None:
+    save_best(tmp_path / "best.pt", YOLO11(NAMES, [0.5, 0.0625, 1024]), 64, 0, 0.5)
+    assert load_network(tmp_path / "best.pt").truth is Boxes
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"names": ["cup", 3]}, "names"),
+        ({"names": []}, "names"),
+        ({"names": [str(n) for n in range(300)]}, "300 classes"),
+        ({"card": {"network": "SegFormer", "size": "b9"}}, "size"),
+        ({"card": {"network": "SegFormer", "depth": 3}}, "depth"),
+        ({"card": {"network": "Fast-SCNN", "build": "os:remove"}}, "best.pt is of"),
+        ({"card": {"network": ["SegFormer"]}}, "YOLO11"),
+        ({"card": {"network": "SegFormer", "size": "b0"}, "model": {}}, "best.pt"),
+    ],
+)
+def test_a_file_that_says_nonsense_is_refused_in_one_line(
+    tmp_path: Path, changes: dict, named: str
+) -> None:
+    path = tmp_path / "best.pt"
+    save_best(path, FastSCNN(NAMES), 64, 0, 0.5)
+    checkpoint.save_atomic({**checkpoint.load(path), **changes}, path)
+    with pytest.raises(UserError, match=named) as refused:
+        load_network(path)
+    assert "\n" not in str(refused.value)
+    assert str(path) in str(refused.value)

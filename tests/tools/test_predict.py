@@ -14,7 +14,9 @@ from PIL import Image
 
 from kdmini.checkpoint import save_best
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.tools.predict import COLOURS, detect, draw, main, picture_names
+from kdmini.tools.photographs import stems
+from kdmini.tools.predict import main, predictions
+from kdmini.tools.predict_boxes import COLOURS, draw
 
 NAMES = ["cup", "fork", "knife", "spoon"]
 IMGSZ = 64
@@ -238,9 +240,9 @@ def test_a_picture_that_vanishes_is_one_that_could_not_be_read(
 
     def loses_the_first(*args: Any) -> Any:
         (tmp_path / "first.png").unlink()
-        return detect(*args)
+        return predictions(*args)
 
-    monkeypatch.setattr("kdmini.tools.predict.detect", loses_the_first)
+    monkeypatch.setattr("kdmini.tools.predict.predictions", loses_the_first)
     inputs = [tmp_path / "first.png", tmp_path / "second.png"]
     assert "named above: 1;" in refused(weights, *inputs, "--out", tmp_path / "out")
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -279,7 +281,7 @@ def test_images_of_one_name_have_pictures_of_their_own(weights: Path, tmp_path: 
 
 
 def test_a_number_behind_a_name_may_be_taken() -> None:
-    names = picture_names([Path("x.png"), Path("b/x.png"), Path("x-2.png")])
+    names = stems([Path("x.png"), Path("b/x.png"), Path("x-2.png")])
     assert len(set(names.values())) == 3
 
 

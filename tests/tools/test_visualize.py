@@ -15,11 +15,14 @@ import yaml
 from PIL import Image
 
 import train
+from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
 from kdmini.detection.yolo11.model import YOLO11
+from kdmini.sections import Sections
+from tests.commands import run as run_script
 from tests.conftest import CONFIG, TINY
 
 pytest.importorskip("matplotlib")
@@ -301,14 +304,16 @@ def test_a_run_without_a_teacher_has_no_pair_of_networks(
     assert "best.pt" in capsys.readouterr().out
 
 
-def test_a_student_that_is_no_yolo11_is_said_to_have_no_taps(
+def test_a_student_of_which_no_taps_are_known_is_said_to_have_none(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert visualize.own_taps(YOLO11(["a"], [0.5, 0.0625, 1024])) == visualize.TAPS
+    settings = {**yaml.safe_load((run / "config.yaml").read_text()), "distill": None}
+    sections = config.call(Sections, settings, "config.yaml")
+    assert visualize.taps_of(sections, YOLO11(["a"], [0.5, 0.0625, 1024])) == TAPS
     assert capsys.readouterr().out == ""
-    assert visualize.own_taps(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))) == []
+    assert visualize.taps_of(sections, torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))) == []
     (line,) = capsys.readouterr().out.splitlines()
-    assert "Sequential has none of a YOLO11" in line
+    assert "none are known of Sequential" in line
     assert "`distill` with `taps`" in line
 
 
@@ -353,12 +358,42 @@ def test_mistakes_are_one_line(arguments: list[str], named: str, run: Path, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_an_untrained_network_has_bright_maps_and_a_true_distance():
-    """However weak its features, where the eps of the loss would leave black ones."""
-    torch.manual_seed(0)
-    strong = torch.randn(2, 4, 6, 6)
-    other = torch.randn(2, 8, 6, 6)
-    captions = visualize.distances(strong, other, None)
-    assert visualize.distances(1e-12 * strong, other, None) == captions
-    to_goal = visualize.distances(other, strong, 1e-12 * other)
-    assert to_goal[0].endswith(f"to teacher 0.000 → {captions[0][-5:]}")
+# --- masks
+
+
+@pytest.fixture(scope="module")
+def masked_run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """Of Fast-SCNN under SegFormer, on three images of each set."""
+    folder = tmp_path_factory.mktemp("masks")
+    settings = [
+        f"run={folder / 'run'}",
+        f"data.root={shapes}",
+        "data.imgsz=64",
+        f"data.limit={IMAGES}",
+        "teacher.weights=null",
+        "allow_void=true",
+        "device=cpu",
+        "train.batch=3",
+        "train.epochs=1",
+    ]
+    run_script(train, "--config", "configs/segmentation/demo.yaml", *settings)
+    return folder / "run"
+
+
+def test_a_run_of_masks_leaves_its_pictures(masked_run: Path) -> None:
+    figures = dict(visualize.figures_of(masked_run, []))
+    assert list(figures) == [
+        *("curves", "batch", "masks", "confusion", "attention", "before_after"),
+        *("stages_teacher", "stages_student"),
+    ]
+    titles = [axis.get_title() for axis in figures["masks"].axes[:5]]
+    assert titles == ["photograph", "truth", "teacher", "student", "where wrong"]
+    assert "stages.1 → fusion" in " ".join(axis.get_title() for axis in figures["attention"].axes)
+
+
+def test_weights_of_masks_alone_have_masks_and_maps(
+    masked_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    image = next((shapes / "JPEGImages").iterdir())
+    visualize.main([str(masked_run / "best.pt"), str(image), "--out", str(tmp_path)])
+    assert set(pictures(tmp_path)) == {"masks.png", "attention.png"}
