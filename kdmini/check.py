@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from kdmini import engine
 from kdmini.assemble import Run
 from kdmini.contracts import Losses, Metric, Targets, UserError
+from kdmini.distill.attention import attention_map, to_largest
 from kdmini.inputs import digest
 from kdmini.signals import Stop
 
 STEPS = 2  # batches that are read, and steps that are made
 LEAST_SPREAD = 1e-3  # of a map of the teacher, as a share of its widest; below it the tap fails
+EVEN = 0.05  # of an attention map, its spread as a share of its mean; below it the table says so
 LEAST_RATIO = 0.01  # of the KD gradient to the task's; below it the table says weak
 
 
@@ -88,7 +90,8 @@ def rows_of_taps(training: engine.Training, images: Tensor) -> Iterator[Row]:
         texts = []
         for maps, spread in zip(networks, spreads, strict=True):
             shape = "x".join(map(str, maps[tap].shape[1:]))
-            texts.append(f"{shape}, std {spread[tap]:.2g}")
+            even = " (its attention map is even)" if is_even(maps[tap]) else ""
+            texts.append(f"{shape}, std {spread[tap]:.2g}{even}")
         fault = ""
         if not all(0 < spread[tap] < math.inf for spread in spreads):
             fault = "a map that is constant or not finite"
@@ -98,6 +101,15 @@ def rows_of_taps(training: engine.Training, images: Tensor) -> Iterator[Row]:
                 "tap: next to nothing to imitate, as in a network that is not trained"
             )
         yield Row(tap, " <- ".join(texts), not fault, fault)
+
+
+def is_even(feat: Tensor) -> bool:
+    """Whether the attention map of (N, C, H, W) is about the same in every cell, as it is after
+    a LayerNorm: then it teaches nobody where to look. Other terms do not mind.
+    """
+    energy = attention_map(to_largest(feat)).flatten(1)
+    spread = energy.std(1) / energy.mean(1)
+    return bool(spread.mean() < EVEN)
 
 
 def rows_of_gradients(training: engine.Training, images: Tensor, targets: Targets) -> Iterator[Row]:

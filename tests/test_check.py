@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 import train as train_script
 from kdmini import assemble, engine
@@ -213,6 +213,29 @@ def test_a_tap_that_says_nothing(check: Check, monkeypatch) -> None:
     table = check()
     assert table.failed[0] == "model.13"
     assert "constant or not finite" in table.text
+
+
+def test_a_teacher_that_is_as_strong_everywhere(check: Check, monkeypatch) -> None:
+    """As the untrained one is, and as others are after a LayerNorm: it is said, and no more, for
+    terms that compare something else may still use the map.
+    """
+
+    def tilted(layer: nn.Module, inputs: object, feat: Tensor) -> Tensor:
+        return feat * torch.linspace(0.5, 2, feat.shape[3])
+
+    freeze = step.freeze
+
+    def tilt(teacher: nn.Module) -> None:
+        freeze(teacher).get_submodule("model.13").register_forward_hook(tilted)
+
+    def line_of(tap: str) -> str:
+        return next(line for line in check().text.splitlines() if f" {tap} " in line)
+
+    even = "(its attention map is even)"
+    assert line_of("model.13").endswith(even)
+    monkeypatch.setattr(step, "freeze", tilt)
+    assert not line_of("model.13").endswith(even)
+    assert line_of("model.16").endswith(even)
 
 
 def test_a_tap_that_does_not_fire(config_file: Path) -> None:

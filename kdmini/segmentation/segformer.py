@@ -33,6 +33,8 @@ class SegFormer(Segmenter):
     """The network; its taps are stages.0 to stages.3 (strides 4 to 32) and decoder, the map
     before the classes (stride 4).
 
+    A stage ends in LayerNorm, after which all cells are about as strong: the attention map of
+    stages.I is even, and teaches nothing. That of stages.I.before_norm is not.
     stages.I.blocks.J.attn.graph gives the attention (N, heads, L, P) of a block; what it
     costs is paid only where it is tapped.
     `preds`: [logits (N, K, H / 4, W / 4)].
@@ -140,12 +142,14 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, HEADS[number], REDUCTIONS[number], ratio, rate) for rate in rates
         )
+        self.before_norm = nn.Identity()  # a place for a tap
         self.norm = nn.LayerNorm(dim, EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, size = self.embed(x)
         for block in self.blocks:
             tokens = block(tokens, size)
+        self.before_norm(to_map(tokens, size))
         return to_map(self.norm(tokens), size)
 
 

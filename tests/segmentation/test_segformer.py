@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from kdmini.check import is_even
 from kdmini.distill.taps import Taps, feats_of
 from kdmini.segmentation.segformer import SegFormer
 from kdmini.segmentation.segformer_files import SIZES
@@ -58,6 +59,21 @@ def test_every_stage_and_the_decoder_give_a_map() -> None:
         (2, 256, 2, 3),
         (2, 256, 16, 24),
     ]
+
+
+def test_a_tap_before_the_norm_of_a_stage_shows_where_it_fires() -> None:
+    """After a LayerNorm every cell is as strong as another."""
+    torch.manual_seed(0)
+    network = SegFormer(["cat"]).eval()
+    for parameter in network.stages[1].blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # as if they had learned
+    taps = ["stages.1", "stages.1.before_norm"]
+    feats = feats_of(network, taps, torch.rand(2, 3, 64, 96))
+    after, before = (feats[tap] for tap in taps)
+    normed = network.stages[1].norm(before.flatten(2).mT).mT.unflatten(2, (8, 12))
+    assert torch.equal(normed, after)
+    assert is_even(after)
+    assert not is_even(before)
 
 
 def test_attention_is_a_graph_whose_keys_are_the_same_positions_in_all_stages() -> None:

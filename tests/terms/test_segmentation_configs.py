@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train as train_script
+from examples.shapes import SHAPE_NAMES
 from kdmini import checkpoint
 from kdmini.segmentation.segformer import SegFormer
 from tests.commands import run
@@ -13,7 +14,7 @@ from tests.conftest import ROOT
 from tests.terms.teaching import settle
 
 FOLDER = ROOT / "configs/segmentation/terms"
-NAMES = ["ground", "circle", "ring", "cross"]
+NAMES = ["ground", *SHAPE_NAMES]
 SOME = "metric={build: tests.test_check:Seen}"  # the teacher has not learned anything
 
 # overrides: what else the notes ask for, by the settings alone
@@ -61,6 +62,8 @@ def test_distillation_is_on_in_each(
         SOME,
         f"teacher.weights={teacher_file}",
         f"data.root={shapes}",
+        f"data.train.names={NAMES}",
+        f"data.val.names={NAMES}",
         f"run={tmp_path / 'run'}",
         "device=cpu",
         "train.batch=4",
