@@ -59,7 +59,7 @@ MASKED = (*SEGMENTATION, *PLAIN)
 
 @pytest.mark.parametrize(
     ("tries", "overrides"),
-    few([(2, PLAIN), (20, PLAIN), (1, MASKED)], (2, PLAIN), (1, MASKED)),
+    few([(2, PLAIN), (17, PLAIN), (3, MASKED)], (2, PLAIN)),
 )
 def test_sigkill_at_a_random_moment_costs_one_save_interval_at_most(
     config: Path, whole: Wholes, tmp_path: Path, tries: int, overrides: tuple[str, ...]
