@@ -208,7 +208,11 @@ def of_masks(settings: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
         "data": data,
         "student": {"build": f"kdmini.segmentation.{scenario.student}"},
         "teacher": SEGFORMER,
-        "distill": {"taps": [list(pair) for pair in taps], "attention": ATTENTION, "logits": LOGITS},
+        "distill": {
+            "taps": [list(pair) for pair in taps],
+            "attention": ATTENTION,
+            "logits": LOGITS,
+        },
     }
 
 
