@@ -51,9 +51,8 @@ def test_masks_score_1_against_themselves_and_less_if_shifted_by_a_pixel(everyth
     dataset, targets = everything
     itself = MeanIoU(dataset.names)
     shifted = MeanIoU(dataset.names)
-    some = targets[::8]
-    for start in range(0, len(some), 64):
-        batch = some[start : start + 64]
+    for start in range(0, len(targets), 64):
+        batch = targets[start : start + 64]
         masks = [np.where(target["mask"] == VOID, 0, target["mask"]) for target in batch]
         itself.update([{"mask": torch.from_numpy(mask)} for mask in masks], batch)
         moved = [np.roll(mask, 1, axis=1) for mask in masks]
