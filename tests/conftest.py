@@ -42,6 +42,23 @@ metric: {{build: kdmini.detection.average_precision:DetectionMetric}}
 train: {{epochs: 4, batch: 8, nbs: 16, warmup_steps: 4, warmup_epochs: 1, ema_tau: 10}}
 """
 
+# overrides that make it a run of segmentation
+SEGMENTED = ["ground", *SHAPE_NAMES]
+SET = f"build: kdmini.segmentation.voc:VOC, names: [{', '.join(SEGMENTED)}]"
+NETWORK = "{build: kdmini.segmentation.fast_scnn:FastSCNN}"
+ATTENTION = """
+build: kdmini.distill.attention:AttentionTransfer, weight: 0.75,
+schedule: [[0, 2.0, 2, 0.0], [3, 1.0, 4, 1.0]]
+"""
+SEGMENTATION = (
+    f"data.train={{{SET}, splits: [train]}}",
+    f"data.val={{{SET}, splits: [val]}}",
+    f"student={NETWORK}",
+    f"teacher={NETWORK}",
+    f"distill={{taps: [fusion, pooled], attention: {{{ATTENTION}}}}}",
+    "metric={build: kdmini.segmentation.mean_iou:MeanIoU}",
+)
+
 
 def write_config(folder: Path, shapes: Path) -> Path:
     """The config of a run in folder/run."""

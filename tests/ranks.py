@@ -4,7 +4,7 @@ torchrun --standalone --nproc-per-node 2 tests/ranks.py DATA FOLDER
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ from kdmini import distributed, engine
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
+from kdmini.detection import voc as boxes
 from kdmini.detection.average_precision import DetectionMetric
-from kdmini.detection.voc import VOC
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.device import precision
 from kdmini.distill.attention import AttentionTransfer
@@ -25,13 +25,15 @@ from kdmini.engine import Training
 from kdmini.inputs import Inputs
 from kdmini.optim import EMA, Recipe, make_optimizer
 from kdmini.progress import Progress
+from kdmini.segmentation import voc as masks
+from kdmini.segmentation.mean_iou import MeanIoU
 from kdmini.signals import Stop
 from tests import splits
 
 CPU = torch.device("cpu")
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
+LABELS = ["ground", *NAMES]
 SCALE = [0.5, 0.0625, 1024]  # a YOLO11 of 0.2 M parameters
-TAPS = ["model.6", "model.13", "model.22"]
 IMGSZ = 64
 
 BATCH = 4  # of both ranks
@@ -43,11 +45,33 @@ WEIGHT = 75.0
 SIGTERM = 15
 
 
+class Task(NamedTuple):
+    """What is learned."""
+
+    data: Any
+    names: list[str]
+    network: Callable[[], nn.Module]
+    taps: list[str]
+
+
+def detector() -> nn.Module:
+    return YOLO11(NAMES, SCALE)
+
+
+def labeller() -> nn.Module:
+    return splits.Labeller(LABELS)
+
+
+DETECTION = Task(boxes.VOC, NAMES, detector, ["model.6", "model.13", "model.22"])
+SEGMENTATION = Task(masks.VOC, LABELS, labeller, ["steps.0", "steps.1"])
+
+
 class Case(NamedTuple):
     reduction: Any
     accumulate: int = 1
     kd_scale: Any = 1.0
     schedule: Any = ((0, 2.0, 2, 1.0),)
+    task: Task = DETECTION
 
 
 CASES = {
@@ -57,15 +81,9 @@ CASES = {
     "mean_square, accumulated, lambda 0 in the second epoch": Case(
         "mean_square", accumulate=2, kd_scale=100.0, schedule=((0, 2.0, 1, 2.0),)
     ),
+    "masks": Case("notes", task=SEGMENTATION),
+    "masks, accumulated": Case("sample", accumulate=2, kd_scale="batch", task=SEGMENTATION),
 }
-
-SINGLE = Tensor.float
-
-
-def float_or_double(tensor: Tensor) -> Tensor:
-    """In place of Tensor.float, which would take the detection loss back to float32."""
-    return tensor if tensor.dtype == torch.float64 else SINGLE(tensor)
-
 
 # --- what all ranks build alike, and the process that stands for them
 
@@ -81,18 +99,19 @@ class DoubleLoader(TrainLoader):
             yield images.double(), targets
 
 
-def store_of(root: Path, split: str) -> Store:
+def store_of(root: Path, split: str, task: Task = DETECTION) -> Store:
     """Decoded by one rank for both."""
-    dataset = VOC(str(root), [split], NAMES)
+    dataset = task.data(str(root), [split], task.names)
     once = distributed.once_a_machine if distributed.ranks_here() > 1 else None
-    return Store(dataset, IMGSZ, workers=0, storage="resident", name=split, once=once)
+    settings: dict[str, Any] = {"workers": 0, "storage": "resident", "once": once}
+    return Store(dataset, IMGSZ, name=split, training=split == "train", **settings)
 
 
 def make_training(case: Case, loader: Any) -> Training:
     torch.manual_seed(5)
-    student = YOLO11(NAMES, SCALE)
-    teacher = YOLO11(NAMES, SCALE)
-    taps = {tap: tap for tap in TAPS}
+    student: Any = case.task.network()
+    teacher = case.task.network()
+    taps = {tap: tap for tap in case.task.taps}
     shapes = tap_shapes(student, teacher, taps, IMGSZ)
     student.double()
     teacher.double()
@@ -202,12 +221,23 @@ def updates_of(metric: DetectionMetric) -> list[tuple[str, dict[str, Tensor]]]:
 
 def evaluate(data: Store, batch: int) -> dict[str, Any]:
     metric = DetectionMetric(NAMES)
+    evaluated = evaluated_by(metric, DETECTION, data, batch)
+    return {**evaluated, "updates": updates_of(metric)}
+
+
+def evaluate_masks(data: Store, batch: int) -> dict[str, Any]:
+    metric = MeanIoU(LABELS)
+    evaluated = evaluated_by(metric, SEGMENTATION, data, batch)
+    records = [torch.from_numpy(record) for record in metric.records]
+    return {**evaluated, "counted": torch.stack(records).sum(0)}
+
+
+def evaluated_by(metric: Any, task: Task, data: Store, batch: int) -> dict[str, Any]:
     torch.manual_seed(2)
-    model = YOLO11(NAMES, SCALE)
     loader = ValLoader(data, batch, distributed.rank(), distributed.world())
     autocast, _ = precision(False, CPU)
-    scores = engine.evaluate(model, loader, metric, autocast)
-    return {"scores": scores, "updates": updates_of(metric), "batches": len(loader)}
+    scores = engine.evaluate(task.network(), loader, metric, autocast)
+    return {"scores": scores, "batches": len(loader)}
 
 
 def read(data: Store, limit: int) -> str:
@@ -246,14 +276,18 @@ def work(root: Path, out: Path) -> None:
     torch.set_num_threads(1)
     distributed.start(CPU, 1.0)
     data = store_of(root, "train")
+    masked = store_of(root, "train", SEGMENTATION)
     held_out = store_of(root, "val")
+    held_out_masks = store_of(root, "val", SEGMENTATION)
     results: dict[str, Any] = {
         "evaluate": {batch: evaluate(held_out, batch) for batch in (6, 4, 16)},
+        "evaluate masks": {batch: evaluate_masks(held_out_masks, batch) for batch in (6, 4, 16)},
         "uneven": uneven(),
         "read": {limit: read(data, limit) for limit in (24, 23, 20)},
     }
-    Tensor.float = float_or_double  # type: ignore[method-assign]
-    results["train"] = {name: train(case, data) for name, case in CASES.items()}
+    Tensor.float = splits.float_or_double  # type: ignore[method-assign]
+    sets = {DETECTION.data: data, SEGMENTATION.data: masked}
+    results["train"] = {name: train(case, sets[case.task.data]) for name, case in CASES.items()}
     results["stopped"] = stopped(data)
     torch.rand_like = splits.same_mask
     results["splits"] = splits.among_ranks()

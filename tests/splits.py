@@ -4,7 +4,7 @@ Everything is in float64, statistics are frozen, and the task is a mean over ima
 nothing but a wrong scale can tell one split from another.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from kdmini.device import precision
 from kdmini.engine import Training
 from kdmini.optim import EMA, Recipe, make_optimizer
 from kdmini.progress import Progress
+from kdmini.segmentation.fast_scnn import conv_bn
+from kdmini.segmentation.maps import VOID, Segmenter
 from kdmini.signals import Stop
 from tests.conftest import ROOT
 
@@ -80,6 +82,25 @@ def step(c_in: int, c_out: int, stride: int) -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.SiLU())
 
 
+class Labeller(Segmenter):
+    """Two layers, and a map of logits of each."""
+
+    def __init__(self, names: list[str]):
+        super().__init__(names)
+        self.gain = 1.0  # of the loss
+        self.steps = nn.Sequential(conv_bn(3, 16, 3, stride=4), conv_bn(16, 24, 3, stride=2))
+        self.head = nn.Conv2d(24, len(names), 1)
+        self.aux_head = nn.Conv2d(16, len(names), 1)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        shallow = self.steps[0](self.normalised(images))
+        deep = self.steps[1](shallow)
+        return [self.head(deep), self.aux_head(shallow)]
+
+    def loss(self, preds: Any, targets: Any) -> dict[str, Tensor]:
+        return {name: self.gain * value for name, value in super().loss(preds, targets).items()}
+
+
 def same_mask(x: Tensor) -> Tensor:
     """In place of torch.rand_like: a ramp, the same for every image.
 
@@ -87,6 +108,14 @@ def same_mask(x: Tensor) -> Tensor:
     """
     cells = x[0].numel()
     return torch.linspace(0, 1, cells, dtype=x.dtype).view_as(x[:1]).expand_as(x)
+
+
+SINGLE = Tensor.float
+
+
+def float_or_double(tensor: Tensor) -> Tensor:
+    """In place of Tensor.float, which would take the loss back to float32."""
+    return tensor if tensor.dtype == torch.float64 else SINGLE(tensor)
 
 
 def freeze_statistics(module: nn.Module) -> None:
@@ -123,7 +152,9 @@ class Split:
 
 @cache
 def scenes() -> tuple[Tensor, dict[str, Tensor]]:
-    """Images that differ in brightness and noise, with a box each."""
+    """Images that differ in brightness and noise, with a box each, and masks of which more is
+    void from image to image.
+    """
     generator = torch.Generator().manual_seed(3)
 
     def uniform(*shape: int) -> Tensor:
@@ -135,7 +166,10 @@ def scenes() -> tuple[Tensor, dict[str, Tensor]]:
     boxes_xyxy = torch.cat([corner, corner + 40], 2)
     labels = torch.zeros(IMAGES, 1, dtype=torch.int64)
     targets = {"boxes_xyxy": boxes_xyxy, "labels": labels, "values": uniform(IMAGES)}
-    return images, targets
+    mask = (uniform(IMAGES, IMGSZ, IMGSZ) < light[:, 0]).to(torch.uint8)
+    for number in range(IMAGES):
+        mask[number, : number * IMGSZ // IMAGES] = VOID
+    return images, {**targets, "mask": mask}
 
 
 # --- the terms of the configs
@@ -175,16 +209,30 @@ class Scales(NamedTuple):
     kd_scale: Any = 1.0
 
 
+def stepped() -> tuple[nn.Module, nn.Module]:
+    """Student and teacher."""
+    return Stepped(CHANNELS), Stepped([2 * c for c in CHANNELS], sharpness=5.0)
+
+
+def labellers() -> tuple[nn.Module, nn.Module]:
+    return Labeller(NAMES), Labeller(NAMES)
+
+
 class Pair:
     """A student that learns, and what teaches it."""
 
-    def __init__(self, section: Mapping[str, Any]):
+    def __init__(
+        self,
+        section: Mapping[str, Any],
+        networks: Callable[[], tuple[nn.Module, nn.Module]] = stepped,
+    ):
         torch.manual_seed(0)
-        self.student: Any = Stepped(CHANNELS)
+        self.student: Any
+        teacher: Any
+        self.student, teacher = networks()
         self.ema = EMA(self.student, 0.9, 1.0)
-        teacher = None
-        if "self_teacher" not in section:
-            teacher = Stepped([2 * c for c in CHANNELS], sharpness=5.0)
+        if "self_teacher" in section:
+            teacher = None
         self.distillation = make_distillation(self.student, teacher, IMGSZ, **section)
         for module in (self.student, self.distillation, teacher, self.ema.average):
             if module is not None:
@@ -254,6 +302,12 @@ class Pair:
         )
 
 
+def of_masks() -> Pair:
+    """Student and teacher that learn masks."""
+    section = all_sections()["attention sample"]
+    return Pair({**section, "taps": ["steps.0", "steps.1"]}, labellers)
+
+
 def all_sections() -> dict[str, dict[str, Any]]:
     """None of which depends on the batch: what a paper takes over all images of a batch, a
     term also takes over each of them.
@@ -273,4 +327,5 @@ def among_ranks(whole: bool = False) -> dict[str, Tensor]:
         for kd_scale in KD_SCALES:
             scales = Scales(loss_scale, kd_scale)
             found[f"{loss_scale}, {kd_scale}"] = pair.gradient(batch, scales)
+    found["masks"] = of_masks().gradient(batch, Scales())
     return found

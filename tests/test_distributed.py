@@ -24,13 +24,13 @@ from tests.ranks import (
     CASES,
     CLIP,
     EPOCHS,
+    SEGMENTATION,
     STEPS,
-    TAPS,
     WEIGHT,
     Case,
     DoubleLoader,
     evaluate,
-    float_or_double,
+    evaluate_masks,
     make_training,
     parameters,
     store_of,
@@ -122,11 +122,12 @@ class Halves:
 
     def term(self, images: list[Tensor], feats: list[dict[str, Tensor]]) -> Tensor:
         """Of the global batch, over all taps."""
-        differences: dict[str, list[Tensor]] = {tap: [] for tap in TAPS}
+        taps = self.case.task.taps
+        differences: dict[str, list[Tensor]] = {tap: [] for tap in taps}
         for half, ours, replica in zip(images, feats, self.replicas, strict=True):
             aligned = replica.distillation.align(ours)
             teacher = replica.distillation.teacher_view(half).feats
-            for tap in TAPS:
+            for tap in taps:
                 apart = attention_map(aligned[tap]) - attention_map(teacher[tap])
                 differences[tap].append(apart)
         joined = [torch.cat(halves) for halves in differences.values()]  # (N, H, W)
@@ -149,12 +150,18 @@ class Halves:
 
     def keep_state(self, done: int) -> None:
         """With the statistics of the other replica: BatchNorm's are a rank's own."""
-        buffers = self.replicas[1].student.named_buffers()
+        student = self.replicas[1].student
+        learned = dict(student.named_parameters())
+        statistics = {
+            f"student {name}": value.clone()
+            for name, value in student.state_dict().items()
+            if name not in learned
+        }
         state = {
             "done": done,
             "sums": dict(self.sums),
             "weights": weights(self.lead),
-            "other": {f"student {name}": value.clone() for name, value in buffers},
+            "other": statistics,
         }
         self.states.append(state)
 
@@ -184,8 +191,9 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def expected(name: str, shapes: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Tensor, "float", float_or_double)
-        return Halves(CASES[name], store_of(shapes, "train")).train()
+        patched.setattr(Tensor, "float", splits.float_or_double)
+        case = CASES[name]
+        return Halves(case, store_of(shapes, "train", case.task)).train()
 
 
 # --- training
@@ -238,11 +246,12 @@ def test_ranks_end_with_the_same_bits_but_for_the_statistics(ranks: Ranks, name:
 
 def test_distillation_moves_the_student_and_the_align_modules(ranks: Ranks) -> None:
     """So that the comparison compares something."""
-    states = ranks.results[0]["train"]["notes"]
-    first = states[0]["weights"]
-    last = states[-1]["weights"]
-    for key in ("distillation align.layers.0.0.weight", "student model.6.cv1.conv.weight"):
-        assert (first[key] - last[key]).abs().max() > 1e-5
+    for name, layer in {"notes": "model.6.cv1.conv", "masks": "steps.0.0"}.items():
+        states = ranks.results[0]["train"][name]
+        first = states[0]["weights"]
+        last = states[-1]["weights"]
+        for key in ("distillation align.layers.0.0.weight", f"student {layer}.weight"):
+            assert (first[key] - last[key]).abs().max() > 1e-5
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(ranks: Ranks) -> None:
@@ -271,6 +280,19 @@ def test_scores_of_two_ranks_are_those_of_one_and_no_image_counts_twice(
                 assert torch.equal(detected[key], value)
 
 
+@pytest.mark.parametrize(("batch", "batches"), [(6, [2, 1]), (4, [2, 2]), (16, [1, 0])])
+def test_pixels_of_two_ranks_are_counted_as_those_of_one(
+    ranks: Ranks, shapes: Path, batch: int, batches: list[int]
+) -> None:
+    alone = evaluate_masks(store_of(shapes, "val", SEGMENTATION), batch // 2)
+    assert alone["counted"][:, :-1].sum() > 8 * 50 * 50  # of 8 images of about 64 x 64
+    for rank, result in enumerate(ranks.results):
+        together = result["evaluate masks"][batch]
+        assert together["batches"] == batches[rank]
+        assert together["scores"] == alone["scores"]
+        assert torch.equal(together["counted"], alone["counted"])
+
+
 # --- scales
 
 
@@ -279,6 +301,7 @@ def whole(ranks: Ranks) -> dict[str, Tensor]:
     """The gradients of the same updates in one process, in one batch."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "rand_like", splits.same_mask)
+        patched.setattr(Tensor, "float", splits.float_or_double)
         return splits.among_ranks(whole=True)
 
 

@@ -2,6 +2,7 @@
 however they are split into micro-batches.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from tests.splits import (
     Scales,
     Split,
     all_sections,
+    float_or_double,
+    of_masks,
     same_mask,
     scenes,
     sections,
@@ -63,11 +66,17 @@ def test_an_update_sees_the_same_kd_however_its_images_are_split(
         assert apart(of_kd(pair, batch, Scales(loss_scale, kd_scale)), factor * mean) < LIMIT
 
 
+def of_boxes() -> Pair:
+    return Pair(SECTIONS["attention sample"])
+
+
+@pytest.mark.parametrize("make", [of_boxes, of_masks])
 @pytest.mark.parametrize(("loss_scale", "factor"), [("batch", IMAGES), ("none", 1)])
 def test_and_the_same_task_so_that_their_ratio_is_that_of_one_batch(
-    loss_scale: str, factor: int
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Pair], loss_scale: str, factor: int
 ) -> None:
-    pair = Pair(SECTIONS["attention sample"])
+    monkeypatch.setattr(Tensor, "float", float_or_double)
+    pair = make()
     mean = of_task(pair, IMAGES, "none")
     ratios = []
     for batch in (16, 8, 4, 1):

@@ -169,15 +169,18 @@ def means(x: Tensor, bins: int) -> Tensor:
     """(N, C, H, W) -> (N, C, bins, bins), as F.adaptive_avg_pool2d, which has no deterministic
     backward on CUDA.
     """
-    rows, columns = (shares(size, bins).to(x) for size in x.shape[2:])
+    rows, columns = (shares(size, bins, x.device).to(x) for size in x.shape[2:])
     return rows @ x @ columns.T
 
 
-def shares(size: int, bins: int) -> Tensor:
-    """(bins, size): what each cell of a side counts in the mean of a bin, float64."""
-    number = torch.arange(bins).unsqueeze(1)
+def shares(size: int, bins: int, device: torch.device) -> Tensor:
+    """(bins, size): what each cell of a side counts in the mean of a bin, float64.
+
+    Made on the device, for a copy to it would make the host wait.
+    """
+    number = torch.arange(bins, device=device).unsqueeze(1)
     first = number * size // bins
     end = -(-(number + 1) * size // bins)  # rounded up
-    cell = torch.arange(size)
+    cell = torch.arange(size, device=device)
     inside = (cell >= first) & (cell < end)
     return inside.double() / (end - first)

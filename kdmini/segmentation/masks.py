@@ -24,6 +24,8 @@ def read_mask(path: str, picture: Decoded, photograph: str, as_stored: bool) -> 
     picture.
     """
     with opened(path, FORMATS) as image:
+        image.verify()  # the check sums of its parts, which decoding does not look at
+    with opened(path, FORMATS) as image:
         check_holds_indices(path, image)
         check_frame(path, image.size, picture, photograph, as_stored)
         return np.array(image)

@@ -49,7 +49,7 @@ class Recurrence(Function):
         following = a.roll(-1, 0)  # what comes round meets nothing
         g = tree(following.flip(0), grad.flip(0)).flip(0)
         grad_a = g * h.roll(1, 0)
-        grad_a[0] = 0
+        grad_a[0].zero_()
         return grad_a, g
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.parallel.distributed as parallel
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 import train
+from bench.full import Noise
 from kdmini import check, checkpoint, config, distributed, engine, inputs
 from kdmini.data import loader, tiles
 from kdmini.detection import truth
@@ -33,6 +35,9 @@ from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.step import Distillation
 from kdmini.optim import EMA
 from kdmini.progress import Tally
+from kdmini.segmentation.maps import VOID, Segmenter
+from kdmini.segmentation.truth import Masks
+from kdmini.segmentation.truth import Target as Mask
 from tests.cuda.card import CARD, pretend
 from tests.cuda.watch import Watch, on_card
 
@@ -49,11 +54,12 @@ WATCHED = (
     (engine, "evaluate", "evaluation"),
     (engine, "attention_distances", "distances"),
     (check, "rows_of_taps", "check"),
-    (loader, "render", "batch, images"),
+    (loader, "render_labelled", "batch, images"),
     (truth, "pad", "batch, targets"),
     (Distillation, "teacher_view", "step, teacher"),
     (Distillation, "losses", "step, terms"),
     (YOLO11, "loss", "step, loss"),
+    (Segmenter, "loss", "step, loss"),
     (Tensor, "backward", "step, backward"),
     (nn.utils, "clip_grad_norm_", "step, clip"),
     (torch.optim.SGD, "step", "step, optimiser"),
@@ -74,7 +80,7 @@ class Scenario:
     batch: int = 2
     imgsz: int = 64
     teacher: str | None = "n"
-    student: str = "n"
+    student: str = "n"  # scale of YOLO11, or a network of MASKED
     steps: int = 2
     taps: int = len(TAPS)  # the last ones of TAPS
     objects: int = 3  # of an image
@@ -105,6 +111,32 @@ class Findings:
     unlike: list[str] = field(default_factory=list)  # laid out unlike their weights
     saves: int = 0
     scaled: bool = False  # whether gradients are scaled, as in fp16
+
+
+class NoisyMasks(Noise):
+    """The same pictures, with masks."""
+
+    truth = Masks
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
+        picture, _ = super().__getitem__(index)
+        mask = np.full(picture.shape[:2], index % len(self.names), np.uint8)
+        mask[:9] = VOID
+        return picture, Mask(mask=mask, id=str(index))
+
+
+# networks of segmentation, which learn from a SegFormer, and their taps
+MASKED = {
+    "fast_scnn:FastSCNN": ["fusion", "stages.1"],
+    "mamba:VMamba": ["stages.1", "stages.3"],
+}
+SEGFORMER = {"build": "kdmini.segmentation.segformer:SegFormer", "size": "b0"}
+LOGITS = {
+    "build": "kdmini.terms.logits:LogitDistillation",
+    "form": "softmax",
+    "gamma": 0,
+    "weight": 1.0,
+}
 
 
 class Seen:
@@ -164,6 +196,26 @@ def settings_of(scenario: Scenario, run: str) -> dict[str, Any]:
     }
 
 
+def of_masks(settings: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
+    """The same with a network of MASKED as the student."""
+    taps = list(zip(MASKED[scenario.student], ("stages.1", "stages.3"), strict=True))
+    data = {
+        name: {**value, "build": f"{HERE}:NoisyMasks"} if name in ("train", "val") else value
+        for name, value in settings["data"].items()
+    }
+    return {
+        **settings,
+        "data": data,
+        "student": {"build": f"kdmini.segmentation.{scenario.student}"},
+        "teacher": SEGFORMER,
+        "distill": {
+            "taps": [list(pair) for pair in taps],
+            "attention": ATTENTION,
+            "logits": LOGITS,
+        },
+    }
+
+
 def phased(watch: Watch, function: Callable, phase: str) -> Callable:
     """Parts of a step that are called outside of one keep the phase that they are called in."""
 
@@ -208,6 +260,8 @@ def patched(watch: Watch, found: Findings) -> Iterator[dict[str, Any]]:
         stack.enter_context(mock.patch.object(check, "digest", digest))
         stack.enter_context(mock.patch.object(inputs, "digest", digest))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", partialmethod(listed, watch)))
+        # which draws again until no number is outside, and asks for that
+        stack.enter_context(mock.patch.object(nn.init, "trunc_normal_", nn.init.normal_))
         stack.enter_context(mock.patch.object(torch, "set_rng_state", lambda state: None))
         stack.enter_context(mock.patch.object(torch, "get_rng_state", lambda: torch.zeros(1)))
         for owner, name, phase in WATCHED:
@@ -395,6 +449,8 @@ def play(scenario: Scenario) -> Findings:
         stack.enter_context(as_one_of(scenario.ranks))
         stack.enter_context(patched(watch, found))
         settings = settings_of(scenario, f"{scratch}/run")
+        if scenario.student in MASKED:
+            settings = of_masks(settings, scenario)
         stack.enter_context(mode)
         stack.enter_context(watch)
         work = partial(train.train, settings, "the scenario")

@@ -292,6 +292,7 @@ def test_another_optimiser_resumes(here: Path, shapes: Path, optimizer: str) -> 
     path = write_settings(here, shapes)
     settings = fragment("make_adam")["train"]
     changes = ["train.epochs=2", "train.lr0=0.001", "train.warmup_bias_lr=0"]
+    changes += ["teacher=null", "distill=null", "data.limit=16"]
     if optimizer == "adamw":
         changes.append("train.optimizer=adamw")
     else:

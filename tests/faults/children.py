@@ -25,6 +25,9 @@ NEEDED = (
     "kdmini.distill.attention",
     "kdmini.detection.average_precision",
     "kdmini.detection.yolo11.model",
+    "kdmini.segmentation.fast_scnn",
+    "kdmini.segmentation.mean_iou",
+    "kdmini.segmentation.voc",
 )
 for name in NEEDED:
     importlib.import_module(name)

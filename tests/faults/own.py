@@ -12,16 +12,20 @@ SHAPES = ["circle", "square", "triangle", "star", "ring", "cross"]
 
 
 class Own:
-    """A VOC-layout folder of 24 training and 8 validation images of 64 pixels."""
+    """A VOC-layout folder of 24 training and 8 validation images of 64 pixels.
 
-    def __init__(self, folder: Path):
+    lists: of which task, a folder in ImageSets.
+    """
+
+    def __init__(self, folder: Path, lists: str = "Main"):
         self.folder = folder
+        self.lists = self.folder / "ImageSets" / lists
 
     def names(self, split: str = "train") -> list[str]:
         return self.split_file(split).read_text().split()
 
     def split_file(self, split: str = "train") -> Path:
-        return self.folder / "ImageSets" / "Main" / f"{split}.txt"
+        return self.lists / f"{split}.txt"
 
     def image(self, name: str) -> Path:
         (path,) = (self.folder / "JPEGImages").glob(f"{name}.*")
@@ -29,6 +33,9 @@ class Own:
 
     def xml(self, name: str) -> Path:
         return self.folder / "Annotations" / f"{name}.xml"
+
+    def mask(self, name: str) -> Path:
+        return self.folder / "SegmentationClass" / f"{name}.png"
 
     def split(self, *lines: str) -> None:
         """Writes the list of the training images."""

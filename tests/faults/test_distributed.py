@@ -15,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from kdmini.checkpoint import existing, load
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SEGMENTATION
 from tests.faults.record import survived
 
 # a term that at some call does something to rank 1 alone; every rank leaves its pid, and how
@@ -179,13 +179,16 @@ def check_folder(folder: Path, epochs: int) -> None:
         load(path)
 
 
-def test_a_run_of_two_ranks_leaves_one_set_of_files_and_goes_on(config_file: Path) -> None:
+@pytest.mark.parametrize(("student", "task"), [("YOLO11", ()), ("FastSCNN", SEGMENTATION)])
+def test_a_run_of_two_ranks_leaves_one_set_of_files_and_goes_on(
+    config_file: Path, student: str, task: tuple[str, ...]
+) -> None:
     """Stopped after two epochs by SIGTERM to rank 1, resumed; a NaN on rank 1 on the way
     costs one update.
     """
     folder = config_file.parent
     term = upset(folder, "nan", at=2, pause=0.1)
-    launch = Launch(folder, "--config", config_file, *term, "train.nbs=8")
+    launch = Launch(folder, "--config", config_file, *task, *term, "train.nbs=8")
     launch.until(lambda: launch.calls(1) >= 4)
     os.kill(launch.pids()[1], signal.SIGTERM)
     ended = launch.wait()
@@ -193,7 +196,7 @@ def test_a_run_of_two_ranks_leaves_one_set_of_files_and_goes_on(config_file: Pat
     assert ended.seconds < 30
     assert "stopped after step 3 of epoch 2; to go on: train.py --resume" in ended.text
     assert ended.text.count("device: torch finds no CUDA") <= 1
-    assert ended.text.count("student: YOLO11") == 1
+    assert ended.text.count(f"student: {student}") == 1
     assert "FutureWarning" not in ended.text
     assert "[rank" not in ended.text  # as torch marks tracebacks
     assert checkpoints(folder) == ["step_00000003.pt", "step_00000006.pt"]

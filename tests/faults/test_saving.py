@@ -19,10 +19,10 @@ import torch
 from kdmini import checkpoint, runlog
 from kdmini.progress import Progress
 from tests.commands import assert_equal
+from tests.conftest import SEGMENTATION
 from tests.faults.children import Child, run
 from tests.faults.record import survived
 from tests.faults.runs import (
-    LONG,
     PLAIN,
     Runs,
     Wholes,
@@ -39,12 +39,14 @@ DAMAGED = "Saving: the newest checkpoint is damaged"
 # --- killed
 
 
-def killed(runs: Runs, moment: float, first: Work = nothing) -> bool:
+def killed(
+    runs: Runs, moment: float, overrides: tuple[str, ...] = PLAIN, first: Work = nothing
+) -> bool:
     """Begins a run and kills it `moment` seconds after its first checkpoint.
 
     -> whether it was still running.
     """
-    work = runs.watched(runs.begin(*PLAIN, "train.save_every=1"), first=first)
+    work = runs.watched(runs.begin(*overrides, "train.save_every=1"), first=first)
     child = Child(work, runs.folder / "out")
     child.until(runs.saved)
     time.sleep(moment)
@@ -52,14 +54,20 @@ def killed(runs: Runs, moment: float, first: Work = nothing) -> bool:
     return child.wait() == 137
 
 
-@pytest.mark.parametrize("tries", [2, pytest.param(20, marks=LONG)])
+MASKED = (*SEGMENTATION, *PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("tries", "overrides"),
+    few([(2, PLAIN), (17, PLAIN), (3, MASKED)], (2, PLAIN)),
+)
 def test_sigkill_at_a_random_moment_costs_one_save_interval_at_most(
-    config: Path, whole: Wholes, tmp_path: Path, tries: int
+    config: Path, whole: Wholes, tmp_path: Path, tries: int, overrides: tuple[str, ...]
 ) -> None:
     rng = random.Random(tries)
     for attempt in range(tries):
         runs = Runs(config, tmp_path / f"{attempt}")
-        while not killed(runs, rng.uniform(0.02, 0.9)):  # it was done already
+        while not killed(runs, rng.uniform(0.02, 0.9), overrides):  # it was done already
             shutil.rmtree(runs.folder)
             runs.folder.mkdir()
         finished = runs.steps()
@@ -70,8 +78,10 @@ def test_sigkill_at_a_random_moment_costs_one_save_interval_at_most(
         done = runs.tried(runs.watched(runs.resume()))
         assert done.code == 0, done.text
         assert f"resumed from {runs.run}/ckpt/step_{saved:08d}.pt" in done.text
-        assert_as_never_stopped(runs, whole(*PLAIN), journal=False)
+        assert_as_never_stopped(runs, whole(*overrides), journal=False)
         fault = "Saving: SIGKILL at a random moment, a checkpoint every step"
+        if overrides is MASKED:
+            fault += ", on masks"
         survived(fault, finished - saved, most=1, of="step")
 
 
@@ -89,7 +99,7 @@ def test_control_a_plain_save_does_leave_damaged_files(config: Path, tmp_path: P
     rng = random.Random(0)
     for attempt in range(20):
         runs = Runs(config, tmp_path / f"{attempt}")
-        killed(runs, rng.uniform(0, 0.3), plain_save)
+        killed(runs, rng.uniform(0, 0.3), first=plain_save)
         if not all(map(readable, runs.saved())):
             return
         shutil.rmtree(runs.folder)

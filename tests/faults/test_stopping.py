@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from kdmini import engine, signals
+from tests.conftest import SEGMENTATION
 from tests.faults.children import Child
 from tests.faults.record import survived
 from tests.faults.runs import (
@@ -48,22 +49,30 @@ MOMENTS = {
     "accumulation": Moment(7, ("train.nbs=16",)),
     "evaluation": Moment("evaluating", first=slow_evaluation),
 }
+MASKED = {
+    "training on masks": Moment(8, SEGMENTATION),
+    "evaluation on masks": Moment("evaluating", SEGMENTATION, slow_evaluation),
+}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.parametrize(
     ("moment", "signum"),
     few(
-        [(moment, signum) for moment in MOMENTS for signum in SIGNALS],
+        [
+            *[(moment, signum) for moment in MOMENTS for signum in SIGNALS],
+            *[(moment, signal.SIGTERM) for moment in MASKED],
+        ],
         ("training", signal.SIGINT),
         ("accumulation", signal.SIGHUP),
         ("evaluation", signal.SIGTERM),
+        ("training on masks", signal.SIGTERM),
     ),
 )
 def test_a_signal_to_the_group_loses_no_step(
     runs: Runs, whole: Wholes, moment: str, signum: signal.Signals
 ) -> None:
-    ready, overrides, first = MOMENTS[moment]
+    ready, overrides, first = {**MOMENTS, **MASKED}[moment]
     child = Child(runs.watched(runs.begin(*overrides), first=first), runs.folder / "out")
     if isinstance(ready, str):
         child.until(lambda: ready in child.text())
@@ -72,13 +81,16 @@ def test_a_signal_to_the_group_loses_no_step(
     child.send(signum)
     assert child.wait() == 128 + signum, child.text()
     lost = runs.steps() - runs.newest()
-    if moment != "evaluation":
+    if first is nothing:
         assert f"{signum.name}: finishing the step" in child.text()
 
     done = runs.tried(runs.watched(runs.resume()))
     assert done.code == 0, done.text
     assert_as_never_stopped(runs, whole(*overrides))
-    survived("Saving: SIGINT, SIGTERM, SIGHUP in training and in evaluation", lost, of="steps")
+    fault = "Saving: SIGINT, SIGTERM, SIGHUP in training and in evaluation"
+    if moment in MASKED:
+        fault = "Saving: SIGTERM in training and in evaluation, on masks"
+    survived(fault, lost, of="steps")
 
 
 def test_control_signals_that_nothing_delays_do_lose_steps(runs: Runs) -> None:
@@ -174,10 +186,12 @@ EXACT = {
     "fp16, between overflows": Exact((2,), FP16, first=high_scale),
     "fp16, after overflows": Exact((8, 1), FP16, first=high_scale),
     "every step": Exact((1,) * (2 * STEPS), ("train.nbs=4",)),
+    "masks, twice in one epoch": Exact((7, 2), SEGMENTATION),
 }
+QUICK = ("twice in one epoch", "fp16, between overflows", "masks, twice in one epoch")
 
 
-@pytest.mark.parametrize("case", few(EXACT, "twice in one epoch", "fp16, between overflows"))
+@pytest.mark.parametrize("case", few(EXACT, *QUICK))
 def test_resumed_is_bit_for_bit_as_never_stopped(runs: Runs, whole: Wholes, case: str) -> None:
     stops, overrides, then, first = EXACT[case]
     work = runs.begin(*overrides)
@@ -193,4 +207,7 @@ def test_resumed_is_bit_for_bit_as_never_stopped(runs: Runs, whole: Wholes, case
     if first is high_scale:
         skipped = sum(record.get("skipped", 0) for record in result(other)["records"])
         assert 0 < skipped < 2 * STEPS
-    survived("Saving: stopped and resumed, compared bit for bit", of="bits", tried=len(stops))
+    fault = "Saving: stopped and resumed, compared bit for bit"
+    if case.startswith("masks"):
+        fault += ", on masks"
+    survived(fault, of="bits", tried=len(stops))
