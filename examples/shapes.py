@@ -166,7 +166,7 @@ def draw_scene(
     index: int,
     size: int,
     names: Sequence[str] = SHAPE_NAMES,
-    side: Sequence[float] = SIDE,
+    side: tuple[float, float] = SIDE,
 ) -> Scene:
     """Scene `index` of the set of `seed`; size: about the long side, in pixels.
 
@@ -182,7 +182,7 @@ def draw_scene(
     drawn = []  # names
     areas = []  # pixels, also of what later objects hide
     for number in range(rng.integers(1, 5)):
-        name = names[rng.integers(len(names))]
+        name = names[int(rng.integers(len(names)))]
         colours, cover = stamp(rng, name, long * rng.uniform(*side))
         top = int(rng.integers(height - cover.shape[0] + 1))
         left = int(rng.integers(width - cover.shape[1] + 1))
@@ -257,7 +257,7 @@ def write_set(
     size: int = 128,
     seed: int = 0,
     names: Sequence[str] = SHAPE_NAMES,
-    side: Sequence[float] = SIDE,
+    side: tuple[float, float] = SIDE,
 ) -> None:
     """Write the whole set, or keep the one that is there.
 
@@ -351,8 +351,10 @@ def main(argv: list[str] | None = None) -> None:
         metavar=("LOWEST", "HIGHEST"),
         help=f"of an object, in long sides of the image (default: {SIDE[0]} {SIDE[1]})",
     )
+    settings = vars(parser.parse_args(argv))
+    settings["side"] = tuple(settings["side"])
     try:
-        write_set(**vars(parser.parse_args(argv)))
+        write_set(**settings)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -16,6 +16,7 @@ map of few channels. The sum is the same, for a fraction of the work.
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ class Decoder(nn.Module):
     """Maps of the stages, each half as large as the one before -> one of them all,
     (N, W, H, W) at the size of the first.
     """
+
+    linear: Any  # an nn.Linear for each stage
+    fuse: Any
 
     def __init__(self, dims: Sequence[int], width: int):
         super().__init__()
