@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.shapes import (
-    FILLS,
-    HIDDEN,
-    SHAPE_NAMES,
-    draw_scene,
-    ground,
-    main,
-    outline,
-    stamp,
-    write_set,
-)
+from examples.paint import FILLS, ground, outline, stamp
+from examples.shapes import HIDDEN, SHAPE_NAMES, draw_scene, main, write_set
 from kdmini.contracts import UserError
 from kdmini.detection.voc import VOC
 from kdmini.segmentation.voc import VOC as Segmentation

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from examples.shapes import SHAPE_NAMES
 from kdmini.terms import frequency
 from kdmini.terms.frequency import FrequencyAttention
 from tests.commands import run
@@ -38,6 +39,9 @@ def test_a_band_has_the_energy_and_the_place_of_its_frequencies() -> None:
     assert bright[0] == sorted(bright[1] + bright[2])
 
 
+NAMES = ["ground", *SHAPE_NAMES]
+
+
 def test_a_run_with_a_filter_has_its_spectra(tmp_path: Path, shapes: Path) -> None:
     settings = [
         f"run={tmp_path / 'run'}",
@@ -47,11 +51,14 @@ def test_a_run_with_a_filter_has_its_spectra(tmp_path: Path, shapes: Path) -> No
         "teacher.weights=null",
         "allow_void=true",
         "device=cpu",
-        "distill.logits={build: tests.tools.test_spectra:Filtering, weight: 1.0}",
+        "distill.frequency.radius=1",  # the deepest map is 2x2
+        f"data.train.names={NAMES}",
+        f"data.val.names={NAMES}",
         "train.batch=3",
         "train.epochs=1",
     ]
     run(train, "--config", "configs/segmentation/demo.yaml", *settings)
     figures = dict(visualize.figures_of(tmp_path / "run", []))
-    labels = [axis.get_ylabel() for axis in figures["spectra_logits"].axes[::3]]
-    assert labels == ["fusion\nteacher", "fusion\nstudent"]
+    labels = [axis.get_ylabel() for axis in figures["spectra_frequency"].axes[::3]]
+    taps = ("higher", "stages.0", "pooled", "fusion")
+    assert labels == [f"{tap}\n{who}" for tap in taps for who in ("teacher", "student")]

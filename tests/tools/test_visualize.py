@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 import train
+from examples.shapes import SHAPE_NAMES
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
@@ -360,6 +361,8 @@ def test_mistakes_are_one_line(arguments: list[str], named: str, run: Path, tmp_
 
 # --- masks
 
+MASKED = ["ground", *SHAPE_NAMES]
+
 
 @pytest.fixture(scope="module")
 def masked_run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
@@ -370,6 +373,9 @@ def masked_run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
         f"data.root={shapes}",
         "data.imgsz=64",
         f"data.limit={IMAGES}",
+        f"data.train.names={MASKED}",
+        f"data.val.names={MASKED}",
+        "distill.frequency.radius=1",  # the deepest map is 2x2
         "teacher.weights=null",
         "allow_void=true",
         "device=cpu",
@@ -384,11 +390,11 @@ def test_a_run_of_masks_leaves_its_pictures(masked_run: Path) -> None:
     figures = dict(visualize.figures_of(masked_run, []))
     assert list(figures) == [
         *("curves", "batch", "masks", "confusion", "attention", "before_after"),
-        *("stages_teacher", "stages_student"),
+        *("stages_teacher", "stages_student", "spectra_frequency"),
     ]
     titles = [axis.get_title() for axis in figures["masks"].axes[:5]]
     assert titles == ["photograph", "truth", "teacher", "student", "where wrong"]
-    assert "stages.1 → fusion" in " ".join(axis.get_title() for axis in figures["attention"].axes)
+    assert "decoder → fusion" in " ".join(axis.get_title() for axis in figures["attention"].axes)
 
 
 def test_weights_of_masks_alone_have_masks_and_maps(
