@@ -38,8 +38,10 @@ demo: setup
 	$(RUN) eval.py --config $(RUNS)/demo/config.yaml --weights $(RUNS)/demo/best.pt --teacher
 	$(RUN) -m kdmini.tools.visualize $(RUNS)/demo
 
+# in two processes of one thread each, a file of tests in one of them
 test: setup
-	$(RUN) -m pytest --ignore tests/faults -m 'not parity and not long and not cuda'
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --ignore tests/faults \
+		-m 'not parity and not long and not cuda'
 
 # the same with the newest version of every package, in an environment of its own that is made anew
 test-newest:

@@ -27,7 +27,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *torchrun, str(script.__file__), str(out)]
     cache = str(out / "cache")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KDMINI_CACHE": cache}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "KDMINI_CACHE": cache,
+        # glibc keeps freed pieces that are smaller, for each thread: nobody's pixels
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list((out / "cache").iterdir())
