@@ -226,6 +226,7 @@ def picture_of(dataset: Dataset, index: int, imgsz: int) -> Picture | str:
 
 
 def reduced_picture(dataset: Dataset, index: int, imgsz: int) -> Picture | str:
+    """What `picture_of` returns; its variables hold the pixels of full size to its end."""
     faults: list[str] = []
     try:
         image, target = dataset[index]

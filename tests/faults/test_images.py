@@ -26,8 +26,9 @@ from tests.faults.own import pixels
 from tests.faults.record import survived
 
 DAMAGED_FILES = "Data: damaged image files"
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 ODD = "Data: odd formats, modes, EXIF turns, wrong sizes"
+M_TRIM_THRESHOLD = -1  # of glibc's malloc.h
+M_MMAP_THRESHOLD = -3
 
 
 def jpeg(**settings) -> bytes:
@@ -186,9 +187,11 @@ def test_threads_together_hold_no_more_than_the_bound(own, tmp_path):
         own.new_image(name).write_bytes(png(side))
 
     def measured() -> None:
-        # glibc keeps freed pieces below 32 MB for the thread that had them, up to 64 MB for
-        # each: with a threshold of 1 MB only what is held counts
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        # once large pieces have been freed, glibc keeps those below 32 MB for the thread that
+        # had them, up to 64 MB for each: with its first thresholds only what is held counts
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**17)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**17)
         ROOM.most = side * side * BYTES_PER_PIXEL
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         Store(own.read(as_stored=True), 64, workers=6)
