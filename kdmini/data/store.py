@@ -238,6 +238,7 @@ def picture_of(dataset: Dataset, index: int, imgsz: int, training: bool) -> Pict
 
 
 def reduced_picture(dataset: Dataset, index: int, imgsz: int, training: bool) -> Picture | str:
+    """What `picture_of` returns; its variables hold the pixels of full size to its end."""
     faults: list[str] = []
     try:
         image, target = dataset[index]

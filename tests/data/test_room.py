@@ -113,7 +113,7 @@ def test_room_is_given_back_when_nothing_of_full_size_is_left(monkeypatch):
     class Noted(np.ndarray):
         """An array that can be referred to weakly."""
 
-    class Images(list):
+    class Images:
         def __getitem__(self, index):
             pixels = np.zeros((50, 40, 3), np.uint8).view(Noted)
             seen.append(weakref.ref(pixels))
