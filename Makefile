@@ -5,6 +5,8 @@ VENV ?= .venv
 RUNS ?= runs
 ORACLE ?= .oracle
 RUN = $(VENV)/bin/python
+# pytest in two processes of one thread each, a file of tests in one of them
+IN_TWO = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
 # the versions with which everything passed; `make test-newest` does without
 CONSTRAINTS ?= --constraint constraints.txt
 NEWEST = .venv-newest
@@ -38,10 +40,8 @@ demo: setup
 	$(RUN) eval.py --config $(RUNS)/demo/config.yaml --weights $(RUNS)/demo/best.pt --teacher
 	$(RUN) -m kdmini.tools.visualize $(RUNS)/demo
 
-# in two processes of one thread each, a file of tests in one of them
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --ignore tests/faults \
-		-m 'not parity and not long and not cuda'
+	$(IN_TWO) --ignore tests/faults -m 'not parity and not long and not cuda'
 
 # the same with the newest version of every package, in an environment of its own that is made anew
 test-newest:
@@ -56,7 +56,7 @@ constraints: test-newest
 
 # everything that can go wrong, the long tests included; writes the table of docs/survives.md
 faults: setup
-	$(RUN) -m pytest tests/faults
+	$(IN_TWO) tests/faults
 
 # the demo from end to end, a detector that has to overfit sixteen photographs, and what is asked of a
 # GPU asked of the CPU

@@ -27,7 +27,7 @@ from kdmini import output
 from kdmini.bounds import Count, Range, Seed
 from kdmini.contracts import UserError
 from kdmini.data.palette import with_palette
-from kdmini.segmentation.truth import VOID
+from kdmini.data.render import NO_LABEL
 from kdmini.typed import argument
 
 SHAPE_NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -107,10 +107,10 @@ def mask_of(owner: np.ndarray, indices: list[int]) -> np.ndarray:
     mask = np.array([*indices, 0], np.uint8)[owner]  # -1, the ground, is the last
     upright = owner[1:] != owner[:-1]
     level = owner[:, 1:] != owner[:, :-1]
-    mask[1:][upright] = VOID
-    mask[:-1][upright] = VOID
-    mask[:, 1:][level] = VOID
-    mask[:, :-1][level] = VOID
+    mask[1:][upright] = NO_LABEL
+    mask[:-1][upright] = NO_LABEL
+    mask[:, 1:][level] = NO_LABEL
+    mask[:, :-1][level] = NO_LABEL
     return mask
 
 

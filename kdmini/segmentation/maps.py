@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdmini.contracts import Losses, Prediction, Targets
-
-VOID = 255  # in a mask: no class is asked for there
+from kdmini.segmentation.truth import VOID
 
 # of red, green and blue; what public weights were trained with
 MEAN = (0.485, 0.456, 0.406)

@@ -5,6 +5,7 @@ of them has passed.
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,16 +13,25 @@ import train as train_script
 from tests.conftest import CONFIG, TINY
 from tests.faults.children import Done, run, script
 from tests.faults.own import Own
-from tests.faults.record import write_table
+from tests.faults.record import Row, add, tried, write_table
 from tests.faults.runs import Runs, Wholes, Work, high_scale, nothing, stop_at
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
+    if hasattr(config, "workeroutput"):  # one of several processes: it tells the first
+        config.workeroutput["tried"] = tried()
+        return
     selected = config.option.markexpr or config.option.keyword
     whole = config.args == ["tests/faults"] and not selected
     if exitstatus == 0 and whole:
         print("\n" + write_table())
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    for fault, row in getattr(node, "workeroutput", {}).get("tried", {}).items():
+        add(fault, Row(*row))
 
 
 # --- data that a test may spoil

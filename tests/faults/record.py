@@ -18,6 +18,11 @@ class Row(NamedTuple):
 _rows: dict[str, Row] = {}  # fault -> row
 
 
+def add(fault: str, row: Row) -> None:
+    before = _rows.get(fault, Row(0, 0, row.of))
+    _rows[fault] = Row(before.tried + row.tried, max(before.lost, row.lost), row.of)
+
+
 def survived(fault: str, lost: int = 0, most: int = 0, of: str = "", tried: int = 1) -> None:
     """Asserts lost <= most, and adds the attempts to the row of the table for this fault.
 
@@ -25,8 +30,12 @@ def survived(fault: str, lost: int = 0, most: int = 0, of: str = "", tried: int 
     "payloads run"): the largest of all attempts is shown.
     """
     assert lost <= most, f"{fault}: {lost} {of} lost, at most {most} may be"
-    before = _rows.get(fault, Row(0, 0, of))
-    _rows[fault] = Row(before.tried + tried, max(before.lost, lost), of)
+    add(fault, Row(tried, lost, of))
+
+
+def tried() -> dict[str, tuple[int, int, str]]:
+    """fault -> its row: what one of several processes has to tell."""
+    return {fault: tuple(row) for fault, row in _rows.items()}
 
 
 def write_table() -> str:

@@ -193,7 +193,7 @@ def test_settings_of_weights(settings: str, line_of, teacher_file: Path) -> None
 
 LATE = {
     "metric.build=kdmini.detection.average_precision:DetectionMetrik": "DetectionMetric`?",
-    "metric.build=builtins:print": "has no fitness, update, compute",
+    "metric.build=builtins:print": "has no fitness, records, update, compute",
     "metric={build: kdmini.detection.average_precision:DetectionMetric, iuo: 1}": "iuo",
     "train.batch=32": "32 is more than the 24 training images",
 }

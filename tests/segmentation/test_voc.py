@@ -11,7 +11,6 @@ from PIL import Image
 from kdmini.contracts import UserError
 from kdmini.data.palette import with_palette
 from kdmini.data.store import Store
-from kdmini.detection.voc import VOC as Detection
 from kdmini.segmentation.voc import SEGMENTED_NAMES, VOC
 from tests.segmentation.masked import HEIGHT, WIDTH, add, mask_of, write_split
 
@@ -349,13 +348,6 @@ def test_masks_elsewhere_have_to_be_there(with_sbd):
     ):
         with pytest.raises(UserError, match=said):
             VOC(str(with_sbd), ["VOC2012/val"], masks=str(masks))
-
-
-def test_a_photograph_is_the_same_to_detection(with_sbd):
-    (with_sbd / "VOCdevkit/VOC2012/Annotations").mkdir()
-    boxes = Detection(str(with_sbd), ["VOC2012/all"], background=True)
-    masks = VOC(str(with_sbd / "VOCdevkit/VOC2012"), ["val"])
-    assert masks.photographs < boxes.photographs
 
 
 # --- the report
