@@ -29,7 +29,6 @@ class Recipe:
     schedule: how the learning rate falls to lrf: cosine or linear, epoch by epoch; poly, step
         by step; constant.
     power: of poly.
-
     epochs: passes over the training set.
     batch: images of a step, of all ranks together.
     nbs: nominal batch size, reached by accumulation where `batch` is smaller; weight decay is
