@@ -81,8 +81,11 @@ def ours(images: int, seed: int) -> list[Tensor]:
     feats = [feat.requires_grad_() for feat in student]
     names = [f"model.{layer}" for layer in (16, 19, 22)]
     nothing = torch.zeros(images, 3, 64, 64)
-    views = [View(dict(zip(names, maps, strict=True)), preds, nothing) for maps in (feats, teacher)]
-    loss = images * WEIGHT * ScoreWeighted(REG_MAX)(*views, {})  # type: ignore[typeddict-item]
+    classes = [pred[:, 4 * REG_MAX :] for pred in preds]
+    views = []
+    for maps in (feats, teacher):
+        views.append(View(dict(zip(names, maps, strict=True)), preds, nothing, classes))
+    loss = images * WEIGHT * ScoreWeighted()(*views, {})  # type: ignore[typeddict-item]
     return [loss.detach(), *torch.autograd.grad(loss, feats)]
 
 
