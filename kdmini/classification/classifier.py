@@ -61,9 +61,10 @@ class Classifier(nn.Module):
 
     def loss(self, preds: Tensor, targets: Targets) -> Losses:
         """-> {"ce": the mean over the images of sum_j share_j CE(label_j)}, in float32."""
+        logits = preds.float()
         parts = F.one_hot(targets["labels"], len(self.names))  # (N, J, K)
-        wanted = (parts * targets["share"].unsqueeze(2)).sum(1)
-        ce = F.cross_entropy(preds.float(), wanted, label_smoothing=self.label_smoothing)
+        wanted = (parts * targets["share"].unsqueeze(2)).sum(1).to(logits)
+        ce = F.cross_entropy(logits, wanted, label_smoothing=self.label_smoothing)
         return {"ce": ce}
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ KEPT = ("kdmini", "tests", "examples", "configs", "train.py", "eval.py", "pyproj
 GONE = (
     *("kdmini/terms", "kdmini/tools"),
     *("tests/terms", "tests/tools", "configs/terms", "configs/atss.yaml"),
-    "configs/segmentation",
+    *("configs/segmentation", "configs/classification"),
     # these test commands, examples, benchmarks and pages that need them
     *("tests/parity", "tests/long", "tests/docs", "tests/examples"),
     *("tests/house/test_docs.py", "tests/bench"),
