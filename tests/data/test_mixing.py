@@ -124,6 +124,15 @@ def test_as_many_are_mixed_as_asked_for_and_the_rest_is_as_without() -> None:
     assert abs(mixed / total - 0.2) < 0.04
 
 
+def test_colour_is_that_of_the_image_itself() -> None:
+    light = {**MOVED, "hsv_v": 0.5}
+    plain = loader_of(**light).layout(1, EVERYONE).colour
+    assert plain.std(0)[2] > 0.1
+    for mixing in ({"cutmix": 1}, {"mixup": 1}, {"cutmix": 0.5, "mixup": 0.5}):
+        layout = loader_of(**light, **mixing).layout(1, EVERYONE)
+        assert np.array_equal(layout.colour, plain)
+
+
 def test_a_layout_depends_on_seed_epoch_and_index_alone() -> None:
     loader = loader_of(**MOVED, cutmix=0.5, mixup=0.5)
     together = loader.layout(5, EVERYONE)
@@ -205,3 +214,8 @@ def test_a_truth_that_cannot_follow_is_refused_by_name(
     truth = {"OneFlat": "NoTruth", "OneMasks": "Masks"}[dataset]
     with pytest.raises(UserError, match=rf"data\.augment\.\w+: .* {truth}, does not follow it"):
         make_sets(section, section, augment=augment)
+
+
+def test_a_truth_that_follows_is_accepted() -> None:
+    section = {"build": f"{__name__}:OneMasks"}
+    assert make_sets(section, section, augment={"cutmix": 0.1}).augment.cutmix == 0.1
