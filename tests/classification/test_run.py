@@ -3,7 +3,9 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import eval as eval_script
 import train as train_script
@@ -37,3 +39,22 @@ def test_a_run_learns_labels_of_mixed_images(command: list[object], tmp_path: Pa
         assert word in out
     rows = (saved / "student" / "answers.csv").read_text().splitlines()
     assert len(rows) == 1 + 12
+
+
+def test_a_run_learns_which_class_is_which(tmp_path: Path) -> None:
+    """Of noise in three colours, mixed in most of the images."""
+    rng = np.random.default_rng(0)
+    for split, each in (("train", 16), ("val", 8)):
+        for label, name in enumerate(("red", "green", "blue")):
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for number in range(each):
+                pixels = rng.integers(0, 120, (32, 32, 3), np.uint8)
+                pixels[:, :, label] += 90
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    settings = (f"data.root={tmp_path / 'set'}", f"student={CLASSIFIER}", f"run={tmp_path / 'run'}")
+    recipe = ("train.epochs=4", "train.batch=8", "train.nbs=8", "train.lr0=0.01")
+    mixing = ("data.augment.cutmix=0.4", "data.augment.mixup=0.4")
+    average = ("train.ema_decay=0.8", "train.ema_tau=1", "data.imgsz=32", "device=cpu")
+    run(train_script, "--config", DEMO, *settings, *recipe, *average, *mixing)
+    assert records(tmp_path / "run")[-1]["score/top1"] > 0.9
