@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdmini.classification.resnet import ResNet
-from kdmini.classification.wide_resnet import WideResNet
+from kdmini.classification.wide_resnet import Block, WideResNet
 from kdmini.distill.taps import feats_of
 
 TEN = [f"class {row}" for row in range(10)]
@@ -79,3 +79,14 @@ def test_features_runs_all_but_the_head() -> None:
         network.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     assert network.features(torch.rand(1, 3, 32, 32)) is None
     assert calls == ["group3"]
+
+
+def test_a_shortcut_of_another_width_reads_what_is_activated() -> None:
+    """As in the authors' code; one of the same width passes the input itself."""
+    block = Block(4, 6, stride=2).eval()
+    torch.nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(block(x), block.shortcut(block.norm1(x).relu()))
+    same = Block(4, 4, stride=1).eval()
+    torch.nn.init.zeros_(same.conv2.weight)
+    assert torch.equal(same(x), x)
