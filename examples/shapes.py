@@ -3,7 +3,9 @@
 One to four filled shapes lie on a textured ground, the later ones over the earlier. As
 in VOC, a box is tight around what can be seen, and an object of which little can be seen
 is `difficult`. A mask has the index of the shape in each pixel, 0 of the ground, and 255,
-void, along borders: for segmentation, the names are `ground` and the shapes.
+void, along borders: for segmentation, the names are `ground` and the shapes. With
+`--folders` there is one shape in an image, which lies in a folder of its name, train/circle or
+val/circle, for classification.
 
 Legend: H, W image size.
 """
@@ -62,10 +64,12 @@ def draw_scene(
     size: int,
     names: Sequence[str] = SHAPE_NAMES,
     side: tuple[float, float] = SIDE,
+    most: int = 4,
 ) -> Scene:
     """Scene `index` of the set of `seed`; size: about the long side, in pixels.
 
     names: of the shapes. side: lowest and highest of an object, in long sides of the image.
+    most: objects.
     """
     rng = np.random.default_rng([seed, index])
     long = round(size * rng.uniform(0.8, 1.25))
@@ -76,7 +80,7 @@ def draw_scene(
     owner = np.full((height, width), -1)
     drawn = []  # names
     areas = []  # pixels, also of what later objects hide
-    for number in range(rng.integers(1, 5)):
+    for number in range(rng.integers(1, most + 1)):
         name = names[int(rng.integers(len(names)))]
         colours, cover = stamp(rng, name, long * rng.uniform(*side))
         top = int(rng.integers(height - cover.shape[0] + 1))
@@ -153,10 +157,12 @@ def write_set(
     seed: int = 0,
     names: Sequence[str] = SHAPE_NAMES,
     side: tuple[float, float] = SIDE,
+    folders: bool = False,
 ) -> None:
     """Write the whole set, or keep the one that is there.
 
-    Raises UserError where another one is there, made with other settings or otherwise.
+    folders: of classes, with one shape an image. Raises UserError where another set is there,
+    made with other settings or otherwise.
     """
     settings = json.dumps(
         {
@@ -166,7 +172,7 @@ def write_set(
             "seed": seed,
             "names": list(names),
             "side": list(side),
-            "masks": True,
+            "folders" if folders else "masks": True,
         }
     )
     root = root.expanduser().absolute()
@@ -184,7 +190,10 @@ def write_set(
     shutil.rmtree(temporary, ignore_errors=True)  # an earlier run was killed
     try:
         draw = partial(draw_scene, seed, size=size, names=names, side=side)
-        write_scenes(temporary, train, val, draw)
+        if folders:
+            write_folders(temporary, {"train": train, "val": val}, names, draw)
+        else:
+            write_scenes(temporary, train, val, draw)
         (temporary / note.name).write_text(settings)
         os.replace(temporary, root)
     except OSError as error:
@@ -213,6 +222,20 @@ def write_scenes(root: Path, train: int, val: int, draw: Callable[[int], Scene])
     for split, members in {"train": ids[:train], "val": ids[train:]}.items():
         for folder in lists:
             (folder / f"{split}.txt").write_text("".join(f"{id}\n" for id in members))
+
+
+def write_folders(
+    root: Path, counts: dict[str, int], names: Sequence[str], draw: Callable[..., Scene]
+) -> None:
+    """ROOT/train/circle/000000.jpg: images of one shape, as many of each."""
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    for split in counts:
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+    for index, split in enumerate(tqdm(splits, "shapes", unit="img")):
+        name = names[index % len(names)]
+        scene = draw(index, names=[name], most=1)
+        scene.image.save(root / split / name / f"{index:06}.jpg", quality=QUALITY)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -245,6 +268,9 @@ def main(argv: list[str] | None = None) -> None:
         default=SIDE,
         metavar=("LOWEST", "HIGHEST"),
         help=f"of an object, in long sides of the image (default: {SIDE[0]} {SIDE[1]})",
+    )
+    parser.add_argument(
+        "--folders", action="store_true", help="one shape an image, in folders of classes"
     )
     settings = vars(parser.parse_args(argv))
     settings["side"] = tuple(settings["side"])

@@ -54,6 +54,7 @@ Share = Annotated[float, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
 Zoom = Annotated[float, Range(0.01, 100)]
 Gain = Annotated[float, Range(0, 1_000_000)]  # what a loss is multiplied by
+Alpha = Annotated[float, Range(0.01, 100)]  # of a Beta distribution
 Temperature = Annotated[float, Range(0.001, 1000)]
 Power = Annotated[float, Range(0, 100)]
 Bins = Annotated[int, Range(0, 256)]  # of a side of a box

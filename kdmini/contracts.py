@@ -49,6 +49,8 @@ class BadObjects(UserError):
 class Truth(Protocol):
     """How the ground truth of a task travels with its images. One is made of every store
     (kdmini/data/store.py) that is trained from.
+
+    Optional: `follows`, which of "cutmix" and "mixup" its labels can follow; without it none.
     """
 
     @staticmethod

@@ -132,6 +132,7 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
     offered = {"root": root} if root else {}
     train_set = config.build(train, "data.train", **offered)
     val_set = config.build(val, "data.val", **offered)
+    strengths.refuse_mixing(train_set.truth)
     overlap = photographs(train_set) & photographs(val_set)
     if overlap and not allow_overlap:
         raise UserError(

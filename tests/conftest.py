@@ -59,6 +59,19 @@ SEGMENTATION = (
     "metric={build: kdmini.segmentation.mean_iou:MeanIoU}",
 )
 
+# and of classification, on mixed images
+LABELLED = f"build: tests.classification.labelled:FirstShape, names: [{', '.join(SHAPE_NAMES)}]"
+CLASSIFIER = "{build: kdmini.classification.wide_resnet:WideResNet, depth: 10}"
+CLASSIFICATION = (
+    f"data.train={{{LABELLED}, splits: [train]}}",
+    f"data.val={{{LABELLED}, splits: [val]}}",
+    "data.augment={mosaic: 0, cutmix: 0.5, mixup: 0.4}",
+    f"student={CLASSIFIER}",
+    f"teacher={CLASSIFIER}",
+    f"distill={{taps: [group2, group3], align: none, attention: {{{ATTENTION}}}}}",
+    "metric={build: kdmini.classification.accuracy:Accuracy}",
+)
+
 
 def write_config(folder: Path, shapes: Path) -> Path:
     """The config of a run in folder/run."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdmini import distributed, engine
+from kdmini.classification.wide_resnet import WideResNet
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
 from kdmini.data.store import Store
@@ -29,6 +30,7 @@ from kdmini.segmentation import voc as masks
 from kdmini.segmentation.mean_iou import MeanIoU
 from kdmini.signals import Stop
 from tests import splits
+from tests.classification.labelled import FirstShape
 
 CPU = torch.device("cpu")
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -52,6 +54,7 @@ class Task(NamedTuple):
     names: list[str]
     network: Callable[[], nn.Module]
     taps: list[str]
+    augment: Augment = Augment()
 
 
 def detector() -> nn.Module:
@@ -62,8 +65,14 @@ def labeller() -> nn.Module:
     return splits.Labeller(LABELS)
 
 
+def classifier() -> nn.Module:
+    return WideResNet(NAMES, depth=10)
+
+
 DETECTION = Task(boxes.VOC, NAMES, detector, ["model.6", "model.13", "model.22"])
 SEGMENTATION = Task(masks.VOC, LABELS, labeller, ["steps.0", "steps.1"])
+MIXED = Augment(cutmix=0.5, mixup=0.5)
+CLASSIFICATION = Task(FirstShape, NAMES, classifier, ["group2", "group3"], MIXED)
 
 
 class Case(NamedTuple):
@@ -83,6 +92,7 @@ CASES = {
     ),
     "masks": Case("notes", task=SEGMENTATION),
     "masks, accumulated": Case("sample", accumulate=2, kd_scale="batch", task=SEGMENTATION),
+    "labels, accumulated": Case("mean_square", accumulate=2, task=CLASSIFICATION),
 }
 
 # --- what all ranks build alike, and the process that stands for them
@@ -170,7 +180,7 @@ def weights(training: Training) -> dict[str, Tensor]:
 def train(case: Case, data: Store) -> list[dict[str, Any]]:
     """-> after each update: steps done, sums of the losses, weights."""
     share = {"rank": distributed.rank(), "world": distributed.world()}
-    loader = DoubleLoader(data, BATCH, EPOCHS, Augment(), seed=1, **share)
+    loader = DoubleLoader(data, BATCH, EPOCHS, case.task.augment, seed=1, **share)
     training = make_training(case, loader)
     training.replica = distributed.replicate(training.student)
     progress = training.progress
@@ -286,7 +296,8 @@ def work(root: Path, out: Path) -> None:
         "read": {limit: read(data, limit) for limit in (24, 23, 20)},
     }
     Tensor.float = splits.float_or_double  # type: ignore[method-assign]
-    sets = {DETECTION.data: data, SEGMENTATION.data: masked}
+    labelled = store_of(root, "train", CLASSIFICATION)
+    sets = {DETECTION.data: data, SEGMENTATION.data: masked, CLASSIFICATION.data: labelled}
     results["train"] = {name: train(case, sets[case.task.data]) for name, case in CASES.items()}
     results["stopped"] = stopped(data)
     torch.rand_like = splits.same_mask

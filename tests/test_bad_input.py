@@ -52,6 +52,10 @@ BAD = {  # overrides, what is said
         ["distill.taps=[[model.6.cv1, model.6.cv1.bn]]"],
         r"the map of 'model.6.cv1.bn' is overwritten",
     ),
+    "mixed boxes": (
+        ["data.augment={{mixup: 0.5}}"],
+        r"data.augment.mixup: the ground truth of this task, Boxes, does not follow it",
+    ),
     "unknown device": (["device=gpu"], r"device: 'gpu'"),
 }
 

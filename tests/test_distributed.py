@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kdmini import distributed
-from kdmini.data.loader import Augment
 from kdmini.data.store import Store
 from kdmini.distill.attention import attention_map
 from kdmini.engine import Training
@@ -67,7 +66,7 @@ class Halves:
 
     def __init__(self, case: Case, data: Store):
         self.case = case
-        self.loader = DoubleLoader(data, BATCH, EPOCHS, Augment(), seed=1)
+        self.loader = DoubleLoader(data, BATCH, EPOCHS, case.task.augment, seed=1)
         self.replicas = [make_training(case, self.loader) for _ in range(2)]
         self.lead: Training = self.replicas[0]
         self.sums: dict[str, float] = {}  # of the epoch

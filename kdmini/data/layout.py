@@ -2,9 +2,10 @@
 
 A `Layout` says so in numbers: up to four tiles an image, each with the map
 x_out = a * x_source + b, the same for pixels and boxes. Rotation and shear are left out, as
-in the public recipe: so x depends on the column alone and y on the row alone.
+in the public recipe: so x depends on the column alone and y on the row alone. Tiles share the
+cells of a picture; a layout and the one `under` it share its light.
 Coordinates are continuous: the first pixel covers 0 to 1.
-Legend: N images, S image size, 4 tiles (left/right of the centre, above/below it).
+Legend: N images, S image size, 4 tiles (outside/inside an interval of columns, of rows).
 """
 
 from dataclasses import dataclass, replace
@@ -23,8 +24,17 @@ class Layout:
     a: np.ndarray  # (N, 4, 2) x, y: from stored to rendered pixels, negative where mirrored
     b: np.ndarray  # (N, 4, 2) x, y: offset, rendered pixels
     shown: np.ndarray  # (N, 4, 2, 2) [low, high] of x, y: the part that the tile fills
-    centre: np.ndarray  # (N, 2) x, y: where the tiles meet; infinite where there is one tile
+    # (N, 2, 2) [low, high) of x, y: the columns of tiles 1 and 3, the rows of 2 and 3. From where
+    # the tiles of a mosaic meet to infinity; empty where there is one tile
+    second: np.ndarray
     colour: np.ndarray | None = None  # (N, 3) factors of hue, saturation and value
+    under: "Layout | None" = None  # shines through
+    share: np.ndarray | None = None  # (N,) of the light that comes from there
+
+    @property
+    def tiled(self) -> np.ndarray:
+        """(N,) bool: whether there are tiles beside the first."""
+        return np.all(self.second[..., 0] < self.second[..., 1], axis=1)
 
 
 class Frame(NamedTuple):
@@ -58,7 +68,7 @@ def one_tile(images: np.ndarray, a: np.ndarray, b: np.ndarray, shown: np.ndarray
         a=np.repeat(a[:, None], 4, 1).astype(float),
         b=np.repeat(b[:, None], 4, 1).astype(float),
         shown=np.concatenate([shown[:, None], nothing], 1),
-        centre=np.full((n, 2), np.inf),
+        second=np.full((n, 2, 2), np.inf),
     )
 
 
@@ -74,7 +84,7 @@ def mosaic(store: Store, images: np.ndarray, imgsz: int, centre: np.ndarray) -> 
     after = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
     b = centre[:, None] - placed * (1 - after)
     shown = np.stack([b, b + placed], -1).clip(0, 2 * imgsz)
-    return Layout(images, a, b, shown, centre)
+    return Layout(images, a, b, shown, np.stack([centre, np.full_like(centre, np.inf)], -1))
 
 
 def zoom(layout: Layout, factor: np.ndarray, about: float, to: np.ndarray) -> Layout:
@@ -87,7 +97,7 @@ def zoom(layout: Layout, factor: np.ndarray, about: float, to: np.ndarray) -> La
         a=layout.a * factor[..., None],
         b=(layout.b - about) * factor[..., None] + to[:, None],
         shown=(layout.shown - about) * factor[..., None, None] + to[:, None, :, None],
-        centre=(layout.centre - about) * factor + to,
+        second=(layout.second - about) * factor[..., None] + to[..., None],
     )
 
 
@@ -96,18 +106,18 @@ def mirror(layout: Layout, which: np.ndarray, imgsz: int) -> Layout:
     a = layout.a.copy()
     b = layout.b.copy()
     shown = layout.shown.copy()
-    centre = layout.centre.copy()
+    second = layout.second.copy()
     a[which, :, 0] *= -1
     b[which, :, 0] = imgsz - b[which, :, 0]
     shown[which, :, 0] = imgsz - shown[which, :, 0, ::-1]
-    centre[which, 0] = imgsz - centre[which, 0]
-    return replace(layout, a=a, b=b, shown=shown, centre=centre)
+    second[which, 0] = imgsz - second[which, 0, ::-1]
+    return replace(layout, a=a, b=b, shown=shown, second=second)
 
 
 def where(which: np.ndarray, one: Layout, other: Layout) -> Layout:
     """`one` for the images named by `which`, (N,) bool, `other` for the rest.
 
-    Colour is drawn after this, for an image whatever its layout.
+    Colour is that of `one`: it is drawn for an image, whatever its layout.
     """
 
     def mixed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -119,5 +129,21 @@ def where(which: np.ndarray, one: Layout, other: Layout) -> Layout:
         a=mixed(one.a, other.a),
         b=mixed(one.b, other.b),
         shown=mixed(one.shown, other.shown),
-        centre=mixed(one.centre, other.centre),
+        second=mixed(one.second, other.second),
+        colour=one.colour,
     )
+
+
+def areas(layout: Layout, imgsz: int) -> np.ndarray:
+    """(N, 4): how many cells of the picture each tile fills, counted."""
+    cells = np.arange(imgsz) + 0.5
+
+    def inside(interval: np.ndarray) -> np.ndarray:
+        """(..., 2) -> (..., S) bool, in float32 as render.py has it."""
+        ends = interval.astype(np.float32)
+        return (ends[..., :1] <= cells) & (cells < ends[..., 1:])
+
+    # of each tile: is it the second one along x, along y?
+    place = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], bool)
+    own = inside(layout.second)[:, None] == place[..., None]  # (N, 4, 2, S)
+    return (own & inside(layout.shown)).sum(-1).prod(-1)

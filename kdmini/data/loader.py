@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from kdmini.bounds import Natural, Share, ShareBelowOne, Zoom
+from kdmini.bounds import Alpha, Natural, Share, ShareBelowOne, Zoom
 from kdmini.contracts import Prediction, Target, UserError
 from kdmini.data.layout import Frame, Layout, letterbox, mirror, mosaic, where, zoom
+from kdmini.data.mixing import beta, cut, rectangle
 from kdmini.data.render import render_labelled
 from kdmini.data.store import Store
 from kdmini.data.tiles import with_tiles
@@ -33,6 +34,10 @@ class Augment:
     hsv_s: the same for the saturation.
     hsv_v: the same for the value.
     close_mosaic: last epochs without mosaic.
+    cutmix: probability that a rectangle shows another image; in place of mosaic.
+    cutmix_alpha: the rectangle fills a share drawn from Beta(alpha, alpha), within the border.
+    mixup: probability that another image shines through; together with `cutmix` at most 1.
+    mixup_alpha: its share of the light is drawn from Beta(alpha, alpha).
     """
 
     mosaic: Share = 1.0
@@ -43,11 +48,29 @@ class Augment:
     hsv_s: Share = 0.7
     hsv_v: Share = 0.4
     close_mosaic: Natural = 10
+    cutmix: Share = 0.0
+    cutmix_alpha: Alpha = 1.0
+    mixup: Share = 0.0
+    mixup_alpha: Alpha = 0.2
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, tuple) and self.scale[0] > self.scale[1]:
             low, high = self.scale
             raise UserError(f"data.augment.scale: {low} to {high}; the lowest zoom goes first")
+        if self.cutmix + self.mixup > 1:
+            raise UserError(
+                f"data.augment: cutmix {self.cutmix} and mixup {self.mixup} are more than 1 "
+                "together; an image gets one of the two, so lower one"
+            )
+
+    def refuse_mixing(self, truth: Any) -> None:
+        """Raises UserError where an image may show two, and the truth cannot follow."""
+        for name in ("cutmix", "mixup"):
+            if getattr(self, name) and name not in getattr(truth, "follows", ()):
+                raise UserError(
+                    f"data.augment.{name}: the ground truth of this task, {truth.__name__}, does "
+                    "not follow it; set it to 0"
+                )
 
     def zoom(self, drawn: np.ndarray) -> np.ndarray:
         """Uniform in [0, 1) -> the factor of each image."""
@@ -67,11 +90,15 @@ class Draws(NamedTuple):
     mosaic: np.ndarray  # (N,) for whether there is one
     flip: np.ndarray  # (N,)
     colour: np.ndarray  # (N, 3)
+    other: np.ndarray  # (N,) the image that is mixed in
+    mix: np.ndarray  # (N,) for whether one is, and how
+    share: np.ndarray  # (N,) of it
+    hole: np.ndarray  # (N, 2) where it is cut in
 
 
 def draw(seed: int, epoch: int, indices: np.ndarray) -> Draws:
     """The draws of these images in this epoch; column 0 made the order of the epoch."""
-    u = uniforms(seed, epoch, indices, 14)
+    u = uniforms(seed, epoch, indices, 19)
     return Draws(
         partners=u[:, 1:4],
         centre=u[:, 4:6],
@@ -80,6 +107,10 @@ def draw(seed: int, epoch: int, indices: np.ndarray) -> Draws:
         mosaic=u[:, 9],
         flip=u[:, 10],
         colour=u[:, 11:14],
+        other=u[:, 14],
+        mix=u[:, 15],
+        share=u[:, 16],
+        hole=u[:, 17:19],
     )
 
 
@@ -138,8 +169,32 @@ class TrainLoader:
     def layout(self, epoch: int, indices: np.ndarray) -> Layout:
         """The layout of each image in this epoch; indices (N,)."""
         augment = self.augment
-        size = self.imgsz
         draws = draw(self.seed, epoch, indices)
+        closed = epoch >= self.epochs - augment.close_mosaic
+        layout = self.unmixed(indices, draws, 0.0 if closed else augment.mosaic)
+        if not augment.cutmix and not augment.mixup:
+            return layout
+
+        # the other image is laid out by its own draws, as it is where it stands alone
+        others = (draws.other * len(self.store)).astype(np.int64)
+        other = self.unmixed(others, draw(self.seed, epoch, others), mosaic_share=0.0)
+        hole = rectangle(beta(draws.share, augment.cutmix_alpha), draws.hole, self.imgsz)
+        with_hole = cut(self.unmixed(indices, draws, mosaic_share=0.0), other, hole)
+        is_cut = draws.mix < augment.cutmix
+        layout = where(is_cut, with_hole, layout)
+        if not augment.mixup:
+            return layout
+        is_mixed = ~is_cut & (draws.mix < augment.cutmix + augment.mixup)
+        share = np.where(is_mixed, beta(draws.share, augment.mixup_alpha), 0.0)
+        return replace(layout, under=other, share=share)
+
+    def unmixed(self, indices: np.ndarray, draws: Draws, mosaic_share: float) -> Layout:
+        """The layout of each image before another one is mixed in.
+
+        mosaic_share: probability of a mosaic.
+        """
+        augment = self.augment
+        size = self.imgsz
         factor = augment.zoom(draws.zoom)
         to = (0.5 + augment.translate * (2 * draws.shift - 1)) * size
 
@@ -148,8 +203,7 @@ class TrainLoader:
         four = mosaic(self.store, four_images, size, (0.5 + draws.centre) * size)
         four = zoom(four, factor, size, to)  # the canvas is twice the size: this is its middle
         one = zoom(letterbox(self.store, indices, size), factor, size / 2, to)
-        closed = epoch >= self.epochs - augment.close_mosaic
-        layout = where(draws.mosaic < (0.0 if closed else augment.mosaic), four, one)
+        layout = where(draws.mosaic < mosaic_share, four, one)
 
         layout = mirror(layout, draws.flip < augment.fliplr, size)
         gains = np.array([augment.hsv_h, augment.hsv_s, augment.hsv_v])

@@ -1,7 +1,7 @@
 """From packed pixels to a batch: a Layout's mosaic, scale, shift, flip and colour, or its
 letterbox, in one gather.
 
-Legend: N images, S image size, 4 tiles (left/right of the centre, above/below it).
+Legend: N images, S image size, 4 tiles (outside/inside an interval of columns, of rows).
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def render_labelled(
         numbers(layout.a),
         numbers(layout.b),
         numbers(layout.shown),
-        numbers(layout.centre),
+        numbers(layout.second),
         wh=to_device(store.sizes[layout.image][..., ::-1], device),
         offset=to_device(tiles.offset, device),
     )
@@ -61,16 +61,19 @@ def render_labelled(
         labels = torch.empty(images[:, 0].shape, dtype=torch.uint8, device=device)
     fill = compiled_gather() if store.compiled else gather
     fill(images.unbind(1), pixels, columns, rows, colour, labels)
+    if layout.under is not None and layout.share is not None:
+        share = numbers(layout.share)[:, None, None, None]
+        images.lerp_(render(store, layout.under, imgsz), share)
     return images, labels
 
 
 class Axis(NamedTuple):
-    """What each column, or each row, knows of its source. It knows on which side of the
-    centre it is, but not on which side the pixel is along the other axis, so it has two
-    answers: for the first tile there and for the second.
+    """What each column, or each row, knows of its source. It knows in which of two tiles it
+    is, but not in which the pixel is along the other axis, so it has two answers: for the first
+    tile there and for the second.
     """
 
-    second: Tensor  # (N, S) bool: right of the centre, or below it
+    second: Tensor  # (N, S) bool: in the interval, as right of the centre of a mosaic
     # (N, 2, S) where the source is: of a column, its pixel's place in the row; of a row, its
     # first pixel's place in the store
     low: Tensor
@@ -80,7 +83,7 @@ class Axis(NamedTuple):
 
 
 def axes(
-    imgsz: int, a: Tensor, b: Tensor, shown: Tensor, centre: Tensor, wh: Tensor, offset: Tensor
+    imgsz: int, a: Tensor, b: Tensor, shown: Tensor, interval: Tensor, wh: Tensor, offset: Tensor
 ) -> tuple[Axis, Axis]:
     """A Layout's numbers, sizes wh (N, 4, 2) and offsets (N, 4) of its tiles in the store
     -> columns, rows.
@@ -94,9 +97,8 @@ def axes(
     share = source - low
     filled = (shown[..., :1] <= cells) & (cells < shown[..., 1:])
 
-    second = cells >= centre.unsqueeze(-1)  # (N, 2, S)
-    mirrored = a[:, 0, :1] < 0  # these images have their left tile on the right
-    right = second[:, 0] ^ mirrored
+    second = (interval[..., :1] <= cells) & (cells < interval[..., 1:])  # (N, 2, S)
+    right = second[:, 0]
     below = second[:, 1]
 
     def of_columns(x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def render_boxes(objects: Objects, layout: Layout, imgsz: int) -> list[Rendered]
     """
     # All tiles of all images stand in a row, tile 0 to 3 of the first image, then those of the
     # second, and so on; below, each object of each tile has a place in a row of its own.
-    used = np.isfinite(layout.centre[:, :1]) | (np.arange(4) == 0)  # (N, 4)
+    used = layout.tiled[:, None] | (np.arange(4) == 0)  # (N, 4)
     counts = np.where(used, np.diff(objects.first)[layout.image], 0).ravel()
     tile = np.repeat(np.arange(counts.size), counts)  # (B',) of each object
     before = (counts.cumsum() - counts)[tile]  # objects of the tiles before it

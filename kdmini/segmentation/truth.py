@@ -39,6 +39,8 @@ class Targets(TypedDict):
 class Masks:
     """A `kdmini.contracts.Truth`."""
 
+    follows = frozenset({"cutmix"})  # a rectangle of another image brings its own pixels' labels
+
     def __init__(self, store: Store):
         pass
 

@@ -54,6 +54,16 @@ SECTIONS = [
         "kdmini.segmentation.voc:VOC",
         "A folder laid out like PASCAL VOC, for segmentation.",
     ),
+    Section(
+        "data.train, data.val: Folders",
+        "kdmini.classification.folders:Folders",
+        "A folder for each class, for classification.",
+    ),
+    Section(
+        "data.train, data.val: CIFAR",
+        "kdmini.classification.cifar:CIFAR",
+        "CIFAR-10 or CIFAR-100 in their binary form.",
+    ),
     Section("student, teacher: YOLO11", "kdmini.detection.yolo11.model:YOLO11", "", ("names",)),
     Section("student, teacher: ATSS", "kdmini.detection.atss:ATSS", "", ("names",)),
     Section(
@@ -68,6 +78,13 @@ SECTIONS = [
         "",
         ("names",),
     ),
+    Section("student, teacher: ResNet", "kdmini.classification.resnet:ResNet", "", ("names",)),
+    Section(
+        "student, teacher: wide ResNets",
+        "kdmini.classification.wide_resnet:WideResNet",
+        "",
+        ("names",),
+    ),
     Section(
         "metric: DetectionMetric",
         "kdmini.detection.average_precision:DetectionMetric",
@@ -78,6 +95,12 @@ SECTIONS = [
         "metric: MeanIoU",
         "kdmini.segmentation.mean_iou:MeanIoU",
         "mIoU, the accuracy of pixels and its mean over classes, mAcc.",
+        ("names",),
+    ),
+    Section(
+        "metric: Accuracy",
+        "kdmini.classification.accuracy:Accuracy",
+        "top1, and with more than five classes top5.",
         ("names",),
     ),
     Section("train", "kdmini.optim:Recipe", "How a run is trained."),

@@ -15,7 +15,7 @@ from tests.data.arrays import NoTruth, Pictures, noise
 from tests.detection.boxed import noise_with_boxes, some_pictures
 
 NONE = Augment(mosaic=0, translate=0, scale=0, fliplr=0, hsv_h=0, hsv_s=0, hsv_v=0, close_mosaic=0)
-NUMBERS = ("image", "a", "b", "shown", "centre", "colour")  # of a layout
+NUMBERS = ("image", "a", "b", "shown", "second", "colour")  # of a layout
 
 
 def loader_of(dataset, batch=4, seed=0, workers=1, augment=None, epochs=20, imgsz=64, **storing):
@@ -86,7 +86,7 @@ def test_the_batches_of_epochs_and_seeds_differ():
     assert not torch.equal(first, other_seed)
 
 
-@pytest.mark.parametrize("name", ["image", "a", "b", "centre", "colour"])
+@pytest.mark.parametrize("name", ["image", "a", "b", "second", "colour"])
 def test_each_image_is_laid_out_anew_in_each_epoch(name):
     loader = loader_of(some_pictures())
     numbers = [getattr(loader.layout(epoch, np.arange(23)), name) for epoch in range(4)]
@@ -170,7 +170,7 @@ def drawn(many):
 
 
 def test_mosaics_and_mirrored_images_are_as_many_as_asked_for(drawn):
-    tiled = np.isfinite(drawn.centre[:, 0])
+    tiled = drawn.tiled
     mirrored = drawn.a[:, 0, 0] < 0
     assert abs(tiled.mean() - 0.3) < 0.05
     assert abs(mirrored.mean() - 0.25) < 0.05
@@ -198,7 +198,7 @@ def test_zooms_named_the_wrong_way_round_are_refused():
 
 
 def test_shifts_reach_as_far_as_asked_for(drawn):
-    single = np.isinf(drawn.centre[:, 0])
+    single = ~drawn.tiled
     middle = drawn.shown[single, 0].mean(-1) / 64  # where the centre of the picture went
     assert (abs(middle.min(0) - 0.3) < 0.01).all()
     assert (abs(middle.max(0) - 0.7) < 0.01).all()
@@ -211,7 +211,7 @@ def test_factors_of_colour_reach_as_far_as_asked_for(drawn):
 
 
 def test_the_partners_of_a_mosaic_come_from_all_images(drawn):
-    tiled = np.isfinite(drawn.centre[:, 0])
+    tiled = drawn.tiled
     assert (drawn.image[:, 0] == np.arange(MANY)).all()
     partners = drawn.image[tiled, 1:]
     assert partners.min() < 20
@@ -225,8 +225,8 @@ STILL = Augment(mosaic=1, translate=0, scale=0, fliplr=0, hsv_h=0, hsv_s=0, hsv_
 def test_the_tiles_of_a_mosaic_meet_anywhere_in_the_picture(many):
     """On the canvas of 2S they meet in [S/2, 3S/2]; its middle is what is shown."""
     layout = loader_of(many, augment=STILL).layout(0, np.arange(MANY))
-    assert (abs(layout.centre.min(0) - 0) < 0.2).all()
-    assert (abs(layout.centre.max(0) - 64) < 0.2).all()
+    assert (abs(layout.second[..., 0].min(0) - 0) < 0.2).all()
+    assert (abs(layout.second[..., 0].max(0) - 64) < 0.2).all()
 
 
 def test_no_gain_of_colour_is_no_colour(many):
@@ -238,7 +238,7 @@ def test_no_mosaic_in_the_last_epochs(epoch):
     pictures = Pictures(noise([(20, 20)] * 8))
     loader = loader_of(pictures, epochs=10, augment=Augment(close_mosaic=3), imgsz=32)
     layout = loader.layout(epoch, np.arange(8))
-    tiled = np.isfinite(layout.centre)
+    tiled = layout.tiled
     if epoch < 7:
         assert tiled.all()
     else:

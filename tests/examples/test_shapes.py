@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from examples.paint import FILLS, ground, outline, stamp
-from examples.shapes import HIDDEN, SHAPE_NAMES, draw_scene, main, write_set
+from examples.shapes import HIDDEN, QUALITY, SHAPE_NAMES, draw_scene, main, write_set
+from kdmini.classification.folders import Folders
 from kdmini.contracts import UserError
 from kdmini.detection.voc import VOC
 from kdmini.segmentation.voc import VOC as Segmentation
@@ -268,6 +269,25 @@ def test_the_named_shapes_belong_to_the_settings(tmp_path):
         write_set(tmp_path / "set", train=2, val=1, size=32)
     with pytest.raises(UserError, match="the lowest goes first"):
         write_set(tmp_path / "other", side=(0.6, 0.5))
+
+
+def test_folders_hold_one_shape_an_image_and_as_many_of_each(tmp_path, capsys):
+    names = ["ring", "cross", "star"]
+    settings = {"train": 12, "val": 6, "size": 48, "seed": 2, "names": names}
+    write_set(tmp_path / "set", **settings, folders=True)
+    for split, first, each in (("train", 0, 4), ("val", 12, 2)):
+        dataset = Folders(str(tmp_path / "set"), split, names=names)
+        labels = [dataset[index][1]["label"] for index in range(len(dataset))]
+        assert labels == [0] * each + [1] * each + [2] * each
+        scene = draw_scene(2, first + 1, 48, ["cross"], most=1)
+        assert [thing.name for thing in scene.things] == ["cross"]
+        scene.image.save(tmp_path / "again.jpg", quality=QUALITY)
+        with Image.open(tmp_path / "again.jpg") as again:
+            np.testing.assert_array_equal(dataset[each][0], np.asarray(again))
+    write_set(tmp_path / "set", **settings, folders=True)
+    assert "there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'"folders": true.*delete it'):
+        write_set(tmp_path / "set", **settings)
 
 
 def test_a_scene_is_a_pure_function_of_its_numbers():

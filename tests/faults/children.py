@@ -28,6 +28,7 @@ NEEDED = (
     "kdmini.segmentation.fast_scnn",
     "kdmini.segmentation.mean_iou",
     "kdmini.segmentation.voc",
+    "tests.classification.labelled",
 )
 for name in NEEDED:
     importlib.import_module(name)

@@ -19,7 +19,7 @@ import torch
 from kdmini import checkpoint, runlog
 from kdmini.progress import Progress
 from tests.commands import assert_equal
-from tests.conftest import SEGMENTATION
+from tests.conftest import CLASSIFICATION, SEGMENTATION
 from tests.faults.children import Child, run
 from tests.faults.record import survived
 from tests.faults.runs import (
@@ -55,11 +55,13 @@ def killed(
 
 
 MASKED = (*SEGMENTATION, *PLAIN)
+LABELLED = (*CLASSIFICATION, *PLAIN)
+OF_TASK = {PLAIN: "", MASKED: ", on masks", LABELLED: ", on labels"}
 
 
 @pytest.mark.parametrize(
     ("tries", "overrides"),
-    few([(2, PLAIN), (17, PLAIN), (3, MASKED)], (2, PLAIN)),
+    few([(2, PLAIN), (17, PLAIN), (3, MASKED), (1, LABELLED)], (2, PLAIN)),
 )
 def test_sigkill_at_a_random_moment_costs_one_save_interval_at_most(
     config: Path, whole: Wholes, tmp_path: Path, tries: int, overrides: tuple[str, ...]
@@ -79,9 +81,7 @@ def test_sigkill_at_a_random_moment_costs_one_save_interval_at_most(
         assert done.code == 0, done.text
         assert f"resumed from {runs.run}/ckpt/step_{saved:08d}.pt" in done.text
         assert_as_never_stopped(runs, whole(*overrides), journal=False)
-        fault = "Saving: SIGKILL at a random moment, a checkpoint every step"
-        if overrides is MASKED:
-            fault += ", on masks"
+        fault = "Saving: SIGKILL at a random moment, a checkpoint every step" + OF_TASK[overrides]
         survived(fault, finished - saved, most=1, of="step")
 
 

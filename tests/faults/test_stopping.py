@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from kdmini import engine, signals
-from tests.conftest import SEGMENTATION
+from tests.conftest import CLASSIFICATION, SEGMENTATION
 from tests.faults.children import Child
 from tests.faults.record import survived
 from tests.faults.runs import (
@@ -187,8 +187,14 @@ EXACT = {
     "fp16, after overflows": Exact((8, 1), FP16, first=high_scale),
     "every step": Exact((1,) * (2 * STEPS), ("train.nbs=4",)),
     "masks, twice in one epoch": Exact((7, 2), SEGMENTATION),
+    "labels, twice in one epoch": Exact((7, 2), CLASSIFICATION),
 }
-QUICK = ("twice in one epoch", "fp16, between overflows", "masks, twice in one epoch")
+QUICK = (
+    "twice in one epoch",
+    "fp16, between overflows",
+    "masks, twice in one epoch",
+    "labels, twice in one epoch",
+)
 
 
 @pytest.mark.parametrize("case", few(EXACT, *QUICK))
@@ -208,6 +214,7 @@ def test_resumed_is_bit_for_bit_as_never_stopped(runs: Runs, whole: Wholes, case
         skipped = sum(record.get("skipped", 0) for record in result(other)["records"])
         assert 0 < skipped < 2 * STEPS
     fault = "Saving: stopped and resumed, compared bit for bit"
-    if case.startswith("masks"):
-        fault += ", on masks"
+    task = case.partition(",")[0]
+    if task in ("masks", "labels"):
+        fault += f", on {task}"
     survived(fault, of="bits", tried=len(stops))

@@ -24,7 +24,10 @@ READING = (
     "kdmini/detection/yolo11/loss.py",
     "kdmini/detection/yolo11/assign.py",
 )
-ROOMS = ("data", "weights", "distill", "detection", "segmentation", "terms", "tools")
+ROOMS = (
+    *("data", "weights", "distill", "detection", "segmentation", "classification"),
+    *("terms", "tools"),
+)
 
 
 def size_of_room(room: str) -> int:

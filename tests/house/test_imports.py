@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # a model never learns that it is distilled
     "detection": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
     "segmentation": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
+    "classification": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
     # models, data and terms arrive as arguments
     "engine": ("progress", "device", "optim", "distributed", "signals"),
     # models, data sets and terms are named in the config

@@ -15,6 +15,7 @@ KEPT = ("kdmini", "tests", "examples", "configs", "train.py", "eval.py", "pyproj
 TERMS_AND_TOOLS = (
     *("kdmini/terms", "kdmini/tools"),
     *("configs/terms", "configs/segmentation", "configs/atss.yaml", "configs/voc_best.yaml"),
+    "configs/classification",
     "examples/sweep.py",
     # these test commands, examples, benchmarks and pages that need them
     *("tests/terms", "tests/tools", "tests/parity", "tests/long", "tests/docs", "tests/examples"),
@@ -22,7 +23,11 @@ TERMS_AND_TOOLS = (
     "tests/test_bounds.py",  # it goes through every key that the pages name
     "tests/cuda",  # it counts what bench states
 )
-CONFIGS = {"detection": "configs/demo.yaml", "segmentation": "configs/segmentation/demo.yaml"}
+CONFIGS = {
+    "detection": "configs/demo.yaml",
+    "segmentation": "configs/segmentation/demo.yaml",
+    "classification": "configs/classification/demo.yaml",
+}
 
 # an editable installation would find in the repository what is deleted here
 SITE = """
