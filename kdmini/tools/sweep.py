@@ -81,13 +81,13 @@ def run_one(study: optuna.Study, plan: Plan) -> None:
             raise UserError(f"trial {number}: {error}") from error
 
     try:
-        study.optimize(objective, 1, catch=(studies.Dropped,), gc_after_trial=True)
+        study.optimize(objective, 1, catch=(studies.Dropped,))
     except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
         if not attempts or study.trials[attempts[0]].state.name != "FAIL":
             raise
         print("this process was silent for too long: another goes on with its trial")
         attempts.clear()
-    gc.collect()  # the run folder of a trial that was left would stay locked
+    gc.collect()  # of a trial that was left the run folder would stay locked
     for attempt in attempts:
         print(line_of(row_of(study.trials[attempt]), plan))
 

@@ -39,6 +39,7 @@ from kdmini.tools.sweep_space import Plan, Stop
 # attributes of an attempt
 NUMBER = "trial"  # in the sweep
 ATTEMPT = "attempt"  # from 1 on
+ALIVE = "alive"  # since its process has given a sign of life
 STOPPED = "stopped"  # after so many evaluations
 ERROR = "error"  # why the trial is not tried again
 
@@ -184,17 +185,21 @@ def claim(study: optuna.Study, trial: optuna.Trial) -> int:
     made = attempts_of(study)[number]
     if any(other.number < trial.number and counts(other) for other in made):
         raise Dropped
+    # at once: the thread that Optuna has for this may be slow to begin
+    trial.storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+    trial.set_user_attr(ALIVE, True)
     return number
 
 
 def give_up_silent(study: optuna.Study, silence: int) -> None:
     """Fails the attempts whose processes are silent."""
     optuna.storages.fail_stale_trials(study)
-    # one that was killed before its first sign of life; the clocks of several machines may
-    # differ, and then an attempt that lives is made by somebody else
+    # those that were killed before their first; where the clocks of machines differ, one that
+    # lives may be made by somebody else
     oldest = datetime.now() - timedelta(seconds=silence)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not trial.params and trial.datetime_start and trial.datetime_start < oldest:
+        begun = trial.datetime_start or oldest
+        if ALIVE not in trial.user_attrs and begun < oldest:
             release(study, trial.number)
 
 
