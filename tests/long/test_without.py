@@ -19,7 +19,6 @@ GONE = (
     *("tests/house/test_docs.py", "tests/bench"),
     # and these go through every term, and every key that the pages name
     *("tests/test_bounds.py", "tests/test_scales.py"),
-    "examples/sweep.py",
     "tests/cuda",  # it counts what bench states
 )
 

@@ -1,7 +1,7 @@
 """A sweep: who runs which trial, whatever is killed, and what it leaves behind.
 
-Training is pretended, but in the last test: epochs that cost nothing, whose scores follow
-from the settings.
+Training is pretended: epochs that cost nothing, whose scores follow from the settings.
+A real one is in tests/long.
 """
 
 import csv
@@ -26,7 +26,6 @@ from kdmini.contracts import UserError  # noqa: E402
 from kdmini.runlog import RunFolder  # noqa: E402
 from kdmini.tools import sweep, sweep_study, sweep_table  # noqa: E402
 from kdmini.tools.sweep_space import Stop, make_plan  # noqa: E402
-from tests.commands import newest, records, run  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.faults.children import Child, script  # noqa: E402
 
@@ -430,20 +429,3 @@ def test_the_sweeps_of_configs_are_right(file: Path, monkeypatch: pytest.MonkeyP
     plan = make_plan(config.load(file), str(file))
     assert plan.evaluations > plan.stop.min
     assert f"python -m kdmini.tools.sweep {file.relative_to(ROOT)}" in file.read_text()
-
-
-# --- a real one
-
-
-def test_a_trial_is_the_run_that_best_yaml_makes_again(path: Path) -> None:
-    import train as train_script
-
-    sweep.main([str(path), "count=1", "overrides=[train.epochs=2]"])
-    run(train_script, "--config", path.parent / "sweep/best.yaml")
-    again = path.parent / "sweep/best"
-    trial = path.parent / "sweep/trial_000"
-    weights = newest(again)["student"]
-    for name, tensor in newest(trial)["student"].items():
-        assert torch.equal(tensor, weights[name]), name
-    scores = [record.get("score/AP50-95") for record in records(trial)]
-    assert scores == [record.get("score/AP50-95") for record in records(again)]
