@@ -12,7 +12,9 @@ class Confidence:
         self.records: list[float] = []
 
     def update(self, predictions: list[Any], targets: list[Any]) -> None:
-        self.records += [max(prediction.scores.tolist(), default=0.0) for prediction in predictions]
+        self.records += [
+            max(prediction["scores"].tolist(), default=0.0) for prediction in predictions
+        ]
 
     def compute(self) -> dict[str, float]:
         return {"confidence": sum(self.records) / len(self.records)}

@@ -62,12 +62,13 @@ class Sweeping:
             assert process.wait(LIMIT_S) == 0
 
 
-def until_evaluated(folders: list[Path], evaluations: int) -> None:
+def until_evaluated(sweeping: Sweeping, folders: list[Path], evaluations: int) -> None:
     """So many, of all trials together."""
     end = time.monotonic() + LIMIT_S
     lines = 0
     while lines < evaluations:
         assert time.monotonic() < end
+        assert all(process.poll() is None for process in sweeping.processes)
         time.sleep(0.2)
         files = [file for folder in folders for file in folder.glob("trial_*/metrics.jsonl")]
         lines = sum(len(file.read_text().splitlines()) for file in files)
@@ -99,7 +100,7 @@ def config(tmp_path: Path, config_file: Path) -> Path:
 def test_two_processes_that_are_killed_lose_no_trial(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     first = Sweeping(config, [folder, folder])
-    until_evaluated([folder], 14)
+    until_evaluated(first, [folder], 10)
     first.kill()
     Sweeping(config, [folder, folder]).wait()
     table = table_of(folder)
@@ -152,8 +153,8 @@ def test_two_machines_share_a_server(config: Path, tmp_path: Path, server: str) 
     """Neither sees the other's folder: what one was killed at the other begins again."""
     folders = [tmp_path / "one", tmp_path / "other"]
     both = Sweeping(config, folders, f"storage={server}")
-    until_evaluated(folders[:1], 4)
-    until_evaluated(folders[1:], 2)
+    until_evaluated(both, folders[:1], 4)
+    until_evaluated(both, folders[1:], 2)
     both.processes.pop(0).send_signal(signal.SIGKILL)
     both.wait()
     table = table_of(folders[1])

@@ -221,13 +221,16 @@ def test_two_processes_share_the_trials(path: Path, training: Pretended) -> None
         assert child.text().count("  finished  ") == 6
 
 
-def test_of_two_attempts_at_a_trial_one_is_made(path: Path, training: Pretended) -> None:
+def test_of_two_attempts_at_a_trial_one_is_made(
+    path: Path, training: Pretended, capsys: pytest.CaptureFixture
+) -> None:
     """As two processes queue them that see at one moment that the trial is open."""
     study = study_of(path)
     for _ in range(2):
         study.add_trial(sweep_study.next_attempt(0, []))
     sweep.main([str(path)])
     assert_each_epoch_once(training, 4)
+    assert capsys.readouterr().out.count("trial 0 of 4:") == 1
 
 
 MOMENTS = ["queued", "asked for", "alive", "drawn", "failed", "queued again", "asked for again"]
