@@ -31,7 +31,7 @@ space:
   train.lr0: {{low: 1e-3, high: 1e-1, scale: log}}
   train.weight_decay: {{low: 1e-5, high: 1e-2, scale: log}}
 count: 12
-random_first: 4
+sampler: random
 stop: {{rule: hyperband, min: 2, eta: 2}}
 silence: 6
 """
