@@ -14,9 +14,14 @@ from tests.conftest import ROOT
 KEPT = ("kdmini", "tests", "examples", "configs", "train.py", "eval.py", "pyproject.toml")
 TERMS_AND_TOOLS = (
     *("kdmini/terms", "kdmini/tools"),
-    *("configs/terms", "configs/segmentation", "configs/atss.yaml", "configs/voc_best.yaml"),
+    *(
+        "configs/terms",
+        "configs/segmentation",
+        "configs/sweep",
+        "configs/atss.yaml",
+        "configs/voc_best.yaml",
+    ),
     "configs/classification",
-    "examples/sweep.py",
     # these test commands, examples, benchmarks and pages that need them
     *("tests/terms", "tests/tools", "tests/parity", "tests/long", "tests/docs", "tests/examples"),
     *("tests/house/test_docs.py", "tests/bench"),
