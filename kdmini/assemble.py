@@ -21,7 +21,7 @@ from kdmini.distill.taps import is_graph
 from kdmini.engine import Training
 from kdmini.footprint import step_bytes
 from kdmini.inputs import Inputs
-from kdmini.optim import EMA, Recipe, grouped, make_optimizer
+from kdmini.optim import EMA, Recipe, freeze_parts, grouped, make_optimizer
 from kdmini.outset import refuse_lone_values, void_teacher, void_terms
 from kdmini.progress import Progress
 from kdmini.sections import Sections, Sets
@@ -149,6 +149,7 @@ def make_networks(
     """
     student = make_model(sections.student, "student", names, device)
     refuse_other_classes(student.names, names, "the student")
+    freeze_parts(student, recipe.freeze)
     ema = EMA(student, recipe.ema_decay, recipe.ema_tau)
     inputs = Inputs()
     teacher = None
@@ -188,6 +189,11 @@ def void_pieces(sections: Sections, recipe: Recipe, networks: Networks) -> dict[
     """Teacher, distill -> why nothing can be learned from it; empty where something can."""
     distillation = networks.distillation
     void = {}
+    if recipe.freeze and not sections.student.get("weights"):
+        void["student"] = (
+            "train.freeze: the student has no weights, so what is frozen has learned nothing; "
+            "give student.weights"
+        )
     if sections.distill is not None:
         void["distill"] = void_terms(distillation, recipe.epochs)
     if networks.teacher is not None:

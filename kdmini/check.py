@@ -46,8 +46,7 @@ def examine(run: Run, metric: Metric) -> Iterator[Row]:
         yield Row("teacher, weights", "learned nothing" if fault else "read", not fault, fault)
 
     training.progress.epoch = epoch
-    training.student.train()
-    training.distillation.train()
+    training.begin()
     images, targets = next(training.loader.epoch(epoch))
     yield from rows_of_taps(training, images)
     yield from rows_of_gradients(training, images, targets)

@@ -62,6 +62,15 @@ class Training:
         if self.replica is None:
             self.replica = self.student
 
+    def begin(self) -> None:
+        """What learns goes into the mode of training; what is frozen stays in that of evaluation,
+        for the statistics of its BatchNorm would go on moving.
+        """
+        self.student.train()
+        self.distillation.train()
+        for name in self.recipe.freeze:
+            self.student.get_submodule(name).eval()
+
     def parts(self) -> dict[str, Any]:
         """What a checkpoint saves, by name."""
         names = ("student", "ema", "distillation", "optimizer", "scaler", "progress")
@@ -86,8 +95,7 @@ def train_one_epoch(training: Training, stop: Stop) -> None:
     distillation = training.distillation
     optimizer = training.optimizer
     scaler = training.scaler
-    student.train()
-    distillation.train()
+    training.begin()
     epoch = progress.epoch
     steps = len(training.loader)
     tally = Tally(progress)

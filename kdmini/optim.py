@@ -6,8 +6,9 @@ batches, its micro-batches.
 """
 
 import copy
+import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdmini.bounds import Count, Epochs, Natural, Range, Share, ShareBelowOne
+from kdmini.contracts import UserError
 
 BETA2 = 0.999  # of AdamW
 
@@ -29,6 +31,8 @@ class Recipe:
     schedule: how the learning rate falls to lrf: cosine or linear, epoch by epoch; poly, step
         by step; constant.
     power: of poly.
+    freeze: submodules of the student that stay as they are, with the statistics of their
+        BatchNorm, as [model.0, model.1].
     epochs: passes over the training set.
     batch: images of a step, of all ranks together.
     nbs: nominal batch size, reached by accumulation where `batch` is smaller; weight decay is
@@ -71,6 +75,7 @@ class Recipe:
     optimizer: Literal["sgd", "adamw"] | dict[str, Any] = "sgd"
     schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
     power: Annotated[float, Range(0.01, 100)] = 0.9
+    freeze: tuple[str, ...] = ()
     patience: Natural = 100
     val_every: Count = 1
     save_every: Natural = 0
@@ -134,6 +139,33 @@ class Setting:
     bias_lr: float
     momentum: float
     accumulate: int  # batches of an update
+
+
+def freeze_parts(student: nn.Module, names: Sequence[str]) -> None:
+    """Takes these submodules out of what is learned, and says how much that is. Their mode is
+    the loop's affair. Raises UserError for a name that does not exist, or where nothing is left.
+    """
+    if not names:
+        return
+    modules = dict(student.named_modules())
+    del modules[""]
+    before = learning(student)
+    for name in names:
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            network = type(student).__name__
+            raise UserError(f"train.freeze: {network} has no submodule {name!r}{hint}")
+        modules[name].requires_grad_(False)
+    after = learning(student)
+    if not after:
+        raise UserError("train.freeze: nothing of the student is left to learn; name less")
+    print(f"frozen: {before - after:,} of the student's {before:,} parameters")
+
+
+def learning(module: nn.Module) -> int:
+    """How many numbers of it are learned."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def make_optimizer(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.Optimizer:

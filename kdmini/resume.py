@@ -45,11 +45,13 @@ def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any])
     if fault:
         raise UserError(f"{path} is no checkpoint of a run: {fault}; delete it")
 
+    before = filled(saved["config"], defaults(settings))
     now = with_processes(settings)
-    changes = config.changed(filled(saved["config"], defaults(settings)), now)
+    changes = config.changed(before, now)
     exact = {key for key in changes if key in FREE or key.split(".")[-1] == "root"}
     measuring = {key for key in changes if key in MEASURING or key.split(".")[0] == "metric"}
-    refused = [changes[key] for key in changes if key not in exact | measuring | INEXACT]
+    inexact = INEXACT | ({"train.epochs"} if epochs_of(now) > epochs_of(before) > 0 else set())
+    refused = [changes[key] for key in changes if key not in exact | measuring | inexact]
     if refused:
         raise UserError(f"{path}: {'; '.join(refused[:LISTED])}: {ways_out(path)}")
     for key, change in changes.items():
@@ -58,9 +60,18 @@ def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any])
         more = "" if key in exact else "; not bit for bit what the run would have been"
         if key in measuring:
             more = "; what is learned stays the same"
+        if key == "train.epochs":
+            more = f"; it goes on as a run of {epochs_of(now)} epochs: learning rate, mosaic"
         print(f"warning: {change}{more}")
     if any(key.split(".")[0] == "metric" for key in changes):
         seek_anew(saved["progress"])
+
+
+def epochs_of(settings: Mapping[str, Any]) -> int:
+    """0 where they are not stated, or no number."""
+    train = settings.get("train")
+    epochs = train.get("epochs") if isinstance(train, Mapping) else None
+    return epochs if isinstance(epochs, int) else 0
 
 
 def ways_out(path: Path) -> str:

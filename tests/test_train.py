@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import eval as eval_script
 import train as train_script
 from kdmini import assemble, engine
+from kdmini.optim import Recipe
 from tests.commands import assert_equal, newest, records, run
 from tests.conftest import ROOT
 
@@ -245,3 +247,24 @@ def test_a_loss_that_is_never_finite_stops_the_run_by_name(
     command = ["--config", config_file, "train.epochs=30"]
     with pytest.raises(SystemExit, match=r"2\d updates in a row.*broken not finite"):
         run(train_script, *command, "distill.broken={build: broken:NaN, weight: 1}")
+
+
+# --- more epochs
+
+
+def test_a_finished_run_goes_on_as_one_of_more_epochs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = tmp_path / "run"
+    shutil.copytree(finished / "run", longer)
+    run(train_script, "--resume", longer, f"run={longer}", "train.epochs=6")
+    said = capsys.readouterr().out
+    assert "warning: train.epochs was 4, is 6; it goes on as a run of 6 epochs" in said
+    assert "4 of 6 epochs and 0 steps done" in said
+    lines = records(longer)
+    assert [line["epoch"] for line in lines] == [-1, 0, 1, 2, 3, 4, 5]
+    assert lines[:5] == records(finished / "run")
+    recipe = Recipe(epochs=6, batch=8, nbs=16, warmup_steps=4, warmup_epochs=1)
+    assert [line["lr"] for line in lines[5:]] == [recipe.at(14, 3).lr, recipe.at(17, 3).lr]
+    with pytest.raises(SystemExit, match=r"train\.epochs was 6, is 5"):
+        run(train_script, "--resume", longer, "train.epochs=5")

@@ -104,7 +104,7 @@ REFUSED = {
     "student.scale": ["student.scale=[0.5, 0.125, 1024]"],
     "data.imgsz": ["data.imgsz=96"],
     "train.lr0": ["train.lr0=0.02"],
-    "train.epochs": ["train.epochs=3"],
+    "train.epochs": ["train.epochs=1"],
     "distill.attention.weight": ["distill.attention.weight=0.5"],
     "teacher": ["teacher=null", "distill=null"],
     "data.train.names": [f"data.train.names={NAMES}", f"data.val.names={NAMES}"],

@@ -1,0 +1,70 @@
+"""Parts of the student that stay as they are."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_script
+from kdmini.contracts import UserError
+from kdmini.detection.yolo11.model import YOLO11
+from kdmini.optim import freeze_parts
+from tests.commands import assert_equal, newest, run
+from tests.conftest import SHAPE_NAMES
+
+FROZEN = ["model.0", "model.1", "model.2"]
+SHORT = ["train.epochs=2", f"train.freeze=[{', '.join(FROZEN)}]"]
+
+
+def parts_of(keys: Iterable[str]) -> set[str]:
+    """ "model.0" of "model.0.conv.weight"."""
+    return {".".join(key.split(".")[:2]) for key in keys}
+
+
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
+    config_file: Path, teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(train_script, "--config", config_file, *SHORT, f"student.weights={teacher_file}")
+    before = torch.load(teacher_file, weights_only=True)["model"]
+    averaged = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    for after in (newest(tmp_path / "run")["student"], averaged):
+        moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
+        assert parts_of(moved) == parts_of(before) - set(FROZEN)
+    assert re.search(r"frozen: [1-9],\d{3} of the student's \d{3},\d{3} p", capsys.readouterr().out)
+
+
+def test_a_run_with_frozen_parts_is_resumed_to_the_bit(
+    config_file: Path, teacher_file: Path, tmp_path: Path
+) -> None:
+    settings = [*SHORT, f"student.weights={teacher_file}"]
+    run(train_script, "--config", config_file, *settings)
+    whole = newest(tmp_path / "run")
+    other = tmp_path / "other"
+    run(train_script, "--config", config_file, *settings, f"run={other}")
+    last = sorted((other / "ckpt").glob("*.pt"))[-1]
+    last.unlink()
+    run(train_script, "--resume", other)
+    again = newest(other)
+    for part in ("student", "ema", "optimizer", "distillation"):
+        assert_equal(again[part], whole[part], part)
+
+
+def test_names_are_checked() -> None:
+    student = YOLO11(SHAPE_NAMES, [0.5, 0.0625, 1024])
+    with pytest.raises(UserError, match=r"no submodule 'modl\.0'; did you mean 'model\.\d+'\?"):
+        freeze_parts(student, ["modl.0"])
+    with pytest.raises(UserError, match="no submodule ''"):
+        freeze_parts(student, [""])
+    with pytest.raises(UserError, match="nothing of the student is left to learn"):
+        freeze_parts(student, ["model"])
+
+
+def test_nothing_that_has_learned_nothing_is_frozen(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*SHORT, "allow_void=false", "teacher=null", "distill=null"]
+    with pytest.raises(SystemExit, match=r"train\.freeze: the student has no weights"):
+        run(train_script, "--config", config_file, *settings)
+    assert not (tmp_path / "run").exists()
