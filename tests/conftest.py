@@ -8,7 +8,6 @@ import torch
 import train as train_script
 from examples.shapes import SHAPE_NAMES, write_set
 from kdmini import checkpoint
-from kdmini.detection.yolo11.model import YOLO11
 from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +59,7 @@ SEGMENTATION = (
 )
 
 # and of classification, on mixed images
-LABELLED = f"build: tests.classification.labelled:FirstShape, names: [{', '.join(SHAPE_NAMES)}]"
+LABELLED = f"build: tests.classification.first_shape:FirstShape, names: [{', '.join(SHAPE_NAMES)}]"
 CLASSIFIER = "{build: kdmini.classification.wide_resnet:WideResNet, depth: 10}"
 CLASSIFICATION = (
     f"data.train={{{LABELLED}, splits: [train]}}",
@@ -104,6 +103,9 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A best.pt of the tiny detector, whose BatchNorm statistics are as if it were trained: all
     its maps are of one order of magnitude.
     """
+    # here: in a tree without detection everything else is used
+    from kdmini.detection.yolo11.model import YOLO11
+
     torch.manual_seed(7)
     model = YOLO11(SHAPE_NAMES, [0.5, 0.0625, 1024])
     for _ in range(60):

@@ -30,7 +30,7 @@ from kdmini.segmentation import voc as masks
 from kdmini.segmentation.mean_iou import MeanIoU
 from kdmini.signals import Stop
 from tests import splits
-from tests.classification.labelled import FirstShape
+from tests.classification.first_shape import FirstShape
 
 CPU = torch.device("cpu")
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]

@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from kdmini.classification.truth import Labels
-from kdmini.detection.voc import VOC
 from tests.data.arrays import Pictures
 
 NAMES = ["cat", "dog", "fish"]
@@ -22,16 +21,6 @@ class Animals(Pictures):
     def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
         image, target = super().__getitem__(index)
         return image, {**target, "label": index % len(NAMES)}
-
-
-class FirstShape(VOC):
-    """Generated scenes, of the class of their first object."""
-
-    truth = Labels
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
-        image, target = super().__getitem__(index)
-        return image, {"label": int(target["labels"][0]), "id": target["id"]}
 
 
 def add(root: Path, *names: str, size: tuple[int, int] = (12, 9), **settings: Any) -> None:

@@ -93,11 +93,11 @@ def test_the_core_does_without_terms_and_tools(tmp_path: Path) -> None:
 def test_a_task_does_without_terms_tools_and_the_other_tasks(tmp_path: Path, task: str) -> None:
     others = set(CONFIGS) - {task}
     tree(tmp_path, "kdmini/terms", "kdmini/tools", *(f"kdmini/{other}" for other in others))
-    # what all tests share begins with a detector
-    without = [] if task == "detection" else ["--noconftest"]
-    assert passed(tmp_path, *without, f"tests/{task}") > 100
+    assert passed(tmp_path, f"tests/{task}") > 50
 
-    shapes = ("--train", "16", "--val", "4", "--names", "circle", "ring", "cross")
+    shapes = ["--train", "24", "--val", "6", "--names", "circle", "ring", "cross"]
+    if task == "classification":
+        shapes.append("--folders")
     python(tmp_path, "-m", "examples.shapes", "--root", "shapes", *shapes)
     settings = ("teacher=null", "distill=null", "data.root=shapes", "train.epochs=1")
     python(tmp_path, "train.py", "--config", CONFIGS[task], *settings, "run=run")
