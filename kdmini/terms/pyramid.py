@@ -20,6 +20,7 @@ before it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ class Pyramid(nn.Module):
 
     layers: how often the maps are told of each other.
     """
+
+    layers: Any  # a Layer each
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int], layers: int = 1):
         super().__init__()
@@ -83,7 +86,7 @@ class Layer(nn.Module):
         `widths` channels. -> the maps of the layer, before their ReLU.
         """
         x = lateral[-1]
-        told = []  # on the way down, the coarsest left out
+        told: list[Tensor] = []  # on the way down, the coarsest left out
         for level in reversed(range(len(maps) - 1)):
             raised = self.after_up[level](up(x, lateral[level]))
             raw = self.downward[level](lateral[level], raised)

@@ -23,6 +23,7 @@ best.pt.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ class SelfTeacher(nn.Module):
 
     width: channels of every map of the self-teacher: the paper's BiFPN.
     times: in place of width, channels of each map over those of the student's: its BiFPNc.
-    layers: of the pyramid.
+    layers: of the pyramid, one after the other.
     imitate: what of its maps the student imitates: their `attention` maps, the maps by
         `fitnet`, or by `overhaul` what they are before ReLU.
     alpha: weight of the imitation of its class scores, beside 1 of its task loss.
@@ -149,7 +150,7 @@ def check_levels(shapes: Shapes) -> None:
             f"large as the one before; these are {len(sizes)}"
         )
     taps = list(sizes)
-    for finer, coarser in zip(taps, taps[1:], strict=False):
+    for finer, coarser in pairwise(taps):
         half = tuple(-(-length // 2) for length in sizes[finer])
         if sizes[coarser] != half:
             raise UserError(

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from kdmini.terms.pyramid import Pyramid
-from tests.terms.self_teacher_equation import ODD, make_term, plain_refine, random_feats
-from tests.terms.self_teacher_equation import Sorter as Student
+from tests.terms.self_teacher_equation import ODD, Sorter, make_term, plain_refine, random_feats
 
 RESNET18 = (64, 128, 256, 512)
 
@@ -40,7 +39,7 @@ def test_maps_are_those_of_the_equations(levels: int, settings: dict, first_shar
     """Of sides that are not twice the next."""
     shapes = dict(list(ODD.items())[-levels:])
     shares = (first_share, 1.5, 0.7)
-    term = make_term(Student(), shares, shapes, **settings).double()
+    term = make_term(Sorter(), shares, shapes, **settings).double()
     feats = list(random_feats(0, shapes=shapes).values())
     own = term.refine(feats)
     assert [x.shape[2:] for x in own] == [x.shape[2:] for x in feats]
@@ -49,13 +48,13 @@ def test_maps_are_those_of_the_equations(levels: int, settings: dict, first_shar
 
 
 def test_times_gives_each_level_the_students_channels_in_proportion() -> None:
-    term = make_term(Student(), shapes=ODD, times=2.0, width=3)
+    term = make_term(Sorter(), shapes=ODD, times=2.0, width=3)
     feats = list(random_feats(0, torch.float32, ODD).values())
     assert [x.shape[1] for x in term.refine(feats)] == [8, 8, 12, 16]
 
 
 def test_the_last_norms_are_those_of_the_outputs() -> None:
-    term = make_term(Student(), shapes=ODD, layers=2)
+    term = make_term(Sorter(), shapes=ODD, layers=2)
     with torch.no_grad():
         for number, norm in enumerate(term.refine.norms()):
             norm.weight.zero_()

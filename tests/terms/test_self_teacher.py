@@ -13,7 +13,6 @@ from kdmini.terms.imitations import margin
 from kdmini.terms.self_teacher import SelfTeacher
 from tests.commands import assert_equal
 from tests.terms.self_teacher_equation import (
-    NAMES,
     ODD,
     PLAIN,
     SHAPES,
@@ -30,7 +29,6 @@ from tests.terms.self_teacher_equation import (
     plain_refine,
     plain_sigmoid_kl,
     plain_softmax_kl,
-    random_feats,
     random_view,
 )
 from tests.terms.views import (
