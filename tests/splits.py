@@ -188,8 +188,8 @@ def sections(reductions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             section[path.stem]["reduction"] = reductions[path.stem]
         found[path.stem] = section
     if "self_teacher" in found:  # a tree without terms/ has none of them
-        # narrower than these maps, and with scores that count
-        found["self_teacher"]["self_teacher"].update(width=10, soft=1e4)
+        # with scores that count
+        found["self_teacher"]["self_teacher"].update(width=10, alpha=1e4)
         pixels = {"build": "kdmini.terms.pixels:PixelRelation", "pool": 2, "weight": 1.0}
         found["pixels"] = {"taps": TAPS, "pixels": pixels}
         haar = {**found["frequency"]["frequency"], "filter": "haar"}

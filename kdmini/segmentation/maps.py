@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdmini.contracts import Losses, Prediction, Targets
+from kdmini.segmentation.decoder import Decoder
 from kdmini.segmentation.truth import VOID
 
 # of red, green and blue; what public weights were trained with
@@ -61,6 +62,10 @@ class Segmenter(nn.Module):
         """-> what a student learns from: the first map."""
         return [preds[0]]
 
+    def make_head(self, channels: Sequence[int]) -> nn.Module:
+        """A fresh head for maps of these channels: it reads all."""
+        return PyramidHead(channels, len(self.names))
+
     def fold(self) -> Any:
         """Merges each BatchNorm into the convolution before it in an nn.Sequential, in place.
 
@@ -83,6 +88,19 @@ class Segmenter(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(dtype)
+
+
+class PyramidHead(nn.Module):
+    """A map of logits of several maps, in the cells of the first."""
+
+    def __init__(self, channels: Sequence[int], num_classes: int):
+        super().__init__()
+        self.decoder = Decoder(channels, channels[0])
+        self.classifier = nn.Conv2d(channels[0], num_classes, 1)
+
+    def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        """(N, C, H, W) each -> preds of one map."""
+        return [self.classifier(self.decoder(feats))]
 
 
 def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:

@@ -3,65 +3,58 @@
 There is no teacher network.
 
 Source: Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via
-Self-Knowledge Distillation", CVPR 2021, section 3; the pyramid is the BiFPN of Tan et
-al., "EfficientDet", CVPR 2020, equations 1 and 2.
-Legend: N images (n one of them), C channels, H W cells, K classes, l a tap (1, 2, 3 at
-strides 8, 16, 32), S the student's own maps, s its class logits; X, Y and T the self-teacher's
-maps, `width` wide, t the class logits of its head; att(F) is the attention map of
-kdmini/distill/attention.py.
+Self-Knowledge Distillation", CVPR 2021, section 3; the pyramid is that of
+kdmini/terms/pyramid.py, the imitations are those of kdmini/terms/imitations.py.
+Legend: N images, C channels, H W cells, K classes, l a tap, the finest first; S the
+student's own maps, s its class logits; T the self-teacher's maps, t the class logits of its
+head.
 
-    X_l = Conv1x1(S_l)
-    Y_2 = Fuse(X_2, up(X_3))
-    T_1 = Fuse(X_1, up(Y_2))
-    T_2 = Fuse(X_2, Y_2, down(T_1))
-    T_3 = Fuse(X_3, down(T_2))
-    L   = L_task(Head(T)) + attention * sum_l mean_n ||att(S_l) - att(T_l)||_2
-                          + soft * L_logits(s, t)
+    T = Pyramid(S)
+    L = L_task(Head(T)) + alpha * L_logits(s, t) + beta * L_imitate(S, T)
 
 L_logits is that of terms/logits.py; Head is a fresh head of the student's kind, L_task
 the student's own loss. T and t are targets, so the last two parts stop at them: else
 both networks would agree on something easy. L_task does not stop at S: it trains the
-student's backbone too, as in its authors' code; `attention: 0` with `soft: 0` leaves
-that alone.
+student's backbone too, as in its authors' code; `alpha: 0` with `beta: 0` leaves that
+alone.
 
-Simplified: three levels; one 1x1 convolution for each map, where the authors have a
-second one on the way down; one width, where theirs is a multiple of the student's;
-attention without square, so that its size does not depend on H and W; soft labels of
-one binary problem a class, weighted by the self-teacher's confidence, as YOLO's head
-scores classes.
-
-For models that offer `make_head(channels)` and `class_maps(preds)`, as YOLO11 does. Nothing
-of this is in best.pt.
+For models that offer `make_head(channels)` and `class_maps(preds)`. Nothing of this is in
+best.pt.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdmini.bounds import Gain, Range, Temperature
 from kdmini.contracts import Targets, UserError, View
 from kdmini.distill.align import Shapes
-from kdmini.distill.attention import AttentionTransfer
+from kdmini.terms.imitations import IMITATIONS
 from kdmini.terms.logits import LogitDistillation
 from kdmini.terms.pairs import Reduction, class_levels
+from kdmini.terms.pyramid import Pyramid
 
-LEVELS = 3  # of the pyramid, at strides 8, 16 and 32
-EPS = 1e-4  # EfficientDet's, in the shares of what is fused
-BN_EPS = 1e-3  # this and the next are YOLO11's
-BN_MOMENTUM = 0.03
+LEVELS = range(2, 6)  # that a pyramid may have
 
 
 class SelfTeacher(nn.Module):
     """A pyramid and a head on the student's maps: their task loss and two imitations.
 
-    width: channels of the self-teacher, fewer than those of the widest tap.
-    attention: weight of the imitation of its attention maps, beside 1 of its task loss.
-    soft: weight of the imitation of its class scores.
+    width: channels of every map of the self-teacher: the paper's BiFPN.
+    times: in place of width, channels of each map over those of the student's: its BiFPNc.
+    layers: of the pyramid, one after the other.
+    imitate: what of its maps the student imitates: their `attention` maps, the maps by
+        `fitnet`, or by `overhaul` what they are before ReLU.
+    alpha: weight of the imitation of its class scores, beside 1 of its task loss.
+    beta: weight of the imitation of its maps. The paper has 50 to 200 for `attention`, which
+        is small, as a mean over cells of maps whose norm is 1.
     temperature: tau, which both networks' class logits are divided by.
+    form: of the class scores: `softmax`, one distribution over the classes and all cells
+        alike, as in the paper; `sigmoid`, for heads that score each class by itself, with
+        the cells weighed by the self-teacher's confidence.
     reduction: of the imitation of class scores; see LogitDistillation.
     box, cls, dfl: gain of that loss in its task loss; the student's by default.
     """
@@ -74,26 +67,20 @@ class SelfTeacher(nn.Module):
         shapes: Shapes,
         student: Any,
         width: Annotated[int, Range(1, 4096)] = 64,
-        attention: Gain = 1.0,
-        soft: Gain = 0.1,
+        times: Annotated[float, Range(0, 16, above=True)] | None = None,
+        layers: Annotated[int, Range(1, 3)] = 1,
+        imitate: Literal["attention", "fitnet", "overhaul"] = "attention",
+        alpha: Gain = 0.1,
+        beta: Gain = 100.0,
         temperature: Temperature = 4.0,
+        form: Literal["sigmoid", "softmax"] = "sigmoid",
         reduction: Reduction = "batch",
         box: Gain | None = None,
         cls: Gain | None = None,
         dfl: Gain | None = None,
     ):
         super().__init__()
-        self.channels = {tap: channels for tap, (channels, *_) in shapes.items()}
-        if len(shapes) != LEVELS:
-            raise UserError(
-                "distill.taps: a self-teacher needs three, strides 8, 16 and 32; "
-                f"these are {len(shapes)}"
-            )
-        widest = max(self.channels.values())
-        if width >= widest:
-            raise UserError(
-                f"distill: width is {width}; use 1 to {widest - 1}, narrower than the widest tap"
-            )
+        check_levels(shapes)
         for method in ("make_head(channels)", "class_maps(preds)"):
             if not hasattr(student, method.partition("(")[0]):
                 raise UserError(
@@ -101,60 +88,96 @@ class SelfTeacher(nn.Module):
                     f"{type(student).__name__} has none"
                 )
 
+        self.channels = {tap: channels for tap, (channels, *_) in shapes.items()}
+        channels = [*self.channels.values()]
+        widths = [width] * len(channels)
+        if times is not None:
+            widths = [max(1, round(times * c)) for c in channels]
+        self.alpha = alpha
+        self.beta = beta
         self.reduction = reduction
-        self.attention_weight = attention
-        self.soft_weight = soft
         # the method alone: the student, as a submodule, would be optimised and saved twice
         self.task_loss = student.loss
         self.class_maps = student.class_maps
         self.rescale = gain_ratios(student, {"box": box, "cls": cls, "dfl": dfl})
-        self.refine = BiFPN(list(self.channels.values()), width)
-        self.head = student.make_head([width] * LEVELS)
-        self.attention = AttentionTransfer("sample")
-        self.logits = LogitDistillation("sigmoid", temperature, reduction=reduction)
+        self.refine = Pyramid(channels, widths, layers)
+        self.head = student.make_head(widths)
+        self.imitate = IMITATIONS[imitate](channels, widths)
+        gamma = 1.0 if form == "sigmoid" else 0.0
+        self.logits = LogitDistillation(form, temperature, gamma, reduction, student.names)
 
     def forward(self, student: View, teacher: View | None, targets: Targets) -> Tensor:
-        self.check(student)
-        refined = self.refine([student.feats[tap] for tap in self.channels])
-        preds = self.head(refined)
-        feats = dict(zip(self.channels, refined, strict=True))
+        raw = self.refine(self.own_maps(student))
+        preds = self.head([x.relu() for x in raw])
+        feats = dict(zip(self.channels, raw, strict=True))
         own = View(feats, preds, student.images, self.class_maps(preds))
+        refuse_other_sizes(student, own)
         return self.task(preds, targets) + self.imitation(student, own, targets)
 
-    def task(self, preds: list[Tensor], targets: Targets) -> Tensor:
+    def task(self, preds: Any, targets: Targets) -> Tensor:
         """The student's loss for the self-teacher's preds, its gains perhaps replaced."""
         losses = self.task_loss(preds, targets)
         parts = [self.rescale.get(name, 1.0) * loss for name, loss in losses.items()]
         return torch.stack(parts).sum()
 
     def imitation(self, student: View, own: View, targets: Targets) -> Tensor:
-        """What the student is taught, by the self-teacher's view `own`.
+        """What the student is taught, by the self-teacher's view, its maps before their ReLU.
 
-        No gradient reaches it: the logits' term detaches preds itself.
+        No gradient reaches it: both parts detach what they are to imitate.
         """
-        feats = {tap: feat.detach() for tap, feat in own.feats.items()}
-        fixed = own._replace(feats=feats)
-        attention = self.attention_weight * self.attention(student, fixed, targets)
-        soft = self.soft_weight * self.logits(student, fixed, targets)
-        return attention + soft
+        raw = [own.feats[tap] for tap in self.channels]
+        maps = self.imitate(self.own_maps(student), raw, self.refine.norms())
+        return self.beta * maps + self.alpha * self.logits(student, own, targets)
 
-    def check(self, student: View) -> None:
-        """Raises UserError unless the taps are the student's own maps, a class map each."""
-        levels = class_levels(student)
-        for (tap, channels), level in zip(self.channels.items(), levels, strict=True):
-            _, tapped, height, width = student.feats[tap].shape
+    def own_maps(self, student: View) -> list[Tensor]:
+        """The taps, the finest first. Raises UserError where they are not the student's own."""
+        for tap, channels in self.channels.items():
+            tapped = student.feats[tap].shape[1]
             if tapped != channels:
                 raise UserError(
                     f"distill.align: {tap} comes with {tapped} channels and has {channels}; "
                     "use `none`"
                 )
-            level_height, level_width = level.shape[2:]
-            if (height, width) != (level_height, level_width):
-                raise UserError(
-                    f"distill.taps: {tap} is {height}x{width} and the class map "
-                    f"{level_height}x{level_width}; name taps of strides 8, 16 and 32, "
-                    "in this order"
-                )
+        return [student.feats[tap] for tap in self.channels]
+
+
+def check_levels(shapes: Shapes) -> None:
+    """Raises UserError unless there are enough maps, each half as large as the one before."""
+    sizes = {tap: (height, width) for tap, (_, _, height, width) in shapes.items()}
+    if len(sizes) not in LEVELS:
+        raise UserError(
+            f"distill.taps: a self-teacher needs {LEVELS[0]} to {LEVELS[-1]} maps, each half as "
+            f"large as the one before; these are {len(sizes)}"
+        )
+    taps = list(sizes)
+    for finer, coarser in pairwise(taps):
+        half = tuple(-(-length // 2) for length in sizes[finer])
+        if sizes[coarser] != half:
+            raise UserError(
+                f"distill.taps: {coarser} is {of_size(sizes[coarser])} after {finer} of "
+                f"{of_size(sizes[finer])}; a self-teacher needs maps of which each is half as "
+                "large as the one before"
+            )
+
+
+def refuse_other_sizes(student: View, own: View) -> None:
+    """Raises UserError where the class maps of the two differ in size: a head that stands on
+    other maps than the student's.
+    """
+    sizes = []
+    for view in (student, own):
+        levels = class_levels(view)
+        sizes.append(", ".join(of_size(level.shape[2:]) for level in levels))
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"distill.taps: of these the self-teacher's head makes class maps of {sizes[1]}, "
+            f"the student's own head {sizes[0]}; name maps as large as those that it reads"
+        )
+
+
+def of_size(size: Sequence[int]) -> str:
+    height, width = size
+    return f"{height}x{width}"
 
 
 def gain_ratios(student: Any, gains: Mapping[str, float | None]) -> dict[str, float]:
@@ -174,68 +197,3 @@ def gain_ratios(student: Any, gains: Mapping[str, float | None]) -> dict[str, fl
             )
         ratios[name] = gain / student_gains[name]
     return ratios
-
-
-class BiFPN(nn.Module):
-    """Three maps (N, C, H, W) -> the same sizes, `width` channels.
-
-    H and W are halved from one map to the next. Both ends of the first, downward way
-    are left out, as in the paper.
-    """
-
-    def __init__(self, channels: Sequence[int], width: int):
-        super().__init__()
-        self.lateral = nn.ModuleList(conv_block(c, width) for c in channels)
-        self.p2 = Fuse(2, width)
-        self.t1 = Fuse(2, width)
-        self.t2 = Fuse(3, width)
-        self.t3 = Fuse(2, width)
-
-    def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(self.lateral, feats, strict=True)
-        x1, x2, x3 = (lateral(feat) for lateral, feat in pairs)
-        y2 = self.p2(x2, up(x3))
-        t1 = self.t1(x1, up(y2))
-        t2 = self.t2(x2, y2, down(t1))
-        t3 = self.t3(x3, down(t2))
-        return [t1, t2, t3]
-
-
-class Fuse(nn.Module):
-    """Maps of one shape (N, C, H, W), summed by learnt shares and convolved.
-
-    A depthwise convolution, then a pointwise one.
-    """
-
-    def __init__(self, inputs: int, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(inputs))
-        self.conv = nn.Sequential(
-            conv_block(channels, channels, kernel=3, groups=channels),
-            conv_block(channels, channels),
-        )
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        positive = self.weight.relu()
-        shares = positive / (positive.sum() + EPS)
-        mixed = sum(share * x for share, x in zip(shares, maps, strict=True))
-        return self.conv(mixed)
-
-
-def conv_block(c_in: int, c_out: int, kernel: int = 1, groups: int = 1) -> nn.Module:
-    """Convolution, BatchNorm, SiLU; the size of the map stays."""
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-    bn = nn.BatchNorm2d(c_out, eps=BN_EPS, momentum=BN_MOMENTUM)
-    return nn.Sequential(OrderedDict(conv=conv, bn=bn, act=nn.SiLU()))
-
-
-def up(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, 2H, 2W): the nearest cell."""
-    # autocast would make float32 of the map, and of what is added to it
-    with torch.autocast(x.device.type, enabled=False):
-        return F.interpolate(x, scale_factor=2.0)
-
-
-def down(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, H/2, W/2): the largest of 3x3 around every second cell."""
-    return F.max_pool2d(x, 3, stride=2, padding=1)

@@ -103,6 +103,21 @@ def test_the_first_map_is_what_counts() -> None:
     assert for_a_student is maps[0]
 
 
+def test_a_fresh_head_reads_all_maps_and_gives_preds_that_loss_takes() -> None:
+    network = Segmenter(NAMES)
+    head = network.make_head([8, 12])
+    feats = [torch.rand(2, 8, 9, 7).requires_grad_(), torch.rand(2, 12, 5, 4).requires_grad_()]
+    preds = head(feats)
+    assert [tuple(logits.shape) for logits in preds] == [(2, 3, 9, 7)]
+    losses = network.loss(preds, {"mask": mask_of(2)})
+    assert losses.keys() == {"ce"}
+    losses["ce"].backward()
+    for feat in feats:
+        assert feat.grad is not None
+        assert feat.grad.any()
+    assert not set(head.parameters()) & set(network.parameters())
+
+
 def networks() -> list[Segmenter]:
     torch.manual_seed(0)
     return [SegFormer(NAMES), FastSCNN(NAMES)]

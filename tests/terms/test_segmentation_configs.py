@@ -30,7 +30,9 @@ VARIANTS = {
     "affinity": [],
     "affinity learnt": ["affinity.student_graph=query_key", "affinity.matrix=laplacian"],
     "affinity_mamba": [],
+    "self_teacher": [],
 }
+ALONE = ("self_teacher",)  # these have no teacher
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +56,14 @@ def test_distillation_is_on_in_each(
     """Every tap says something, the terms reach the student and what learns with it, the
     teacher stays, and two steps of training are made.
     """
+    of_teacher = [] if name in ALONE else [f"teacher.weights={teacher_file}"]
     run(
         train_script,
         "--config",
         FOLDER / f"{name.split()[0]}.yaml",
         "--check",
         SOME,
-        f"teacher.weights={teacher_file}",
+        *of_teacher,
         f"data.root={shapes}",
         f"data.train.names={NAMES}",
         f"data.val.names={NAMES}",

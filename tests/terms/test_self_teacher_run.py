@@ -49,7 +49,7 @@ def test_the_student_comes_to_look_as_the_self_teacher_does() -> None:
     images = images[:2]
     fixed = random_view(1, torch.float32)
     feats = dict(zip(distillation.taps, fixed.feats.values(), strict=True))
-    own = View(feats, fixed.preds, images, fixed.classes)
+    own = View(feats, fixed.preds, images, fixed.classes)  # of as many channels as the student
     recipe = Recipe(epochs=1, batch=2, nbs=2, lr0=0.02, weight_decay=0)
     optimizer = make_optimizer([student], recipe)
     losses = []
@@ -110,7 +110,9 @@ def test_its_parameters_are_saved_moved_and_come_back_bit_for_bit(
     assert all(name.startswith("terms.self_teacher.") for name in weights)
     moved = {name for name in weights if not torch.equal(earlier[name], later[name])}
     assert "terms.self_teacher.head.dfl.conv.weight" not in moved
-    assert moved >= {name for name in weights if ".refine." in name}
+    # the head normalises each channel anew, so a gain before it need not move
+    refining = {name for name in weights if ".refine." in name and ".conv.6." not in name}
+    assert moved >= refining
 
     last.unlink()
     run(train_script, "--resume", folder)

@@ -132,6 +132,11 @@ class YOLO11(nn.Module):
 
     def make_head(self, channels: Sequence[int]) -> Detect:
         """A fresh head for maps of these channels, at strides 8, 16 and 32."""
+        if len(channels) != len(STRIDES):
+            raise UserError(
+                "a head of YOLO11 reads three maps, of strides 8, 16 and 32; these are "
+                f"{len(channels)}"
+            )
         return Detect(channels, len(self.names))
 
     def class_maps(self, preds: list[Tensor]) -> list[Tensor]:
