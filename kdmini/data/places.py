@@ -125,7 +125,9 @@ def refuse_deeper(folder: Path, places: Places) -> None:
     """Raises UserError where XML files lie deeper than is looked, and not as in VOC."""
     for place in folders_below(folder):
         if place.name != places.annotations and names_with(files(place), places.endings):
+            both = place if names_with(files(place), IMAGES) else place.parent
+            split = both.relative_to(folder).as_posix()
             raise UserError(
-                f"{folder}: XML files lie further down, as in {place.relative_to(folder)}; name "
-                "that folder in `splits`, or take all with `recursive: true`"
+                f"{folder}: XML files lie further down, as in {place.relative_to(folder)}; write "
+                f"`splits: [{split}]`, or take all with `recursive: true`"
             )

@@ -4,6 +4,7 @@ Legend: G objects of an image.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +50,7 @@ class VOC:
     splits: "VOC2012/trainval" is ImageSets/Main/trainval.txt of that folder; "train",
         without a folder, belongs to root itself, or is a folder in it with images and XML
         files, all of which are meant; the name `all` stands for every annotation file, listed
-        or not; "my/list.txt" is a list that lies anywhere, of images in root itself. `all` by
-        default.
+        or not; "my/list.txt" is a list that lies anywhere, of images in root itself.
     names: the classes, in the order of the labels; the twenty of VOC by default.
     exclude: splits whose photographs are left out, under whatever id they appear.
     images: folder of the images in that of the split; `.` is the folder itself. Without a
@@ -77,7 +77,7 @@ class VOC:
     def __init__(  # noqa: PLR0913 - the schema of a section
         self,
         root: str,
-        splits: list[str] | None = None,
+        splits: Sequence[str] = ("all",),
         names: list[str] | None = None,
         exclude: list[str] | None = None,
         images: str = "JPEGImages",
@@ -91,7 +91,7 @@ class VOC:
         self.names = class_names(names, VOC_NAMES)
         # absolute, not resolved: a folder that is a link keeps its own name
         folder = Path(root).expanduser().absolute()
-        chosen = ["all"] if splits is None else splits
+        chosen = list(splits)
         self.places = located(folder, chosen, Places(images, annotations, background, recursive))
         entries = self._choose(folder, chosen, exclude or [])
         self.ids = [id_of(entry) for entry in entries]

@@ -182,6 +182,7 @@ def kind_of(parameter: inspect.Parameter) -> str:
     if annotation in (parameter.empty, Any):
         return "section"
     text = title(annotation).replace("typing.", "").replace("collections.abc.", "")
+    text = text.replace("Sequence[", "list[")  # as YAML has it
     text = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " or "), text)
     return text.replace("'", "").replace(" | ", " or ").replace("None", "null")
 

@@ -69,15 +69,44 @@ def test_a_photograph_is_known_from_whichever_folder_it_is_named(tmp_path, shape
 
 def test_several_folders_with_xml_are_named(tmp_path, shapes):
     write("roboflow", shapes, tmp_path)
-    for splits in (None, ["val"]):
+    for splits in (["all"], ["val"]):
         with pytest.raises(UserError, match=r"XML files lie in train, valid; name those .*recurs"):
             VOC(str(tmp_path), splits, SHAPE_NAMES)
 
 
 def test_files_further_down_are_named(tmp_path, shapes):
     write("nested", shapes, tmp_path)
-    with pytest.raises(UserError, match=r"lie further down, as in some day/camera 0; .*recursive"):
+    said = r"lie further down, as in some day/camera 0; write `splits: \[some day/camera 0\]`"
+    with pytest.raises(UserError, match=said):
         VOC(str(tmp_path), names=SHAPE_NAMES)
+
+
+def test_an_archive_within_a_folder_is_read_as_it_is_said(tmp_path, shapes):
+    write("in_two", shapes, tmp_path / "download/export")
+    said = r"as in download/export/annotations; write `splits: \[download/export\]`, or"
+    with pytest.raises(UserError, match=said):
+        VOC(str(tmp_path), names=SHAPE_NAMES)
+    assert len(VOC(str(tmp_path), ["download/export"], SHAPE_NAMES)) == 32
+
+
+@pytest.mark.parametrize(
+    "layout, split, places",
+    [
+        ("beside", "all", (".", ".")),
+        ("in_two", "all", ("images", "annotations")),
+        ("in_one_below", "all", ("export", "export")),
+        ("splits_in_two", "all", ("train/images", "train/labels")),
+        ("roboflow", "train/all", (".", ".")),
+    ],
+)
+def test_folders_may_be_named(tmp_path, shapes, layout, split, places):
+    write(layout, shapes, tmp_path)
+    images, annotations = places
+    found = VOC(str(tmp_path), [split], SHAPE_NAMES, images=images, annotations=annotations)
+    whole = "train" if "train" in (*images.split("/"), *split.split("/")) else "all"
+    assert_same(found, VOC(str(shapes), [whole], SHAPE_NAMES))
+    with pytest.raises(UserError, match=r"no such folder, or no nowhere in it"):
+        VOC(str(tmp_path), ["all"], SHAPE_NAMES, images=images, annotations="nowhere")
 
 
 def test_images_that_are_none_of_the_xml_files_are_refused(tmp_path, shapes):
@@ -101,7 +130,7 @@ def test_an_image_without_xml_is_background_in_every_layout(tmp_path, shapes, la
     first = names_of(shapes, "train")[0]
     [path] = tmp_path.rglob(f"{first}.xml")
     path.unlink()
-    splits = ["train"] if layout in OF_SPLITS else None
+    splits = ["train"] if layout in OF_SPLITS else ["all"]
     settings = {"background": background, "recursive": layout in BELOW}
     found = by_name(VOC(str(tmp_path), splits, SHAPE_NAMES, **settings))
     assert (first in found) == background

@@ -17,7 +17,7 @@ from kdmini.data.share import Share, relative
 from kdmini.detection.truth import Boxes
 from kdmini.sections import Sections, Sets, make_sets
 from tests.commands import assert_equal, newest, run
-from tests.data.layouts import by_name, write
+from tests.data.layouts import by_name, write, write_coco, write_yolo
 
 NAMES = [f"{number:04}" for number in range(200)]
 FILMS = [f"film{film}_{frame:03}" for film in range(10) for frame in range(20)]
@@ -120,6 +120,33 @@ def test_each_side_reports_what_it_has_read(tmp_path, shapes):
         sets.val[index]
     reports = sorted([sets.train.report(), sets.val.report()])
     assert reports == ["", "1 images without an XML file taken as background"]
+
+
+@pytest.mark.parametrize("form", ["YoloTxt", "CocoJson", "masks"])
+def test_sets_of_every_form_are_divided(tmp_path, shapes, form):
+    write_yolo(shapes, tmp_path / "yolo", SHAPE_NAMES, ("train", "val"))
+    write_coco(shapes, tmp_path / "coco", SHAPE_NAMES, ("train",))
+    root, section, count = {
+        "YoloTxt": ("yolo", {"images": "images", "recursive": True}, 32),
+        "CocoJson": (
+            "coco",
+            {"images": "train", "annotations": "train/_annotations.coco.json"},
+            24,
+        ),
+        "masks": (shapes, {"splits": ["train"], "names": ["ground", *SHAPE_NAMES]}, 24),
+    }[form]
+    build = {
+        "YoloTxt": "kdmini.detection.yolo_txt:YoloTxt",
+        "CocoJson": "kdmini.detection.coco_json:CocoJson",
+        "masks": "kdmini.segmentation.voc:VOC",
+    }[form]
+    data = {"root": str(tmp_path / root), "train": {"build": build, **section}}
+    sets = config.call(make_sets, {**data, "val": {"share": 0.25}}, "data")
+    assert len(sets.val) == count / 4
+    ours, theirs = ({part[i][1]["id"] for i in range(len(part))} for part in sets[:2])
+    assert len(ours | theirs) == len(ours) + len(theirs) == count
+    both = config.call(make_sets, {**data, "val": {"share": 0.25, "by": "image"}}, "data")
+    assert {both.val[i][1]["id"] for i in range(len(both.val))} == theirs
 
 
 class Nameless:
