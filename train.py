@@ -68,7 +68,7 @@ def train(settings: dict[str, Any], source: str, resume: bool = False, check: bo
             checkpoint.save(to.checkpoints, step, parts, with_processes(settings))
 
     if not resume:
-        folder.begin(config.dump(settings))
+        folder.begin(config.dump(settings), run.drawn)
         save()  # so that a run can be resumed from its first moment
     is_begun = progress.epoch + progress.step > 0
     if run.teacher and folder.lead and not is_begun and not folder.records():
@@ -79,7 +79,7 @@ def train(settings: dict[str, Any], source: str, resume: bool = False, check: bo
         train_epochs(run, folder, sections, save)
     except FolderLost as error:
         other = folder.beside()
-        other.begin(config.dump(settings))
+        other.begin(config.dump(settings), run.drawn)
         save(other)
         raise UserError(
             f"{error}; the run is saved as it stands in {other.path}; "

@@ -116,6 +116,7 @@ class Run(NamedTuple):
     imgsz: int
     inputs: Inputs  # what has been read
     void: dict[str, str]  # teacher, distill -> why nothing can be learned from it; or empty
+    drawn: Mapping[str, bytes] = {}  # file of the run folder -> what was drawn; or empty
 
     @property
     def names(self) -> list[str]:
@@ -277,4 +278,4 @@ def make_run(
         progress=progress,
     )
     val_loader = ValLoader(val_store, recipe.batch, **share)
-    return Run(training, networks.teacher, val_loader, sets.imgsz, inputs, void)
+    return Run(training, networks.teacher, val_loader, sets.imgsz, inputs, void, sets.drawn)

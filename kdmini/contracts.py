@@ -84,7 +84,8 @@ class Truth(Protocol):
 class Dataset(Protocol):
     """Optional: `report()`, one line about what was set right while reading, printed when
     all images are read; it raises UserError where that is too much. `photographs`, a set of
-    what identifies the images: train and val may then share none.
+    what identifies the images: train and val may then share none. `ids`, a list of the names
+    of the images: val may then be a share of train.
     """
 
     names: list[str]  # K class names; a label is an index into it

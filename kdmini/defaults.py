@@ -7,6 +7,7 @@ from typing import Any
 from kdmini import config
 from kdmini.assemble import make_distillation
 from kdmini.data.loader import Augment
+from kdmini.data.share import Share
 from kdmini.distill.step import Weighted
 from kdmini.optim import Recipe
 from kdmini.sections import Sections, make_sets
@@ -25,7 +26,8 @@ def defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     data = settings["data"]
     found["data"]["augment"] = defaults_of(Augment)
     add_build(found["data"], "train", data, "data.train")
-    add_build(found["data"], "val", data, "data.val")
+    if not add_build(found["data"], "val", data, "data.val"):
+        found["data"]["val"] = defaults_of(Share)
     distill = settings.get("distill")
     if not isinstance(distill, Mapping):
         return found

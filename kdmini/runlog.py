@@ -1,4 +1,6 @@
-"""The run folder: config.yaml, metrics.jsonl, results.csv, log.txt, ckpt/, best.pt, a lock."""
+"""The run folder: config.yaml, metrics.jsonl, results.csv, log.txt, ckpt/, best.pt, a lock; and
+val.txt, where the images to validate on were drawn.
+"""
 
 import csv
 import fcntl
@@ -6,6 +8,7 @@ import io
 import json
 import os
 import weakref
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -97,12 +100,14 @@ class RunFolder:
             stale.unlink()
             print(f"removed {stale}, left half-written by a run that was killed")
 
-    def begin(self, config: str) -> None:
-        """Creates the folder with the resolved config."""
+    def begin(self, config: str, more: Mapping[str, bytes] | None = None) -> None:
+        """Creates the folder with the resolved config, and more files: name -> content."""
         if not self.lead:
             return
         self._lock()
         self._refuse_another()  # again, now that nobody else can begin one
+        for name, content in (more or {}).items():
+            write_whole(self.path / name, content)
         write_whole(self.config, config)
 
     def check(self) -> None:

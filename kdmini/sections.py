@@ -1,6 +1,9 @@
 """A config: its sections, checked, and the data sets that it names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -10,6 +13,7 @@ from kdmini.bounds import Count, ImageSize, Range, Seed
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import Dataset, Metric, UserError
 from kdmini.data.loader import Augment
+from kdmini.data.share import LISTED, Share, divide, text_of
 from kdmini.data.storage import Storage
 from kdmini.data.store import OnBad, Store, expected_bytes, subset
 from kdmini.optim import Recipe
@@ -57,7 +61,12 @@ class Sections:
         return config.call(Recipe, self.train, "train")
 
     def sets(self) -> "Sets":
-        return config.call(make_sets, self.data, "data")
+        data = self.data
+        val = data.get("val")
+        drawn = Path(self.run) / LISTED
+        if isinstance(val, Mapping) and "share" in val and drawn.is_file():
+            data = {**data, "val": {**val, "listed": val.get("listed") or str(drawn)}}
+        return config.call(make_sets, data, "data")
 
     def make_metric(self, names: list[str]) -> Metric:
         """Raises UserError where it cannot score."""
@@ -80,6 +89,8 @@ class Sets(NamedTuple):
     imgsz: int
     augment: Augment
     storing: dict[str, Any]  # further settings of data/store.py
+    # file of the run folder -> the names of val's images, where they are a share of train's
+    drawn: Mapping[str, bytes] = {}
 
     def store(self, name: Literal["train", "val"], device: torch.device, **settings: Any) -> Store:
         """One of the sets, decoded. settings: in place of those of the config."""
@@ -117,7 +128,7 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
     """The `data` section.
 
     train: the data set to learn from.
-    val: the data set to evaluate on.
+    val: the data set to evaluate on; or a share of `train`, as in `{share: 0.2}`.
     root: folder of both sets, where they do not name their own.
     imgsz: side of the square images.
     augment: strengths of the augmentation.
@@ -130,8 +141,16 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
     """
     strengths = config.call(Augment, augment or {}, "data.augment")
     offered = {"root": root} if root else {}
-    train_set = config.build(train, "data.train", **offered)
-    val_set = config.build(val, "data.val", **offered)
+    make_train = partial(config.build, train, "data.train", **offered)
+    drawn = {}
+    train_set: Dataset
+    val_set: Dataset
+    if "share" in val:
+        train_set, val_set, listed = divide(make_train, config.call(Share, val, "data.val"))
+        drawn = {LISTED: text_of(listed)}
+    else:
+        train_set = make_train()
+        val_set = config.build(val, "data.val", **offered)
     strengths.refuse_mixing(train_set.truth)
     overlap = photographs(train_set) & photographs(val_set)
     if overlap and not allow_overlap:
@@ -142,7 +161,7 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
         )
     refuse_other_classes(val_set.names, train_set.names, "data.val", "data.train")
     storing = {"workers": workers, "storage": storage, "limit": limit, "on_bad": on_bad}
-    return Sets(train_set, val_set, imgsz, strengths, storing)
+    return Sets(train_set, val_set, imgsz, strengths, storing, drawn)
 
 
 def photographs(dataset: Dataset) -> set[Any]:

@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
@@ -16,19 +17,39 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def files(folder: Path) -> dict[str, list[str]]:
+def folders_in(folder: Path) -> list[str]:
+    """The names of those directly in it, in their order; hidden ones and those that macOS
+    leaves beside others are passed over, and so are links.
+    """
+    with os.scandir(folder) as items:
+        names = [item.name for item in items if item.is_dir(follow_symlinks=False)]
+    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
+
+
+def folders_below(folder: Path) -> Iterator[Path]:
+    """The folder, and all that are in it, and in these."""
+    yield folder
+    for name in folders_in(folder):
+        yield from folders_below(folder / name)
+
+
+def files(folder: Path, recursive: bool = False) -> dict[str, list[str]]:
     """Name without ending, composed -> paths of the files that have it, in their order.
 
+    recursive: those in the folders below too; the name of such a one is "more/a".
     What macOS leaves beside a file is passed over.
     """
     paths: dict[str, list[str]] = {}
     if not folder.is_dir():
         return paths
-    for item in sorted(os.scandir(folder), key=attrgetter("name")):
-        if item.name.startswith(APPLE_DOUBLE) or not item.is_file():  # a pipe would be waited for
-            continue
-        name = composed(os.path.splitext(item.name)[0])
-        paths.setdefault(name, []).append(item.path)
+    for place in folders_below(folder) if recursive else [folder]:
+        inside = "" if place == folder else f"{place.relative_to(folder).as_posix()}/"
+        for item in sorted(os.scandir(place), key=attrgetter("name")):
+            # a pipe would be waited for
+            if item.name.startswith(APPLE_DOUBLE) or not item.is_file():
+                continue
+            name = composed(inside + os.path.splitext(item.name)[0])
+            paths.setdefault(name, []).append(item.path)
     return paths
 
 
@@ -49,16 +70,16 @@ def one_of(same: list[str], endings: tuple[str, ...]) -> str:
 
 
 def find_file(
-    paths: dict[str, list[str]], wanted: Path, endings: tuple[str, ...], inside: Path
+    paths: dict[str, list[str]], name: str, wanted: Path, endings: tuple[str, ...], inside: Path
 ) -> str:
-    """The path, among those of `files`, that is `wanted` but for the ending.
+    """The path of that name, among those of `files`.
 
-    inside: the folder of the set. Raises UserError where there is none or two, and for a
-    link that leads out of the set.
+    wanted: where it is missed. inside: the folder of the set. Raises UserError where there is
+    none or two, and for a link that leads out of the set.
     """
-    same = paths.get(wanted.stem, [])
+    same = paths.get(name, [])
     path = one_of(same, endings)
-    remedy = f"take {wanted.stem!r} out of the split"
+    remedy = f"take {name!r} out of the split"
     if not same:
         raise UserError(f"{wanted}: no such file; restore it or {remedy}")
     if not path:
@@ -82,14 +103,3 @@ def leads_out(path: str, inside: Path) -> bool:
 def names_with(paths: dict[str, list[str]], endings: tuple[str, ...]) -> set[str]:
     """Those of which a file has one of the endings."""
     return {name for name, same in paths.items() if any(has_ending(path, endings) for path in same)}
-
-
-def first_with(folder: Path, endings: tuple[str, ...]) -> str:
-    """The folder itself, as ".", or the first one in it that has a file with the ending."""
-    if not folder.is_dir():
-        return ""
-    below = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    for place in (".", *below):
-        if names_with(files(folder / place), endings):
-            return place
-    return ""

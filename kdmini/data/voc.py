@@ -24,11 +24,11 @@ from kdmini.data.folders import (
     APPLE_DOUBLE,
     composed,
     files,
-    first_with,
     names_with,
     one_of,
 )
 from kdmini.data.pictures import IMAGES
+from kdmini.data.places import LIST, VOC_PLACES, Places, candidates, has_places
 from kdmini.files import check_kind
 
 VOC_NAMES = [
@@ -45,19 +45,6 @@ class Entry(NamedTuple):
     folder: Path  # the VOC-layout folder, like VOCdevkit/VOC2012
     name: str  # of the image, without folder and ending
 
-
-class Places(NamedTuple):
-    """Where images and annotations lie in a folder, and what an image alone is."""
-
-    images: str = "JPEGImages"
-    annotations: str = "Annotations"  # an absolute path stands for itself
-    background: bool = False  # an image without an annotation is one without objects
-    lists: str = "Main"  # folder in ImageSets
-    endings: tuple[str, ...] = ANNOTATIONS
-
-
-VOC_PLACES = Places()
-LIST = ".txt"
 
 # --- split lists
 
@@ -113,27 +100,26 @@ def list_split(root: Path, split: str, places: Places) -> list[Entry]:
         raise UserError(
             f"split {split!r} is not a folder and a name, like VOC2012/trainval; correct `splits`"
         )
-    folder_name, _, name = split.rpartition("/")
+    folder_name, name = folder_and_list(root, split, places)
     remedy = "correct `root` or `splits`"
+    if places.found():
+        remedy += "; without lists leave `splits` out, and write `val: {share: 0.2}`"
     if folder_name in ("VOC2007", "VOC2012"):
         remedy = f"fetch it with `python -m kdmini.tools.download --root {root}`"
 
-    candidates = (root / folder_name, root / "VOCdevkit" / folder_name)
-    folder = next((path for path in candidates if has_places(path, places)), None)
+    above = candidates(root, folder_name)
+    folder = next((path for path in above if has_places(path, places)), None)
     if folder is None:
-        found = other_places(root, folder_name, name) if places.endings == ANNOTATIONS else ""
         raise UserError(
-            f"{root / folder_name}: no such folder, or no {places.annotations} in it; "
-            f"{found or remedy}"
+            f"{root / folder_name}: no such folder, or no {places.annotations} in it; {remedy}"
         )
 
     known = known_names(folder, places)
-    place = folder / "ImageSets" / places.lists
-    lists = files(place)
+    lists = lists_in(folder, places)
     path = Path(one_of(lists.get(composed(name), []), (LIST,)))
     if name == "all":
         names = sorted(known.all)
-        listed = listed_in(place, known.some)
+        listed = listed_in(place_of_lists(folder, places), known.some)
         print(f"{split}: {len(names):,} {known.title}{listed}")
     elif path.name:
         names = read_ids(path, known.some)
@@ -141,10 +127,32 @@ def list_split(root: Path, split: str, places: Places) -> list[Entry]:
         # with a `_` in their names are VOC's lists per class
         usual = sorted(list_name for list_name in lists if "_" not in list_name)
         choice = ", ".join(usual) or "no list"
+        place = place_of_lists(folder, places)
         raise UserError(f"{place / name}.txt: no such split ({choice}, and `all`); {remedy}")
     if not names:
         raise UserError(f"{folder}: split {name!r} lists no image; {remedy}")
     return [Entry(folder, image) for image in names]
+
+
+def folder_and_list(root: Path, split: str, places: Places) -> tuple[str, str]:
+    """The two parts of a split: "VOC2012" and "trainval"; of "train", where that is a folder
+    and no list, "train" and "all".
+    """
+    folder_name, _, name = split.rpartition("/")
+    above = candidates(root, folder_name)
+    is_listed = any(composed(name) in lists_in(path, places) for path in above)
+    if name != "all" and not is_listed and has_places(root / split, places):
+        return split, "all"
+    return folder_name, name
+
+
+def place_of_lists(folder: Path, places: Places) -> Path:
+    return folder / "ImageSets" / places.lists
+
+
+def lists_in(folder: Path, places: Places) -> dict[str, list[str]]:
+    """Name -> files, of the lists of a folder."""
+    return files(place_of_lists(folder, places))
 
 
 def list_own(root: Path, path: Path, places: Places) -> list[Entry]:
@@ -169,10 +177,6 @@ def list_own(root: Path, path: Path, places: Places) -> list[Entry]:
     return [Entry(root, image) for image in names]
 
 
-def has_places(folder: Path, places: Places) -> bool:
-    return folder.is_dir() and (folder / places.annotations).is_dir()
-
-
 class Known(NamedTuple):
     """The names in a folder."""
 
@@ -182,14 +186,15 @@ class Known(NamedTuple):
 
 
 def known_names(folder: Path, places: Places) -> Known:
-    annotated = names_with(files(folder / places.annotations), places.endings)
-    pictured = names_with(files(folder / places.images), IMAGES)
+    annotated = names_with(places.annotated(folder), places.endings)
+    pictured = names_with(places.pictured(folder), IMAGES)
     alone = pictured - annotated
     known = annotated | pictured
+    where = places.words()
     if alone and places.background:
-        return Known(known, known, f"images, {len(alone):,} of them without an annotation")
+        return Known(known, known, f"images{where}, {len(alone):,} of them without an annotation")
 
-    remarks = ["annotated images"]
+    remarks = [f"annotated images{where}"]
     if alone:
         way_out = " (or set background=true)" if places.endings == ANNOTATIONS else ""
         remarks.append(f"{len(alone):,} without an annotation left out{way_out}")
@@ -197,10 +202,19 @@ def known_names(folder: Path, places: Places) -> Known:
     left_by_macos = sum(item.name.startswith(APPLE_DOUBLE) for item in others)
     if left_by_macos:
         remarks.append(f"{left_by_macos:,} files `._*` of macOS passed over")
-    folders = sum(item.is_dir() for item in others)
-    if folders and places == VOC_PLACES:
-        remarks.append(f"{folders:,} folders in {places.annotations} not read")
+    folders = 0 if places.recursive else sum(is_folder_of(item, places) for item in others)
+    if folders:
+        remarks.append(
+            f"{folders:,} folders in {places.annotations} not read (or set recursive=true)"
+        )
     return Known(annotated, known, ", ".join(remarks))
+
+
+def is_folder_of(item: os.DirEntry[str], places: Places) -> bool:
+    """Of annotations that are not read: any in a folder that holds nothing else."""
+    if places.endings != ANNOTATIONS or not item.is_dir():
+        return False
+    return places.annotations != "." or bool(names_with(files(Path(item.path)), ANNOTATIONS))
 
 
 def listed_in(place: Path, known: Collection[str]) -> str:
@@ -258,30 +272,13 @@ def without_ending(name: str) -> str:
     return stem if ending.lower() in IMAGES + ANNOTATIONS else name
 
 
-def other_places(root: Path, folder_name: str, name: str) -> str:
-    """Where XML files and images lie in a folder that is not laid out like VOC, as the end of
-    a message; empty where there are none.
-    """
-    for split_folder in (folder_name, os.path.join(folder_name, name)):
-        folder = root / split_folder
-        annotations = first_with(folder, ANNOTATIONS)
-        images = first_with(folder, IMAGES)
-        if annotations and images:
-            split = os.path.join(split_folder, "all")
-            return (
-                f"XML files lie in {annotations!r} and images in {images!r}: set the split "
-                f"to {split!r}, `annotations: {annotations}`, `images: {images}`"
-            )
-    return ""
-
-
 # --- photographs
 
 real_path = cache(os.path.realpath)  # asked for every photograph
 
 
 def photograph(entry: Entry, places: Places = VOC_PLACES) -> tuple[str, str]:
-    """What a photograph is known by in every set: the folder of its images, and a name in it.
+    """What a photograph is known by in every set: the folder that it is in, and its name there.
 
     VOC2012 holds photographs of VOC2007 too, and calls NNNNNN 2007_NNNNNN.
     """
@@ -293,7 +290,7 @@ def photograph(entry: Entry, places: Places = VOC_PLACES) -> tuple[str, str]:
     if year == "VOC2012" and name.startswith("2007_"):
         year = "VOC2007"
         name = name.removeprefix("2007_")
-    return os.path.normpath(os.path.join(real_path(root), year, places.images)), name
+    return os.path.split(os.path.normpath(os.path.join(real_path(root), year, places.images, name)))
 
 
 # --- class names

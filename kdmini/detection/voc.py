@@ -1,9 +1,10 @@
-"""PASCAL VOC for detection, and every folder laid out like it: one XML file an image.
+"""PASCAL VOC for detection, and every folder of images with an XML file each.
 
 Legend: G objects of an image.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from kdmini.contracts import UserError
-from kdmini.data.folders import ANNOTATIONS, composed, files, find_file, one_of
+from kdmini.data.folders import ANNOTATIONS, composed, find_file, one_of
 from kdmini.data.pictures import DEEP, IMAGES, Bits
+from kdmini.data.places import Places, located
 from kdmini.data.voc import (
     VOC_NAMES,
     Entry,
-    Places,
     class_names,
     list_images,
     nearest,
@@ -42,18 +43,22 @@ class Record(NamedTuple):
 
 
 class VOC:
-    """Splits of VOC-layout folders, as a `kdmini.contracts.Dataset`.
+    """Folders with an XML file for each image, as a `kdmini.contracts.Dataset`.
 
-    root: the folder that holds VOC2007 and VOC2012, or its parent with VOCdevkit/ inside.
+    root: the folder of the images; or the one that holds VOC2007 and VOC2012, or its parent
+        with VOCdevkit/ inside.
     splits: "VOC2012/trainval" is ImageSets/Main/trainval.txt of that folder; "train",
-        without a folder, belongs to root itself; the name `all` stands for every
-        annotation file, listed or not; "my/list.txt" is a list that lies anywhere, of images
-        in root itself.
+        without a folder, belongs to root itself, or is a folder in it with images and XML
+        files, all of which are meant; the name `all` stands for every annotation file, listed
+        or not; "my/list.txt" is a list that lies anywhere, of images in root itself.
     names: the classes, in the order of the labels; the twenty of VOC by default.
     exclude: splits whose photographs are left out, under whatever id they appear.
-    images: folder of the images in that of the split; `.` is the folder itself.
+    images: folder of the images in that of the split; `.` is the folder itself. Without a
+        folder JPEGImages, images and XML files are sought there and in the folders in it.
     annotations: folder of the XML files, likewise.
     background: an image without an XML file is one without objects, also in `all`.
+    recursive: the folders below are read too, each XML file beside its image or in the folder
+        of the same name among the annotations.
     enclose: take the upright box around a <robndbox> of roLabelImg; else it is an error.
     bits: used of images of 16 bits, such as 12 of a thermal camera; they are scaled to 8.
     as_stored: boxes belong to the pixels as they are stored, whatever <size> and EXIF say;
@@ -72,12 +77,13 @@ class VOC:
     def __init__(  # noqa: PLR0913 - the schema of a section
         self,
         root: str,
-        splits: list[str],
+        splits: Sequence[str] = ("all",),
         names: list[str] | None = None,
         exclude: list[str] | None = None,
         images: str = "JPEGImages",
         annotations: str = "Annotations",
         background: bool = False,
+        recursive: bool = False,
         enclose: bool = False,
         bits: Bits = DEEP,
         as_stored: bool = False,
@@ -85,8 +91,10 @@ class VOC:
         self.names = class_names(names, VOC_NAMES)
         # absolute, not resolved: a folder that is a link keeps its own name
         folder = Path(root).expanduser().absolute()
-        self.places = Places(images, annotations, background)
-        entries = self._choose(folder, splits, exclude or [])
+        chosen = list(splits)
+        self.places = located(folder, chosen, Places(images, annotations, background, recursive))
+        entries = self._choose(folder, chosen, exclude or [])
+        self.ids = [id_of(entry) for entry in entries]
         self.photographs = {photograph(entry, self.places) for entry in entries}
         self.records = read_records(entries, self.names, self.places, enclose)
         self.samples = Samples(bits, as_stored)
@@ -129,6 +137,10 @@ class VOC:
         return ", ".join([*remarks, rest] if rest else remarks)
 
 
+def id_of(entry: Entry) -> str:
+    return f"{entry.folder.name}/{entry.name}"
+
+
 def read_records(
     entries: list[Entry], names: list[str], places: Places, enclose: bool
 ) -> list[Record | UserError]:
@@ -137,17 +149,18 @@ def read_records(
     Raises UserError when all are read, if objects are of classes that are not in names.
     """
     folders = {entry.folder for entry in entries}
-    images = {folder: files(folder / places.images) for folder in folders}
-    annotations = {folder: files(folder / places.annotations) for folder in folders}
+    images = {folder: places.pictured(folder) for folder in folders}
+    annotations = {folder: places.annotated(folder) for folder in folders}
     label_of = {composed(name): label for label, name in enumerate(names)}
 
     records: list[Record | UserError] = []
     unknown: list[tuple[str, str]] = []  # file and class of each object
     hidden = len(entries) <= QUICK or None  # None: a bar on a terminal alone
-    for folder, name in tqdm(entries, "annotations", unit="file", leave=False, disable=hidden):
+    for entry in tqdm(entries, "annotations", unit="file", leave=False, disable=hidden):
+        folder, name = entry
         try:
             wanted = folder / places.images / f"{name}.jpg"
-            image = find_file(images[folder], wanted, IMAGES, folder)
+            image = find_file(images[folder], name, wanted, IMAGES, folder)
             path = find_annotation(annotations[folder], folder, name, places)
             annotation = read_annotation(Path(path), enclose) if path else NOTHING
         except UserError as error:
@@ -155,7 +168,7 @@ def read_records(
             continue
         labels = np.array([label_of.get(known, -1) for known in annotation.classes], np.int64)
         unknown += [(path, other) for other in annotation.classes if other not in label_of]
-        records.append(Record(f"{folder.name}/{name}", image, annotation, labels, bool(path)))
+        records.append(Record(id_of(entry), image, annotation, labels, bool(path)))
 
     if unknown:
         path, first = unknown[0]
@@ -176,7 +189,7 @@ def find_annotation(paths: dict[str, list[str]], folder: Path, name: str, places
     """The path of the XML file; "" of an image that is background. Raises UserError."""
     wanted = folder / places.annotations / f"{name}.xml"
     if one_of(paths.get(name, []), ANNOTATIONS):
-        return find_file(paths, wanted, ANNOTATIONS, folder)
+        return find_file(paths, name, wanted, ANNOTATIONS, folder)
     if places.background:
         return ""
     raise UserError(

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from kdmini.contracts import UserError
-from kdmini.data.folders import files, find_file
+from kdmini.data.folders import find_file
 from kdmini.data.pictures import DEEP, IMAGES, UPRIGHT, Bits, read, remark_on_bits
-from kdmini.data.voc import VOC_NAMES, Entry, Places, class_names, list_images, photograph
+from kdmini.data.places import Places
+from kdmini.data.voc import VOC_NAMES, Entry, class_names, list_images, photograph
 from kdmini.segmentation.masks import MASKS, count_pixels, read_mask
 from kdmini.segmentation.truth import VOID, Masks, Target
 
@@ -87,6 +88,7 @@ class VOC:
             raise UserError(f"{place}: no such folder; correct `masks`")
         self.places = Places(images, str(place), lists="Segmentation", endings=MASKS)
         entries = list_images(folder, splits, exclude or [], self.places)
+        self.ids = [f"{entry.folder.name}/{entry.name}" for entry in entries]
         self.photographs = {photograph(entry, self.places) for entry in entries}
         self.records = find_records(entries, self.places)
         self.counts: dict[int, Count] = {}  # by index: threads need no lock, and some read twice
@@ -138,16 +140,16 @@ class VOC:
 def find_records(entries: list[Entry], places: Places) -> list[Record | UserError]:
     """The files of each image. In the place of a record is what is wrong with them."""
     folders = {entry.folder for entry in entries}
-    images = {folder: files(folder / places.images) for folder in folders}
-    masks = {folder: files(folder / places.annotations) for folder in folders}
+    images = {folder: places.pictured(folder) for folder in folders}
+    masks = {folder: places.annotated(folder) for folder in folders}
 
     records: list[Record | UserError] = []
     for folder, name in entries:
         try:
             wanted = folder / places.images / f"{name}.jpg"
-            image = find_file(images[folder], wanted, IMAGES, folder)
+            image = find_file(images[folder], name, wanted, IMAGES, folder)
             wanted = folder / places.annotations / f"{name}.png"
-            mask = find_file(masks[folder], wanted, MASKS, folder)
+            mask = find_file(masks[folder], name, wanted, MASKS, folder)
             records.append(Record(f"{folder.name}/{name}", image, mask))
         except UserError as error:
             records.append(error)

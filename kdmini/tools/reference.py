@@ -45,9 +45,24 @@ SECTIONS = [
     Section("data", "kdmini.sections:make_sets", "Images and their ground truth."),
     Section("data.augment", "kdmini.data.loader:Augment", "What training images go through."),
     Section(
+        "data.val: a share",
+        "kdmini.data.share:Share",
+        "Images of `data.train`, in the place of a data set: `val: {share: 0.2}`.",
+    ),
+    Section(
         "data.train, data.val: VOC",
         "kdmini.detection.voc:VOC",
-        "A folder laid out like PASCAL VOC. Other layouts: [own.md](own.md).",
+        "Folders with an XML file for each image. A set of your own: [own.md](own.md).",
+    ),
+    Section(
+        "data.train, data.val: YoloTxt",
+        "kdmini.detection.yolo_txt:YoloTxt",
+        "A folder with a text file for each image.",
+    ),
+    Section(
+        "data.train, data.val: CocoJson",
+        "kdmini.detection.coco_json:CocoJson",
+        "One JSON for each set, and a folder of images.",
     ),
     Section(
         "data.train, data.val: VOC with masks",
@@ -190,6 +205,7 @@ def kind_of(parameter: inspect.Parameter) -> str:
     if annotation in (parameter.empty, Any):
         return "section"
     text = title(annotation).replace("typing.", "").replace("collections.abc.", "")
+    text = text.replace("Sequence[", "list[")  # as YAML has it
     text = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " or "), text)
     return text.replace("'", "").replace(" | ", " or ").replace("None", "null")
 

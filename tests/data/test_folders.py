@@ -181,63 +181,9 @@ def test_background_needs_an_image(half):
         VOC(half, ["more"], background=True)[0]
 
 
-# --- layouts
-
-
-@pytest.fixture
-def flat(tmp_path):
-    """Roboflow's export: an XML file beside each image, a folder for each split."""
-    for split in ("train", "valid"):
-        add(tmp_path / split, "a_jpg.rf.0123")
-        for part in ("JPEGImages/a_jpg.rf.0123.jpg", "Annotations/a_jpg.rf.0123.xml"):
-            (tmp_path / split / part).rename(tmp_path / split / part.split("/")[1])
-        for part in ("JPEGImages", "Annotations", "ImageSets"):
-            shutil.rmtree(tmp_path / split / part)
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    "split, said",
-    [
-        ("train/all", "to 'train/all', `annotations: .`, `images: .`"),
-        ("train", "to 'all', `annotations: train`, `images: train`"),
-    ],
-)
-def test_a_flat_folder_is_told_how_to_be_read(flat, split, said):
-    with pytest.raises(UserError, match="no Annotations in it; XML files lie in") as error:
-        VOC(str(flat), [split])
-    assert str(error.value).endswith(said)
-
-
-@pytest.mark.parametrize(
-    "split, places",
-    [
-        ("train/all", {"images": ".", "annotations": "."}),
-        ("all", {"images": "train", "annotations": "train"}),
-    ],
-)
-def test_a_flat_folder_is_read(flat, split, places):
-    train = VOC(str(flat), [split], **places)
-    image, target = train[0]
-    assert image.shape == (30, 40, 3)
-    assert target["boxes_xyxy"].tolist() == [[10, 5, 30, 25]]
-    other = {key: value.replace("train", "valid") for key, value in places.items()}
-    valid = VOC(str(flat), [split.replace("train", "valid")], **other)
-    assert not train.photographs & valid.photographs
-
-
-def test_folders_may_have_other_names(tmp_path):
-    add(tmp_path / "set", "a")
-    (tmp_path / "set/JPEGImages").rename(tmp_path / "set/images")
-    (tmp_path / "set/Annotations").rename(tmp_path / "set/annotations")
-    with pytest.raises(UserError, match="`annotations: annotations`, `images: images`"):
-        VOC(str(tmp_path / "set"), ["all"])
-    dataset = VOC(str(tmp_path / "set"), ["all"], images="images", annotations="annotations")
-    assert ids(dataset) == ["set/a"]
-
-
 def test_folders_below_are_not_read_and_said(tmp_path, capsys):
     add(tmp_path, "a")
     (tmp_path / "Annotations/more").mkdir()
     assert len(VOC(str(tmp_path), ["all"])) == 1
-    assert "1 folders in Annotations not read" in capsys.readouterr().out
+    said = "1 folders in Annotations not read (or set recursive=true)"
+    assert said in capsys.readouterr().out

@@ -154,7 +154,7 @@ def write_settings(folder: Path, shapes: Path, *fragments: dict[str, Any]) -> Pa
 def test_every_block_is_used() -> None:
     names = {block.partition(".py\n")[0].removeprefix("# ") for block in blocks(PAGE, "python")}
     assert names == FILES
-    assert len(blocks(PAGE, "yaml")) == 10
+    assert len(blocks(PAGE, "yaml")) == 11
 
 
 def masks_of(dataset: Any) -> dict[str, np.ndarray]:
@@ -189,7 +189,8 @@ def test_masks_are_read_in_both_layouts(here: Path, shapes: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["VOC", "YoloTxt", "CocoJson", "CsvBoxes"])
 def test_a_set_is_read_in_each_layout(kind: str, here: Path, shapes: Path, scenes: Scenes) -> None:
-    section = with_names(fragment("detection.voc:VOC" if kind == "VOC" else f":{kind}")["data"])
+    words = "detection.voc:VOC, splits" if kind == "VOC" else f":{kind}"
+    section = with_names(fragment(words)["data"])
     root = here / section["root"]
     if kind == "VOC":
         shutil.copytree(shapes, root)
@@ -204,6 +205,15 @@ def test_a_set_is_read_in_each_layout(kind: str, here: Path, shapes: Path, scene
             assert np.array_equal(read_image, image)
             assert np.array_equal(read_target["labels"], target["labels"])
             np.testing.assert_allclose(read_target["boxes_xyxy"], target["boxes_xyxy"], atol=1e-4)
+
+
+def test_images_with_xml_files_are_divided(here: Path, shapes: Path) -> None:
+    section = fragment("share: 0.2")["data"]
+    section["train"]["names"] = NAMES
+    shutil.copytree(shapes / "JPEGImages", here / section["root"])
+    shutil.copytree(shapes / "Annotations", here / section["root"], dirs_exist_ok=True)
+    sets = config.call(make_sets, section, "data")
+    assert (len(sets.train), len(sets.val)) == (26, 6)
 
 
 def test_a_table_may_have_images_without_objects_and_says_which_lines_are_wrong(

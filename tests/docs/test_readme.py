@@ -8,6 +8,7 @@ import pytest
 import train as train_script
 from tests.commands import records, run
 from tests.conftest import ROOT, TINY
+from tests.data.layouts import write
 from tests.docs.pages import blocks
 
 README = (ROOT / "README.md").read_text()
@@ -18,9 +19,10 @@ TINY_RUN = ("device=cpu", "data.imgsz=64", f"student.scale={TINY}", "train.epoch
 @pytest.fixture
 def mine(tmp_path: Path, shapes: Path) -> Path:
     """configs/mine.yaml, of the shapes, without the download of its weights."""
+    write("beside", shapes, tmp_path / "photographs")
     text = blocks(README, "yaml")[0]
     for old, new in {
-        "path/to/folder": shapes.as_posix(),
+        "path/to/folder": (tmp_path / "photographs").as_posix(),
         "runs/mine": (tmp_path / "run").as_posix(),
         "[cat, dog, cup]": NAMES,
     }.items():

@@ -162,10 +162,10 @@ def test_a_file_of_a_run_means_the_run(folder: Path, capsys) -> None:
         assert f"{path}: its run is {named}" in capsys.readouterr().out
 
 
-def test_more_epochs_are_refused_with_the_way_to_them(folder: Path) -> None:
-    told = refused(folder, "train.epochs=4")
+def test_fewer_epochs_are_refused_with_a_way_out(folder: Path) -> None:
+    told = refused(folder, "train.epochs=1")
     best = folder / "run" / "best.pt"
-    assert "train.epochs was 2, is 4: set it back, or begin another run" in told
+    assert "train.epochs was 2, is 1: set it back, or begin another run" in told
     assert f"run={folder / 'run'}-2 student.weights={best}" in told
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from examples.coco_json import CocoJson
-from examples.yolo_txt import read_labels
 from kdmini import checkpoint, config, weightfile
 from kdmini.contracts import UserError
 from kdmini.data.pictures import decode
+from kdmini.detection.coco_json import CocoJson
 from kdmini.detection.voc import VOC
 from kdmini.detection.voc_xml import read_annotation
+from kdmini.detection.yolo_txt import read_labels
 from kdmini.runlog import RunFolder
 from tests.faults.record import survived
 

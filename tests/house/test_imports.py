@@ -47,7 +47,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "distill": ("distributed",),
     "terms": ("distill",),
     # a model never learns that it is distilled
-    "detection": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
+    "detection": (
+        *("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights", "yamltext"),
+    ),
     "segmentation": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
     "classification": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
     # models, data and terms arrive as arguments

@@ -2,20 +2,9 @@
 
 A line is `class cx cy w h`, an object, in parts of the image's sides.
 
-    data:
-      root: data/mine  # with data.yaml, images/train/a.jpg and labels/train/a.txt
-      train: &set
-        build: examples.yolo_txt:YoloTxt
-        images: images/train
-        names: data.yaml
-      val: {<<: *set, images: images/val}
-
-`names` is the list of classes, or a YAML file in root with `names:`, a list or
-{0: cat, 1: dog}. Labels lie where the images do, in a folder `labels` in the place of
-`images` (train/images, too, has its labels in train/labels). Folders below that one and
-lists of files are not read, nor polygons and keypoints. An image without a label file,
-or with an empty one, is background. Where EXIF turns an image with labels, they may be for
-either, and it is an error; `as_stored: true` says that they are for the pixels as stored.
+    data/mine/data.yaml             names: [cat, dog]
+    data/mine/images/train/a.jpg
+    data/mine/labels/train/a.txt    0 0.5 0.5 0.25 0.4
 
 Legend: G objects of an image.
 """
@@ -26,23 +15,42 @@ from pathlib import Path
 
 import numpy as np
 
-from kdmini import config
 from kdmini.contracts import UserError
-from kdmini.data.folders import files, find_file, has_ending, leads_out, one_of
+from kdmini.data.folders import (
+    files,
+    find_file,
+    folders_in,
+    has_ending,
+    leads_out,
+    one_of,
+)
 from kdmini.data.pictures import DEEP, IMAGES, Bits
+from kdmini.data.voc import class_names
 from kdmini.detection.samples import SLACK, Marked, Samples
 from kdmini.detection.truth import Boxes, Target
 from kdmini.files import check_kind
 from kdmini.typed import short
+from kdmini.yamltext import parse
 
 LABELS = (".txt",)
 
 
 class YoloTxt:
-    """One folder of images, as a `kdmini.contracts.Dataset`.
+    """One folder of images with text files, as a `kdmini.contracts.Dataset`.
 
-    Raises UserError, with file and line, for an image whose files are wrong, when it is
-    asked for; a link that leads out of the set is such a file.
+    root: the folder of the set.
+    images: folder of the images in root; `.` is root itself. Labels lie in the folder where
+        its last part `images` is `labels`; without such a part, beside the images.
+    names: the classes in the order of their numbers; or a file in root that has them, a YAML
+        with `names:`, a list or {0: cat, 1: dog}, or a text file with one a line.
+    recursive: the folders below are read too.
+    bits: used of images of 16 bits, such as 12 of a thermal camera; they are scaled to 8.
+    as_stored: boxes belong to the pixels as they are stored, whatever EXIF says; else an image
+        with objects that EXIF turns is an error.
+
+    An image without a label file, or with an empty one, is background. Lists of files are not
+    read, nor polygons and keypoints. Raises UserError, with file and line, for an image whose
+    files are wrong, when it is asked for; a link that leads out of the set is such a file.
     """
 
     truth = Boxes
@@ -52,35 +60,33 @@ class YoloTxt:
         root: str,
         images: str = "images/train",
         names: list[str] | str = "data.yaml",
+        recursive: bool = False,
         bits: Bits = DEEP,
         as_stored: bool = False,
     ):
         base = Path(root).expanduser().absolute()
-        folder = base / images
-        label_folder = base / labels_beside(images)
-        for path in (folder, label_folder):
+        self.folder = base / images
+        self.label_folder = base / labels_beside(images)
+        for path in (self.folder, self.label_folder):
             if not path.is_dir():
                 raise UserError(f"{path}: no such folder; correct `root` or `images`")
 
-        self.names = read_names(base / names) if isinstance(names, str) else list(names)
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise UserError(f"`names` is empty or names a class twice: {self.names}")
-
-        self.files = files(folder)
+        known = read_names(base / names) if isinstance(names, str) else names
+        self.names = class_names(known, [])
+        self.files = files(self.folder, recursive)
+        self.labels = files(self.label_folder, recursive)
         self.images: list[tuple[str, str]] = []  # name without ending, path
         for name, paths in self.files.items():
             self.images += [(name, path) for path in paths if has_ending(path, IMAGES)]
         if not self.images:
             raise UserError(
-                f"{folder}: holds no image ({', '.join(IMAGES)}); correct `root` or `images`"
+                f"{self.folder}: holds no image ({', '.join(IMAGES)}); correct `root` or `images`"
             )
-        self.folder = folder
-        self.label_folder = label_folder
+        self.ids = [os.path.relpath(path, self.folder) for _, path in self.images]
         self.photographs = {
-            (os.path.realpath(folder), os.path.basename(path)) for _, path in self.images
+            os.path.split(os.path.join(os.path.realpath(self.folder), id)) for id in self.ids
         }
-        self.labels = files(label_folder)
-        self.not_read = sum(path.is_dir() for path in folder.iterdir())
+        self.not_read = 0 if recursive else len(folders_in(self.folder))
         self.samples = Samples(bits, as_stored)
 
     def __len__(self) -> int:
@@ -98,7 +104,7 @@ class YoloTxt:
         centre = boxes_cxcywh[:, :2]
         half = boxes_cxcywh[:, 2:] / 2
         marked = Marked(
-            id=os.path.basename(path),
+            id=self.ids[index],
             boxes_xyxy=np.hstack([centre - half, centre + half]),
             labels=labels,
             difficult=np.zeros(len(labels), bool),
@@ -112,7 +118,7 @@ class YoloTxt:
         if not any(has_ending(path, LABELS) for path in self.labels.get(name, [])):
             return ""
         wanted = self.label_folder / f"{name}.txt"
-        return find_file(self.labels, wanted, LABELS, self.label_folder.parent)
+        return find_file(self.labels, name, wanted, LABELS, self.label_folder.parent)
 
     def report(self) -> str:
         """What was set right in the images read so far, in one line; empty if nothing was."""
@@ -129,19 +135,27 @@ class YoloTxt:
 def labels_beside(images: str) -> Path:
     """The folder of the labels, in root: the last part `images` is `labels` there."""
     parts = list(Path(images).parts)
-    if "images" not in parts or ".." in parts or parts[0] == "/":
-        raise UserError(
-            f"images: {images!r} is no folder in root with a part called `images`; "
-            "write images/train"
-        )
-    last = len(parts) - 1 - parts[::-1].index("images")
-    parts[last] = "labels"
+    if ".." in parts or images.startswith("/"):
+        raise UserError(f"images: {images!r} is no folder in root; write images/train")
+    if "images" in parts:
+        last = len(parts) - 1 - parts[::-1].index("images")
+        parts[last] = "labels"
     return Path(*parts)
 
 
 def read_names(path: Path) -> list[str]:
-    """The `names` of a data.yaml, in the order of the labels."""
-    names = config.load(path).get("names")
+    """The `names` of a data.yaml, in the order of the labels, or the lines of a text file."""
+    check_kind(path)
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"{path}: cannot be read ({reason}); correct `root` or `names`") from None
+    if has_ending(path.name, LABELS):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+    content = parse(text, str(path))
+    names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[label] for label in range(len(names))]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -13,10 +13,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import train as train_script
-from examples.coco_json import CocoJson
 from examples.shapes import SHAPE_NAMES
 from kdmini.contracts import BadObjects, UserError
 from kdmini.data.store import Store
+from kdmini.detection.coco_json import CocoJson
 from kdmini.detection.voc import VOC
 from tests.commands import run
 
@@ -140,7 +140,7 @@ def test_a_run_on_it_is_the_run_on_the_voc_form_bit_for_bit(converted, config_fi
     overrides = [f"data.root={converted}", f"run={tmp_path / 'coco'}"]
     for split in ("train", "val"):
         section = {
-            "build": "examples.coco_json:CocoJson",
+            "build": "kdmini.detection.coco_json:CocoJson",
             "annotations": f"{split}.json",
             "images": "images",
             "names": SHAPE_NAMES,

@@ -13,10 +13,10 @@ from torchvision.ops import box_convert
 
 import train as train_script
 from examples.shapes import SHAPE_NAMES
-from examples.yolo_txt import YoloTxt
 from kdmini.contracts import UserError
 from kdmini.data.store import Store
 from kdmini.detection.voc import VOC
+from kdmini.detection.yolo_txt import YoloTxt
 from tests.commands import run
 
 NAMES = ["cat", "dog", "emu"]
@@ -91,8 +91,8 @@ def train_on(config_file, root, train, val):
     """A short run on the set in `root`; train, val: the folders of images."""
     overrides = [
         f"data.root={root}",
-        f"data.train={{build: examples.yolo_txt:YoloTxt, images: {train}}}",
-        f"data.val={{build: examples.yolo_txt:YoloTxt, images: {val}}}",
+        f"data.train={{build: kdmini.detection.yolo_txt:YoloTxt, images: {train}}}",
+        f"data.val={{build: kdmini.detection.yolo_txt:YoloTxt, images: {val}}}",
     ]
     run(train_script, "--config", config_file, *overrides, "train.epochs=2", "distill=null")
 
@@ -263,8 +263,8 @@ def test_labels_stand_in_the_place_of_the_last_part_that_is_images(tmp_path):
     [
         ("../set/images/train", "is no folder in root"),
         ("/images/train", "is no folder in root"),
-        ("pictures", "is no folder in root"),
-        ("", "is no folder in root"),
+        ("pictures", "pictures: no such folder"),
+        ("", "set: holds no image"),
         ("images/test", "images/test: no such folder"),
         ("images/bare", "labels/bare: no such folder"),
     ],

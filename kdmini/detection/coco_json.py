@@ -1,19 +1,7 @@
 """COCO's form: a JSON of `images`, `categories`, `annotations`, and a folder of images.
 
-    data:
-      root: data/coco
-      train: &set
-        build: examples.coco_json:CocoJson
-        annotations: annotations/instances_train.json  # in root
-        images: train                                  # with train/000000000009.jpg
-      val: {<<: *set, annotations: annotations/instances_val.json, images: val}
-
-`names` lists the classes in the order of their labels; without it they are the file's,
-by category id. Ids, which may have gaps, become labels by name. `iscrowd: 1` counts as
-difficult: not trained on, neither hit nor miss. Boxes are used, masks are not. An image
-without annotations is background. Where EXIF or `width` and `height` leave open which
-picture the boxes belong to, that is an error; `as_stored: true` says that they are for the
-pixels as stored.
+    data/mine/train.json            one for each set
+    data/mine/train/a.jpg           "file_name": "a.jpg"
 
 Legend: G objects of an image.
 """
@@ -54,8 +42,18 @@ Objects = dict[int | str, list[Annotation]]  # by image id
 class CocoJson:
     """The images of one JSON, as a `kdmini.contracts.Dataset`.
 
-    Raises UserError for a file that is no such JSON; for an image that is missing or
-    wrong, or a box, when the image is asked for.
+    root: the folder of the set.
+    annotations: the JSON in root.
+    images: folder in root from which the JSON's `file_name` is read; `.` is root itself.
+    names: the classes in the order of their labels; those of the file, by category id, by
+        default. Ids, which may have gaps, become labels by name.
+    bits: used of images of 16 bits, such as 12 of a thermal camera; they are scaled to 8.
+    as_stored: boxes belong to the pixels as they are stored, whatever `width`, `height` and
+        EXIF say; else an image of which that is not clear is an error.
+
+    `iscrowd: 1` counts as difficult. Boxes are used, masks are not. An image without
+    annotations is background. Raises UserError for a file that is no such JSON; for an image
+    that is missing or wrong, or a box, when the image is asked for.
     """
 
     truth = Boxes
@@ -87,7 +85,10 @@ class CocoJson:
         check_unique(self.path, "images", self.images, "id")
         check_unique(self.path, "images", self.images, "file_name")
         self.objects = self._objects_by_image(content, name_of)
-        self.photographs = {(self.folder, image["file_name"]) for image in self.images}
+        self.ids = [image["file_name"] for image in self.images]
+        self.photographs = {
+            os.path.split(os.path.normpath(os.path.join(self.folder, id))) for id in self.ids
+        }
         self.samples = Samples(bits, as_stored)
 
     def _objects_by_image(self, content: Any, name_of: dict[int, str]) -> Objects:
