@@ -21,7 +21,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     root = tmp_path_factory.mktemp("classes") / "shapes"
     write_set(root, train=24, val=12, size=48, folders=True)
     small = (f"student={CLASSIFIER}", "data.imgsz=32", "train.batch=8", "train.nbs=8")
-    return ["--config", DEMO, f"data.root={root}", "device=cpu", *small]
+    taps = "distill.taps=[group1, group2, group3]"
+    return ["--config", DEMO, f"data.root={root}", "device=cpu", taps, *small]
 
 
 def test_a_run_learns_labels_of_mixed_images(command: list[object], tmp_path: Path, capsys) -> None:
@@ -30,6 +31,7 @@ def test_a_run_learns_labels_of_mixed_images(command: list[object], tmp_path: Pa
     run(train_script, *command, *mixing, f"run={folder}", "train.epochs=2")
     last = records(folder)[-1]
     assert math.isfinite(last["loss/ce"])
+    assert math.isfinite(last["loss/self_teacher"])
     assert 0 <= last["score/top1"] <= last["score/top5"] <= 1
 
     saved = tmp_path / "saved"
@@ -55,6 +57,12 @@ def test_a_run_learns_which_class_is_which(tmp_path: Path) -> None:
     settings = (f"data.root={tmp_path / 'set'}", f"student={CLASSIFIER}", f"run={tmp_path / 'run'}")
     recipe = ("train.epochs=4", "train.batch=8", "train.nbs=8", "train.lr0=0.01")
     mixing = ("data.augment.cutmix=0.4", "data.augment.mixup=0.4")
-    average = ("train.ema_decay=0.8", "train.ema_tau=1", "data.imgsz=32", "device=cpu")
+    average = (
+        "train.ema_decay=0.8",
+        "train.ema_tau=1",
+        "data.imgsz=32",
+        "device=cpu",
+        "distill=null",
+    )
     run(train_script, "--config", DEMO, *settings, *recipe, *average, *mixing)
     assert records(tmp_path / "run")[-1]["score/top1"] > 0.9
