@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdmini import config, distributed, engine
 from kdmini.assemble import make_distillation
+from kdmini.classification.classifier import Classifier
 from kdmini.device import precision
 from kdmini.engine import Training
 from kdmini.optim import EMA, Recipe, make_optimizer
@@ -101,6 +102,22 @@ class Labeller(Segmenter):
         return {name: self.gain * value for name, value in super().loss(preds, targets).items()}
 
 
+class Sorter(Classifier):
+    """Two layers, and the class of an image."""
+
+    def __init__(self, names: list[str]):
+        super().__init__(names)
+        self.gain = 1.0  # of the loss
+        self.steps = nn.Sequential(conv_bn(3, 16, 3, stride=4), conv_bn(16, 24, 3, stride=2))
+        self.fc = nn.Linear(24, len(names))
+
+    def body(self, images: Tensor) -> Tensor:
+        return self.steps(images)
+
+    def loss(self, preds: Tensor, targets: Any) -> dict[str, Tensor]:
+        return {name: self.gain * value for name, value in super().loss(preds, targets).items()}
+
+
 def same_mask(x: Tensor) -> Tensor:
     """In place of torch.rand_like: a ramp, the same for every image.
 
@@ -166,6 +183,7 @@ def scenes() -> tuple[Tensor, dict[str, Tensor]]:
     boxes_xyxy = torch.cat([corner, corner + 40], 2)
     labels = torch.zeros(IMAGES, 1, dtype=torch.int64)
     targets = {"boxes_xyxy": boxes_xyxy, "labels": labels, "values": uniform(IMAGES)}
+    targets["share"] = light[:, :1, 0, 0]
     mask = (uniform(IMAGES, IMGSZ, IMGSZ) < light[:, 0]).to(torch.uint8)
     for number in range(IMAGES):
         mask[number, : number * IMGSZ // IMAGES] = VOID
@@ -216,6 +234,10 @@ def stepped() -> tuple[nn.Module, nn.Module]:
 
 def labellers() -> tuple[nn.Module, nn.Module]:
     return Labeller(NAMES), Labeller(NAMES)
+
+
+def sorters() -> tuple[nn.Module, nn.Module]:
+    return Sorter(NAMES), Sorter(NAMES)
 
 
 class Pair:
@@ -308,6 +330,14 @@ def of_masks() -> Pair:
     return Pair({**section, "taps": ["steps.0", "steps.1"]}, labellers)
 
 
+def of_classes() -> Pair:
+    """Student and teacher that learn classes."""
+    section = all_sections()["attention sample"]
+    build = "kdmini.terms.logits:LogitDistillation"
+    logits = {"build": build, "form": "softmax", "gamma": 0, "reduction": "sample", "weight": 1.0}
+    return Pair({**section, "taps": ["steps.0", "steps.1"], "logits": logits}, sorters)
+
+
 def all_sections() -> dict[str, dict[str, Any]]:
     """None of which depends on the batch: what a paper takes over all images of a batch, a
     term also takes over each of them.
@@ -328,4 +358,5 @@ def among_ranks(whole: bool = False) -> dict[str, Tensor]:
             scales = Scales(loss_scale, kd_scale)
             found[f"{loss_scale}, {kd_scale}"] = pair.gradient(batch, scales)
     found["masks"] = of_masks().gradient(batch, Scales())
+    found["classes"] = of_classes().gradient(batch, Scales())
     return found

@@ -20,6 +20,7 @@ from tests.splits import (
     Split,
     all_sections,
     float_or_double,
+    of_classes,
     of_masks,
     same_mask,
     scenes,
@@ -70,7 +71,7 @@ def of_boxes() -> Pair:
     return Pair(SECTIONS["attention sample"])
 
 
-@pytest.mark.parametrize("make", [of_boxes, of_masks])
+@pytest.mark.parametrize("make", [of_boxes, of_masks, of_classes])
 @pytest.mark.parametrize(("loss_scale", "factor"), [("batch", IMAGES), ("none", 1)])
 def test_and_the_same_task_so_that_their_ratio_is_that_of_one_batch(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], Pair], loss_scale: str, factor: int
