@@ -1,0 +1,228 @@
+"""One thing changed a row, all else the same, for any config: which change helps, and how sure.
+
+python -m bench.rows bench/evidence/groceries.yaml              # all that is not done yet
+python -m bench.rows bench/evidence/groceries.yaml cutmix --seeds 0
+python -m bench.rows bench/evidence/groceries.yaml --table      # no run: the page alone
+
+The file is a `Protocol`, below. Each run is one of train.py, in RUNS/ROW-SEED; a run that was
+stopped goes on where it was, and processes that are given other rows or seeds share the work.
+Config and curve of each go to the folder that is named as the file is, and the page beside it
+is made of those alone. Seeds are paired: a row's score minus that of the baseline with the same
+seed, their mean, and the interval of Student's t that holds it with 95 %.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from bench.evidence import commit
+from bench.findings import SCORE, Result, read
+from bench.measure import machine
+from bench.protocol import ROOT
+from kdmini import config, signals
+from kdmini.bounds import Seed
+from kdmini.contracts import UserError
+from kdmini.device import pick_device
+from kdmini.files import write_whole
+from kdmini.tools.compare import markdown, spread
+from kdmini.typed import argument
+
+# of Student's t, the value that 97.5 % lie below, for 1, 2, 3, ... degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is changed.
+
+    overrides: of the config, as on the command line.
+    config: in place of the protocol's.
+    teacher: the row whose best.pt of seed 0 is the teacher.
+    seeds: in place of the protocol's.
+    against: the row that it is compared with, in place of the baseline.
+    """
+
+    overrides: tuple[str, ...] = ()
+    config: str | None = None
+    teacher: str | None = None
+    seeds: tuple[Seed, ...] | None = None
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that is to be run.
+
+    title: of the page.
+    about: what is asked, and what was decided before a row was run.
+    config: of the runs.
+    rows: name -> what is changed, the baseline first.
+    score: that is compared, of the last epoch.
+    seeds: of each row.
+    overrides: the same for all rows.
+    """
+
+    title: str
+    about: str
+    config: str
+    rows: dict[str, dict[str, Any]]
+    score: str
+    seeds: tuple[Seed, ...]
+    overrides: tuple[str, ...] = ()
+
+    def row(self, name: str) -> Row:
+        return config.call(Row, self.rows[name], f"rows.{name}")
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.rows))
+
+    def seeds_of(self, name: str) -> Sequence[int]:
+        seeds = self.row(name).seeds
+        return self.seeds if seeds is None else seeds
+
+    def against(self, name: str) -> str:
+        return self.row(name).against or self.baseline
+
+
+def settings_of(
+    protocol: Protocol, name: str, seed: int, runs: Path, root: str | None
+) -> dict[str, Any]:
+    """The config of a run. root: of the data, where it is not the config's."""
+    row = protocol.row(name)
+    overrides = [*protocol.overrides, *row.overrides]
+    if root:
+        overrides.append(f"data.root={root}")
+    if row.teacher:
+        overrides.append(f"teacher.weights={runs / f'{row.teacher}-0/best.pt'}")
+    overrides += [f"run={runs / f'{name}-{seed}'}", f"seed={seed}"]
+    return config.load(row.config or protocol.config, overrides)
+
+
+def make(
+    protocol: Protocol, name: str, seed: int, kept: Path, runs: Path, root: str | None
+) -> None:
+    """Trains, or goes on, or sees that nothing is left; then keeps config and curve.
+
+    kept: the folder of what is kept of all runs. Raises UserError.
+    """
+    folder = runs / f"{name}-{seed}"
+    teacher = protocol.row(name).teacher
+    if teacher and not (runs / f"{teacher}-0/best.pt").exists():
+        raise UserError(f"row {name} is taught by {runs / teacher}-0: make that row first")
+    print(f"\n{name}, seed {seed}: {folder}")
+    settings = settings_of(protocol, name, seed, runs, root)
+    place = kept / folder.name
+    place.mkdir(parents=True, exist_ok=True)
+    begins = not (folder / "config.yaml").exists()
+    if begins:
+        device = pick_device(settings.get("device", "auto"))
+        made_on = machine(device.type, torch.get_num_threads())
+        write_whole(place / "made.txt", f"commit {commit()}, {made_on}\n")
+    train.train(settings, str(kept), resume=not begins)
+    # as it is everywhere, wherever runs and data are here
+    usual = settings_of(protocol, name, seed, Path("runs/evidence") / kept.name, None)
+    write_whole(place / "config.yaml", config.dump(usual))
+    write_whole(place / "results.csv", (folder / "results.csv").read_bytes())
+
+
+# --- the page
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The ends of what holds the mean with 95 %; None of one value, or of too many."""
+    freedom = len(values) - 1
+    if not 0 < freedom <= len(T_975):
+        return None
+    half = T_975[freedom - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.mean(values)
+    return mean - half, mean + half
+
+
+def verdict(ends: tuple[float, float] | None) -> str:
+    """Empty where there are too few runs to tell."""
+    if ends is None:
+        return ""
+    low, high = ends
+    if low > 0:
+        return "helps"
+    return "hurts" if high < 0 else "cannot be told"
+
+
+def cells_of(protocol: Protocol, name: str, results: dict[str, dict[int, Result]]) -> list[str]:
+    """A line of the table."""
+    key = SCORE + protocol.score
+    runs = results[name]
+    scores = [100 * run.last[key] for run in runs.values()]
+    against = protocol.against(name)
+    gains = []
+    for seed, run in runs.items():
+        if name != against and seed in results[against]:
+            gains.append(100 * (run.last[key] - results[against][seed].last[key]))
+    ends = interval(gains)
+    shown = f"{statistics.mean(gains):+.2f}" if gains else ""
+    if ends:
+        shown += f" ({ends[0]:+.2f} to {ends[1]:+.2f})"
+    speed = f"{statistics.median(run.speed for run in runs.values()):.0f}" if runs else ""
+    compared = "" if name == against else against
+    return [name, spread(scores, ".2f"), compared, shown, verdict(ends), speed]
+
+
+def write_page(protocol: Protocol, path: Path, kept: Path) -> None:
+    """path: of the protocol. Writes the page beside it, and prints it."""
+    results = {name: read(kept, name) for name in protocol.rows}
+    header = ["row", protocol.score, "compared with", "difference (95 %)", "verdict", "images/s"]
+    body = [cells_of(protocol, name, results) for name in protocol.rows]
+    planned = sum(len(protocol.seeds_of(name)) for name in protocol.rows)
+    made = sum(map(len, results.values()))
+    blocks = [
+        f"# {protocol.title}",
+        protocol.about.strip(),
+        markdown(header, body),
+        f"Scores of the last epoch, times 100: mean ± standard deviation over n seeds. The "
+        f"differences are\npaired by seed. {made} of {planned} runs have been made; what each "
+        f"changes stands in [{path.name}]({path.name}),\nconfig and curve of each in "
+        f"[{kept.name}/]({kept.name}). The page: `python -m bench.rows {path} --table`.",
+    ]
+    text = "\n\n".join(blocks)
+    write_whole(kept.with_suffix(".md"), text + "\n")
+    print(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("protocol", type=Path, metavar="PROTOCOL.yaml")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="those to run (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=argument(Seed), help="those to run")
+    parser.add_argument("--runs", type=Path, help="default: runs/evidence/PROTOCOL")
+    parser.add_argument("--root", help="folder of the data (default: that of the config)")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_intermixed_args(argv)
+    signals.exit_on_signals()
+    kept = (ROOT / args.protocol).with_suffix("")
+    runs = args.runs or Path("runs/evidence") / kept.name
+    try:
+        protocol = config.call(Protocol, config.load(str(args.protocol)), str(args.protocol))
+        for name in args.rows:
+            if name not in protocol.rows:
+                parser.error(f"no row `{name}`: there are {', '.join(protocol.rows)}")
+        for name in [] if args.table else args.rows or protocol.rows:
+            for seed in args.seeds or protocol.seeds_of(name):
+                make(protocol, name, seed, kept, runs, args.root)
+        write_page(protocol, args.protocol, kept)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

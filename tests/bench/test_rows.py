@@ -1,0 +1,92 @@
+"""Rows of any config: run, kept, compared."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import rows
+from bench.rows import T_975, interval, verdict
+from kdmini import config
+from tests.conftest import ROOT, write_config
+
+
+@pytest.mark.parametrize("freedom", range(1, len(T_975) + 1))
+def test_students_t_is_that_of_its_density(freedom: int) -> None:
+    """By trapezoids from 0 to the value: 47.5 %."""
+    x = np.linspace(0, T_975[freedom - 1], 200_001)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    factor = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+    share = factor / math.sqrt(math.pi * freedom) * np.trapezoid(density, x)
+    assert share == pytest.approx(0.475, abs=2e-5)
+
+
+def test_an_interval_by_hand() -> None:
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)
+    assert interval([1.0]) is None
+    assert [verdict(ends) for ends in ((0.1, 2), (-2, -0.1), (-1, 1), None)] == [
+        "helps",
+        "hurts",
+        "cannot be told",
+        "",
+    ]
+
+
+def test_rows_are_run_kept_and_compared(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    path = tmp_path / "trial.yaml"
+    protocol = {
+        "title": "A trial",
+        "about": "Which is better.",
+        "config": str(write_config(tmp_path, shapes)),
+        "score": "AP50",
+        "seeds": [0, 1],
+        "overrides": ["train.epochs=1", "teacher=null", "distill=null"],
+        "rows": {"alone": {}, "faster": {"overrides": ["train.lr0=0.02"]}},
+    }
+    path.write_text(config.dump(protocol))
+    command = [str(path), "--runs", str(tmp_path / "runs"), "--root", str(shapes)]
+    rows.main(command)
+    page = (tmp_path / "trial.md").read_text()
+    assert page.startswith("# A trial\n\nWhich is better.")
+    assert "4 of 4 runs have been made" in page
+    assert "| faster | " in page
+    kept = tmp_path / "trial" / "faster-1"
+    settings = config.load(str(kept / "config.yaml"))
+    assert (settings["seed"], settings["train"]["lr0"]) == (1, 0.02)
+    assert settings["run"] == "runs/evidence/trial/faster-1"
+
+    capsys.readouterr()
+    rows.main([*command, "faster", "--seeds", "1"])  # nothing is left of it
+    assert "finished: best epoch 1" in capsys.readouterr().out
+    rows.main([str(path), "--table"])
+    assert (tmp_path / "trial.md").read_text() == page
+
+
+def test_a_row_that_needs_a_teacher_names_it(tmp_path: Path, shapes: Path) -> None:
+    path = tmp_path / "trial.yaml"
+    protocol = {
+        "title": "",
+        "about": "",
+        "config": str(write_config(tmp_path, shapes)),
+        "score": "AP50",
+        "seeds": [0],
+        "rows": {"taught": {"teacher": "large"}},
+    }
+    path.write_text(config.dump(protocol))
+    with pytest.raises(SystemExit, match=r"row taught is taught by .*large-0: make that row"):
+        rows.main([str(path), "--runs", str(tmp_path / "runs")])
+
+
+def test_the_protocols_that_are_kept_can_be_run() -> None:
+    for path in (ROOT / "bench/evidence/groceries.yaml",):
+        protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+        for name in protocol.rows:
+            settings = rows.settings_of(protocol, name, 0, Path("runs"), None)
+            teacher = protocol.row(name).teacher
+            assert bool(settings.get("teacher")) == bool(teacher)
+            assert protocol.against(name) in protocol.rows
+            assert teacher is None or protocol.seeds_of(teacher)[0] == 0
