@@ -15,6 +15,7 @@ from kdmini.classes import refuse_other_classes
 from kdmini.contracts import UserError
 from kdmini.data.loader import TrainLoader, ValLoader, refuse_few
 from kdmini.data.storage import choose
+from kdmini.data.unlabelled import MixedLoader, others_of
 from kdmini.device import Autocast, half_of, is_compiled, precision
 from kdmini.distill.step import Distillation, Weighted, freeze, tap_shapes
 from kdmini.distill.taps import is_graph
@@ -202,6 +203,19 @@ def void_pieces(sections: Sections, recipe: Recipe, networks: Networks) -> dict[
     return void
 
 
+def refuse_readers(distillation: Distillation) -> None:
+    """Raises UserError where images without ground truth teach nothing, or a term needs it."""
+    if not distillation.terms:
+        raise UserError("data.unlabelled: only terms learn from it; add `distill`, or take it out")
+    for name, term in distillation.terms.items():
+        uses: Any = term.uses
+        if "targets" in uses:
+            raise UserError(
+                f"distill.{name}: it reads the ground truth, and data.unlabelled has none; take "
+                "one of the two out"
+            )
+
+
 def storage_settings(
     sets: Sets,
     recipe: Recipe,
@@ -245,23 +259,39 @@ def make_run(
     sets = sections.sets()
     names = sets.train.names
     sections.make_metric(names)
+    labelled = recipe.batch
+    if sets.unlabelled:
+        labelled -= others_of(recipe.batch, sets.share, distributed.world())
     if images := sets.images():  # a set without any has a line of its own
-        refuse_few(images, recipe.batch)
+        refuse_few(images, labelled)
     autocast, scaler = precision(recipe.amp, device)
     compiled = is_compiled(sections.compile, device)
     networks = make_networks(sections, recipe, names, sets.imgsz, device, autocast, compiled)
     void = void_pieces(sections, recipe, networks)
+    if sets.unlabelled:
+        refuse_readers(networks.distillation)
     faults = "; ".join(filter(None, void.values()))
     if faults and not limit and not sections.allow_void:
         raise UserError(f"{faults}; or train all the same with allow_void=true")
 
     settings = storage_settings(sets, recipe, networks, device, autocast, limit)
     settings["compiled"] = compiled
-    share = {"rank": distributed.rank(), "world": distributed.world()}
-    store = sets.store("train", device, **settings)
-    loader = TrainLoader(store, recipe.batch, recipe.epochs, sets.augment, sections.seed, **share)
-    val_store = sets.store("val", device, **settings)
     inputs = networks.inputs
+    store = sets.store("train", device, **settings)
+    loader: TrainLoader | MixedLoader
+    order = (recipe.batch, recipe.epochs, sets.augment, sections.seed)
+    ranks = (distributed.rank(), distributed.world())
+    if sets.unlabelled:
+        others = sets.store("unlabelled", device, **settings)
+        inputs.add_set("data.unlabelled", others)
+        loader = MixedLoader(store, others, sets.share, *order, *ranks)
+        print(
+            f"data.unlabelled: {len(others):,} images, {recipe.batch - labelled} of the "
+            f"{recipe.batch} of a batch"
+        )
+    else:
+        loader = TrainLoader(store, *order, *ranks)
+    val_store = sets.store("val", device, **settings)
     inputs.add_set("data.train", store)
     inputs.add_set("data.val", val_store)
     distributed.wait_for_all()  # another machine may decode for longer than the timeout
@@ -277,5 +307,5 @@ def make_run(
         autocast=autocast,
         progress=progress,
     )
-    val_loader = ValLoader(val_store, recipe.batch, **share)
+    val_loader = ValLoader(val_store, recipe.batch, *ranks)
     return Run(training, networks.teacher, val_loader, sets.imgsz, inputs, void, sets.drawn)

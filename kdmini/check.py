@@ -117,11 +117,12 @@ def rows_of_gradients(training: engine.Training, images: Tensor, targets: Target
     distillation = training.distillation
     recipe = training.recipe
     n = recipe.batch * recipe.accumulate  # images of an update after the warm-up
-    task_scale, kd_scale = training.scales(n)
+    known = n * len(targets["ids"]) // len(images)
+    task_scale, kd_scale = training.scales(known, n)
     epoch = training.progress.epoch
 
     def task() -> Losses:
-        return student.loss(student(images), targets)
+        return student.loss(engine.labelled(student(images), images, targets), targets)
 
     def kd() -> Losses:
         return distillation(images, student(images), targets, epoch)

@@ -164,7 +164,8 @@ class Term(Protocol):
     Optional: `needs_teacher = False`.
     """
 
-    # of "feats", "preds", "classes": decides what the teacher has to run
+    # of "feats", "preds", "classes": decides what the teacher has to run; and "targets", where it
+    # needs the ground truth, which unlabelled images lack
     uses: Set[str]
 
     def __call__(self, student: View, teacher: View | None, targets: Targets) -> Tensor:

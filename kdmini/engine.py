@@ -4,7 +4,7 @@ argument: nothing here imports a model, a data set or a term.
 Legend: N images, S image size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -76,13 +76,13 @@ class Training:
         names = ("student", "ema", "distillation", "optimizer", "scaler", "progress")
         return {name: getattr(self, name) for name in names}
 
-    def scales(self, n: int) -> tuple[float, float]:
-        """What the means over the n images of an update, of all micro-batches and ranks, are
-        multiplied by: the task's, and the distillation's.
+    def scales(self, labelled: int, images: int) -> tuple[float, float]:
+        """What the means over the images of an update, of all micro-batches and ranks, are
+        multiplied by: the task's, whose mean is over the labelled ones, and the distillation's.
         """
         kd_scale = self.distillation.kd_scale
-        task_scale = n if self.recipe.loss_scale == "batch" else 1
-        return task_scale, n if kd_scale == "batch" else kd_scale
+        task_scale = labelled if self.recipe.loss_scale == "batch" else 1
+        return task_scale, images if kd_scale == "batch" else kd_scale
 
 
 def train_one_epoch(training: Training, stop: Stop) -> None:
@@ -113,11 +113,11 @@ def train_one_epoch(training: Training, stop: Stop) -> None:
         with distributed.averaging(training.replica, update):
             with training.autocast():
                 preds = training.replica(images)
-                task = student.loss(preds, targets)
+                task = student.loss(labelled(preds, images, targets), targets)
                 kd = distillation(images, preds, targets, epoch)
             # gradients are averaged over the ranks and added up over the micro-batches
-            n = len(images) * distributed.world() * micro_batches
-            task_scale, kd_scale = training.scales(n)
+            parts = distributed.world() * micro_batches  # of an update
+            task_scale, kd_scale = training.scales(len(targets["ids"]) * parts, len(images) * parts)
             loss: Any = task_scale * sum(task.values()) + kd_scale * sum(kd.values())
             scaler.scale(loss / micro_batches).backward()
 
@@ -144,6 +144,21 @@ def train_one_epoch(training: Training, stop: Stop) -> None:
         if leaving and update:
             break
     bar.close()
+
+
+def labelled(preds: Any, images: Tensor, targets: Targets) -> Any:
+    """Those of the images with ground truth, which come first: most often all."""
+    count = len(targets["ids"])
+    return preds if count == len(images) else first(preds, count)
+
+
+def first(preds: Any, count: int) -> Any:
+    """What a model returned, of the first images alone."""
+    if isinstance(preds, Tensor):
+        return preds[:count]
+    if isinstance(preds, Mapping):
+        return {key: first(part, count) for key, part in preds.items()}
+    return [first(part, count) for part in preds]
 
 
 def leave_is_due(training: Training, stop: Stop) -> bool:

@@ -9,15 +9,18 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 
 from kdmini import config
-from kdmini.bounds import Count, ImageSize, Range, Seed
+from kdmini.bounds import Count, ImageSize, Range, Seed, ShareBelowOne
 from kdmini.classes import refuse_other_classes
 from kdmini.contracts import Dataset, Metric, UserError
 from kdmini.data.loader import Augment
 from kdmini.data.share import LISTED, Share, divide, text_of
 from kdmini.data.storage import Storage
 from kdmini.data.store import OnBad, Store, expected_bytes, subset
+from kdmini.data.unlabelled import Unlabelled
 from kdmini.optim import Recipe
-from kdmini.typed import short
+from kdmini.typed import fit, short
+
+HALF = 0.5  # of a batch, where nothing else is said of unlabelled images
 
 
 @dataclass(frozen=True)
@@ -91,19 +94,27 @@ class Sets(NamedTuple):
     storing: dict[str, Any]  # further settings of data/store.py
     # file of the run folder -> the names of val's images, where they are a share of train's
     drawn: Mapping[str, bytes] = {}
+    unlabelled: Unlabelled | None = None  # mixed into the batches
+    share: float = 0.0  # of a batch that they are
 
-    def store(self, name: Literal["train", "val"], device: torch.device, **settings: Any) -> Store:
+    def all(self) -> dict[str, Dataset]:
+        sets: dict[str, Dataset] = {"train": self.train, "val": self.val}
+        return {**sets, "unlabelled": self.unlabelled} if self.unlabelled else sets
+
+    def store(
+        self, name: Literal["train", "val", "unlabelled"], device: torch.device, **settings: Any
+    ) -> Store:
         """One of the sets, decoded. settings: in place of those of the config."""
-        dataset = self.train if name == "train" else self.val
+        dataset = self.all()[name]
         storing = {**self.storing, **settings}
         return Store(dataset, self.imgsz, device, name=name, training=name == "train", **storing)
 
     def expected_bytes(self, limit: int | None = None) -> int:
-        """Of the pixels of both sets, about. limit: in place of the config's."""
+        """Of the pixels of all sets, about. limit: in place of the config's."""
         limit = limit or self.storing["limit"]
         workers = self.storing["workers"]
         total = 0
-        for dataset in (self.train, self.val):
+        for dataset in self.all().values():
             indices = subset(len(dataset), limit)
             total += expected_bytes(dataset, indices, self.imgsz, workers)
         return total
@@ -124,6 +135,7 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
     limit: Count | None = None,
     on_bad: OnBad = "stop",
     allow_overlap: bool = False,
+    unlabelled: dict[str, Any] | None = None,
 ) -> Sets:
     """The `data` section.
 
@@ -138,6 +150,8 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
     limit: use a fixed random subset of that many images of each set.
     on_bad: what to do about files and objects that cannot be used: stop, or skip them.
     allow_overlap: accept photographs that are in both sets.
+    unlabelled: a third data set, `share` of every batch, from which the terms alone learn;
+        its ground truth, if it has any, is not looked at.
     """
     strengths = config.call(Augment, augment or {}, "data.augment")
     offered = {"root": root} if root else {}
@@ -152,16 +166,35 @@ def make_sets(  # noqa: PLR0913 - the schema of a section
         train_set = make_train()
         val_set = config.build(val, "data.val", **offered)
     strengths.refuse_mixing(train_set.truth)
-    overlap = photographs(train_set) & photographs(val_set)
-    if overlap and not allow_overlap:
+    others, share = make_unlabelled(unlabelled, offered)
+    if not allow_overlap:
+        refuse_overlap(train_set, val_set, "train")
+        refuse_overlap(others, val_set, "unlabelled")
+    refuse_other_classes(val_set.names, train_set.names, "data.val", "data.train")
+    storing = {"workers": workers, "storage": storage, "limit": limit, "on_bad": on_bad}
+    return Sets(train_set, val_set, imgsz, strengths, storing, drawn, others, share)
+
+
+def make_unlabelled(
+    section: Mapping[str, Any] | None, offered: Mapping[str, Any]
+) -> tuple[Unlabelled | None, float]:
+    """-> the set, and its share of a batch. offered: settings for data sets that name them."""
+    if section is None:
+        return None, 0.0
+    share = fit(section.get("share", HALF), ShareBelowOne, "data.unlabelled.share")
+    settings = {key: value for key, value in section.items() if key != "share"}
+    return Unlabelled(config.build(settings, "data.unlabelled", **offered)), share
+
+
+def refuse_overlap(learned: Any, val: Dataset, name: str) -> None:
+    """Raises UserError where photographs to learn from are evaluated on too."""
+    overlap = photographs(learned) & photographs(val)
+    if overlap:
         raise UserError(
-            f"data: {len(overlap):,} images are in train and val both, such as "
+            f"data: {len(overlap):,} images are in {name} and val both, such as "
             f"{'/'.join(min(overlap))}: `exclude` one split from the other, or set "
             "data.allow_overlap=true"
         )
-    refuse_other_classes(val_set.names, train_set.names, "data.val", "data.train")
-    storing = {"workers": workers, "storage": storage, "limit": limit, "on_bad": on_bad}
-    return Sets(train_set, val_set, imgsz, strengths, storing, drawn)
 
 
 def photographs(dataset: Dataset) -> set[Any]:

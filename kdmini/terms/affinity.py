@@ -91,7 +91,7 @@ class AffinityDistillation(nn.Module):
         which are learnt.
     """
 
-    uses = frozenset({"feats"})
+    uses = frozenset({"feats", "targets"})
 
     def __init__(  # noqa: PLR0913 - its parameters are the schema
         self,

@@ -59,7 +59,7 @@ class SelfTeacher(nn.Module):
     box, cls, dfl: gain of that loss in its task loss; the student's by default.
     """
 
-    uses = frozenset({"feats", "classes"})
+    uses = frozenset({"feats", "classes", "targets"})
     needs_teacher = False
 
     def __init__(  # noqa: PLR0913 - the schema of a section
