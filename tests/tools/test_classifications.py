@@ -22,7 +22,8 @@ CAT, DOG, FISH = range(3)
 @pytest.fixture(scope="module")
 def store() -> Store:
     """Twelve images of NAMES in turn."""
-    return Store(Animals([(32, 32)] * 12), 32)
+    rng = np.random.default_rng(0)
+    return Store(Animals(list(rng.integers(0, 256, (12, 32, 32, 3), np.uint8))), 32)
 
 
 def drawn(**pieces: Any) -> dict[str, Any]:

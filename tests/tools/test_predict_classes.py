@@ -10,6 +10,7 @@ from PIL import Image
 
 from kdmini.checkpoint import save_best
 from kdmini.classification.wide_resnet import WideResNet
+from kdmini.tools.canvas import LEAST_TEXT, font
 from kdmini.tools.predict import main
 from kdmini.tools.predict_classes import labelled
 
@@ -59,15 +60,14 @@ def test_each_picture_has_its_class_and_the_best_five(
 
 def test_options_of_detections_are_refused(weights: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(SystemExit, match="error: --iou: .*WideResNet"):
+    with pytest.raises(SystemExit, match=r"error: --iou: .*WideResNet"):
         main([str(weights), str(tmp_path / "a.png"), "--iou", "0.5", "--out", str(tmp_path / "o")])
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (20_000, 12), (5, 3_000)])
 def test_a_label_is_whole_on_pictures_of_any_shape(width: int, height: int) -> None:
-    page = np.asarray(labelled(Image.new("RGB", (width, height)), "a class of a long name 0.50"))
-    white = (page > 200).all(2)
-    assert white[:12].any()
-    blue = (page == (0, 114, 178)).all(2)
-    assert blue.any()
-    assert not white[:12, -2:].any() or not blue[:12, -2:].any()
+    text = "a class of a long name 0.50"
+    page = np.asarray(labelled(Image.new("RGB", (width, height)), text))
+    plate = (page[0] == (0, 114, 178)).all(1).sum()  # blue
+    assert plate > font(LEAST_TEXT).getlength(text)
+    assert (page[:12, :plate] > 200).all(2).any()  # white letters

@@ -79,7 +79,7 @@ def test_the_maps_are_those_of_the_checkpoint_on_images_at_random(
 def test_without_a_checkpoint_that_fits_the_maps_are_left_out(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    student, distillation, section = trained(WideResNet, 1)
+    student, _, section = trained(WideResNet, 1)
     assert not drawn(tmp_path, WideResNet, store, section)
     assert "left out: own.png" in capsys.readouterr().out
 
