@@ -35,7 +35,7 @@ from kdmini.files import write_whole
 from kdmini.runlog import RunFolder
 from kdmini.sections import Sections
 from kdmini.tools.draw import COLOURS, DPI, SMALL, Axes, Figure, style
-from kdmini.tools.scenes import feats_at, first_scenes
+from kdmini.tools.scenes import feats_at, spread_scenes
 
 CPU = torch.device("cpu")
 SCENES = 24  # images of the validation set that are looked at
@@ -84,7 +84,7 @@ def figures(run: Path, config_path: str) -> Iterator[tuple[str, Figure]]:
     best = with_weights(sections.student, str(run / "best.pt"))
     trained = make_model(best, "student", names, CPU)
 
-    scenes = first_scenes(sets.store("val", CPU, limit=SCENES), SCENES)
+    scenes = spread_scenes(sets.store("val", CPU, limit=SCENES), SCENES)
     objects = [len(target["labels"]) for target in scenes.targets]
     fullest = objects.index(max(objects))
     taps = sections.distill["taps"]

@@ -35,6 +35,7 @@ class Accuracy:
     """
 
     fitness = "top1"
+    figures = "kdmini.tools.classifications:figures"
 
     def __init__(self, names: list[str]):
         self.names = list(names)

@@ -71,6 +71,13 @@ def style(axis: Axes, title: str, xlabel: str = "", ylabel: str = "") -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def show(axis: Axes, picture: Any, below: str = "") -> None:
+    """An image without ticks. below: as it stands, "$" is no formula."""
+    axis.imshow(picture, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_xlabel(below, fontsize=SMALL, parse_math=False)
+
+
 # --- attention maps
 
 

@@ -8,7 +8,8 @@ non-maximum suppression, twice: `output0` (N, 4 + K, A) is the layout that ultra
 like read, as in `YOLO("best.onnx").predict(image, imgsz=S)`: centre x and y, width, height,
 scores; `boxes_xyxy` (N, A, 4) in pixels and `scores` (N, A, K) are the same in two. A network
 for segmentation gives `logits` (N, K, S, S), upsampled to the image: the largest is the class
-of a pixel. BatchNorm is folded. safetensors: the state_dict under its own keys, of a YOLO11
+of a pixel. A classifier gives `logits` and `scores`, (N, K) both; the scores sum to 1. BatchNorm
+is folded. safetensors: the state_dict under its own keys, of a YOLO11
 the public ones, nothing folded. Either one carries names, size, license and image size as
 metadata, and of segmentation ONNX has the palette: texts, and what is no text in JSON.
 
@@ -32,11 +33,13 @@ from torch import Tensor
 
 from kdmini import memory, output, signals
 from kdmini.bounds import ImageSize
+from kdmini.classification.truth import Labels
 from kdmini.contracts import Truth, UserError
 from kdmini.detection.truth import Boxes
 from kdmini.files import write_whole
 from kdmini.segmentation.truth import Masks
 from kdmini.tools.export_boxes import Decoded
+from kdmini.tools.export_classes import Scored
 from kdmini.tools.export_masks import Upsampled
 from kdmini.tools.load import load_network
 from kdmini.typed import argument
@@ -77,7 +80,7 @@ class Form(Protocol):
         ...
 
 
-FORMS: dict[type[Truth], Any] = {Boxes: Decoded, Masks: Upsampled}
+FORMS: dict[type[Truth], Any] = {Boxes: Decoded, Masks: Upsampled, Labels: Scored}
 
 
 def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = None) -> Path:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kdmini import checkpoint, config
+from kdmini.classification.truth import Labels
 from kdmini.contracts import Truth, UserError
 from kdmini.detection.truth import Boxes
 from kdmini.detection.yolo11 import weights
@@ -24,13 +25,24 @@ DEFAULT_IMGSZ = 640  # pixels, of a file that states no size to work with
 MAX_IMGSZ = 4096  # pixels; a file that states more is not believed
 STRIDE = 32  # pixels; an image size is a multiple of it
 
-# `network` on the card of a best.pt -> what builds it; a file without one is a YOLO11's
-SEGMENTERS = {
-    "SegFormer": "kdmini.segmentation.segformer:SegFormer",
-    "Fast-SCNN": "kdmini.segmentation.fast_scnn:FastSCNN",
-    "VMamba": "kdmini.segmentation.mamba:VMamba",
+
+class Known(NamedTuple):
+    """A network that the card of a best.pt may name."""
+
+    build: str
+    truth: type[Truth]  # of its task
+
+
+# `network` on the card -> what builds it; a file without one is a YOLO11's
+NETWORKS = {
+    "SegFormer": Known("kdmini.segmentation.segformer:SegFormer", Masks),
+    "Fast-SCNN": Known("kdmini.segmentation.fast_scnn:FastSCNN", Masks),
+    "VMamba": Known("kdmini.segmentation.mamba:VMamba", Masks),
+    "ResNet": Known("kdmini.classification.resnet:ResNet", Labels),
+    "WRN": Known("kdmini.classification.wide_resnet:WideResNet", Labels),
 }
 NO_SETTINGS = ("network", "license")  # on a card
+TITLE = ("size", "depth", "width")  # of a card, what stands beside the network's name
 
 
 class Loaded(NamedTuple):
@@ -53,11 +65,12 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Loaded
         content = {}  # of a public file, or none: the reader of those tells
     card = content.get("card")
     network = card.get("network") if isinstance(card, Mapping) else None
-    if not (isinstance(network, str) and network in SEGMENTERS):
+    if not (isinstance(network, str) and network in NETWORKS):
         detector, imgsz = load_detector(found, device)
         return Loaded(detector, imgsz, Boxes)
-    segmenter = load_segmenter(found, content).to(device)
-    return Loaded(segmenter, usable_imgsz(content.get("imgsz")), Masks)
+    known = NETWORKS[network]
+    built = build_known(known, found, content).to(device)
+    return Loaded(built, usable_imgsz(content.get("imgsz")), known.truth)
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple[YOLO11, int]:
@@ -78,23 +91,23 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple
     return detector.eval().to(device), usable_imgsz(file.imgsz)
 
 
-def load_segmenter(path: Path, content: Mapping[str, Any]) -> Any:
+def build_known(known: Known, path: Path, content: Mapping[str, Any]) -> Any:
     """-> the network in eval mode.
 
-    content: of the file, a best.pt whose card names one of SEGMENTERS. Prints one line that
-    says what it is; raises UserError.
+    content: of the file, a best.pt whose card names the network. Prints one line that says
+    what it is; raises UserError.
     """
     card = content["card"]
     names = content.get("names")
     if not (type(names) is list and names and all(type(name) is str for name in names)):
         raise UserError(f"{path}: its names are {short(names)}, no list of texts; obtain it again")
-    if len(names) > VOID:
+    if known.truth is Masks and len(names) > VOID:
         raise UserError(f"{path}: has {len(names):,} classes; a mask holds {VOID} at most")
     settings = {key: value for key, value in card.items() if key not in NO_SETTINGS}
-    section = {**settings, "build": SEGMENTERS[card["network"]], "weights": str(path)}
+    section = {**settings, "build": known.build, "weights": str(path)}
     with redirect_stdout(None):  # not every network says what it has read
         network = config.build(section, str(path), names=names)
-    size = short(settings["size"])[1:-1] if "size" in settings else ""
+    size = "-".join(str(settings[key]) for key in TITLE if key in settings)
     license_text = short(network.card.get("license") or "not stated")[1:-1]
     title = f"{card['network']} {size}".rstrip()
     print(f"{path}: {title}, {len(names)} classes, license {license_text}")

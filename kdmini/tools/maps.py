@@ -24,6 +24,8 @@ Figures = Iterator[tuple[str, draw.Figure]]  # name of the picture, the picture
 # where no distillation names others; the first of which a network has all
 TAPS = [f"model.{layer}" for layer in (6, 8, 13, 16, 19, 22)]  # of a YOLO11
 STAGES = [*(f"stages.{stage}" for stage in range(4)), "decoder"]  # of SegFormer and VMamba
+LAYERS = [f"layer{stage}" for stage in range(1, 5)]  # of a ResNet
+GROUPS = [f"group{stage}" for stage in range(1, 4)]  # of a wide one
 BRANCHES = ["higher", *(f"stages.{stage}" for stage in range(3)), "pooled", "fusion"]  # Fast-SCNN
 
 # of the blocks of a transformer; its stages end in a LayerNorm, which evens out the sum of
@@ -47,7 +49,7 @@ def own_taps(network: nn.Module) -> list[str]:
     if graphs:
         last = {name.split(".")[1]: name for name in graphs}  # of each stage
         return [*last.values(), "decoder"]
-    for taps in (TAPS, STAGES, BRANCHES):
+    for taps in (TAPS, STAGES, BRANCHES, LAYERS, GROUPS):
         if all(tap in modules for tap in taps):
             return taps
     return []

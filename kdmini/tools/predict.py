@@ -1,15 +1,17 @@
-"""Detect objects in pictures of any kind and size, or label their pixels.
+"""Detect objects in pictures of any kind and size, label their pixels, or say their class.
 
 python -m kdmini.tools.predict WEIGHTS IMAGES|FOLDER... [--out FOLDER]
 python -m kdmini.tools.predict runs/voc/best.pt photographs/ --out found
 
 Of a detector FOLDER then holds each picture with its boxes, NAME.jpg; of a network for
-segmentation the index of a class for each pixel of the file, NAME.png with VOC's palette,
-and the same over the picture, NAME.jpg. Beside them is predictions.json: for every image its
-file, width, height, what was written of it, and the detections as box_xyxy (pixels of the
-file), label and score, best first, or the classes and their shares of the pixels. Pixels are
-taken as stored: EXIF turns nothing, as in training. In a name of a file that is not UTF-8 the
-other bytes stand as JSON's \\udc80 to \\udcff, which Python turns back into that very name.
+segmentation the index of a class for each pixel of the file, NAME.png with VOC's palette, and
+the same over the picture, NAME.jpg; of a classifier each picture with its class and the
+score, NAME.jpg. Beside them is predictions.json: for every image its file, width, height,
+what was written of it, and the detections as box_xyxy (pixels of the file), label and score,
+best first; or the classes and their shares of the pixels; or the best five classes and their
+scores, best first. Pixels are taken as stored: EXIF turns nothing, as in training. In a name
+of a file that is not UTF-8 the other bytes stand as JSON's \\udc80 to \\udcff, which Python
+turns back into that very name.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from kdmini import memory, output, signals
 from kdmini.bounds import ImageSize, Share
+from kdmini.classification.truth import Labels
 from kdmini.contracts import Prediction, Truth, UserError
 from kdmini.data.loader import ValLoader
 from kdmini.data.store import Store
@@ -36,6 +39,7 @@ from kdmini.segmentation.truth import Masks
 from kdmini.tools.load import Loaded, load_network
 from kdmini.tools.photographs import READABLE, Photographs, find_images, prepare, stems, stored
 from kdmini.tools.predict_boxes import BoxWriter
+from kdmini.tools.predict_classes import ClassWriter
 from kdmini.tools.predict_masks import MaskWriter
 from kdmini.typed import argument
 
@@ -67,7 +71,11 @@ class Writer(Protocol):
         ...
 
 
-WRITERS: dict[type[Truth], Any] = {Boxes: BoxWriter, Masks: MaskWriter}
+WRITERS: dict[type[Truth], Any] = {
+    Boxes: BoxWriter,
+    Masks: MaskWriter,
+    Labels: ClassWriter,
+}
 
 
 def predict(

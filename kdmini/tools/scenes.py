@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 from kdmini.contracts import Target
 from kdmini.data.layout import Frame, letterbox
-from kdmini.data.loader import TrainLoader, ValLoader, frames_of
+from kdmini.data.loader import TrainLoader, frames_of
+from kdmini.data.render import render_labelled
 from kdmini.data.store import Store
+from kdmini.data.tiles import with_tiles
 from kdmini.distill.taps import feats_of
+
+SEED = 0  # of images at random
 
 
 class Scenes(NamedTuple):
@@ -39,12 +43,27 @@ class Scenes(NamedTuple):
         return [target["id"] for target in self.targets]
 
 
-def first_scenes(store: Store, count: int, annotated: bool = True) -> Scenes:
-    """The first images of a store, `count` at most."""
-    images, targets, _ = next(iter(ValLoader(store, count)))
-    indices = np.arange(len(images))
-    frames = frames_of(store, indices, letterbox(store, indices, store.imgsz))
-    return Scenes(images, targets, frames, annotated)
+def spread_scenes(store: Store, count: int) -> Scenes:
+    """Images from all over a store, for those of one class may stand together; `count` at
+    most.
+    """
+    count = min(count, len(store))
+    return scenes_at(store, np.arange(count) * len(store) // count)
+
+
+def random_scenes(store: Store, count: int) -> Scenes:
+    """Images of a store that nobody chose, the same each time, `count` at most."""
+    shuffled = np.random.default_rng(SEED).permutation(len(store))
+    return scenes_at(store, np.sort(shuffled[:count]))
+
+
+def scenes_at(store: Store, indices: np.ndarray, annotated: bool = True) -> Scenes:
+    """The images of these numbers."""
+    letterboxed = letterbox(store, indices, store.imgsz)
+    ((layout, tiles),) = with_tiles(store, [letterboxed])
+    images, _ = render_labelled(store, layout, store.imgsz, tiles)
+    targets = [store.targets[index] for index in indices]
+    return Scenes(images, targets, frames_of(store, indices, layout), annotated)
 
 
 def feats_at(taps: Sequence[str], model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -57,8 +76,8 @@ def feats_at(taps: Sequence[str], model: nn.Module, images: Tensor) -> list[Tens
 class Material:
     """What a task has to draw from.
 
-    Of a run, `figures` is called with the loader, with student and teacher, and with the
-    metric, each as soon as it is there; of weights alone, with the student.
+    Of a run, `figures` is called with the loader, with student and teacher, and with metric
+    and validation set, each as soon as it is there; of weights alone, with the student.
     """
 
     # the training images as they are rendered
@@ -70,5 +89,6 @@ class Material:
     teacher: Any = None  # likewise; None where the run has none
     scenes: Scenes | None = None
 
-    # the metric of the run, after the whole validation set
+    # the metric of the run, after the whole validation set, and that set
     metric: Any = None
+    store: Store | None = None

@@ -22,15 +22,14 @@ from kdmini.data.loader import TrainLoader
 from kdmini.engine import on_cpu
 from kdmini.segmentation.mean_iou import MeanIoU
 from kdmini.segmentation.truth import VOID, Masks
-from kdmini.tools.draw import SMALL, Axes, Figure, blank, grid
+from kdmini.tools import draw_confusion
+from kdmini.tools.draw import SMALL, Axes, Figure, blank, grid, show
 from kdmini.tools.draw_masks import blended, colour_of, resized
 from kdmini.tools.scenes import Material, Scenes
 
 COLUMNS = 4  # of rendered images
 CELL = 2.6  # inches that an image is wide
 LEGEND_COLUMNS = 8
-WRITTEN = 12  # classes, of which shares are written into the cells of the confusion
-DARK = 0.6  # a share under which a cell is dark
 
 
 class Kind(NamedTuple):
@@ -198,12 +197,6 @@ def as_image(picture: np.ndarray) -> Image.Image:
     return Image.fromarray((picture * 255).round().astype(np.uint8))
 
 
-def show(axis: Axes, picture: Any, below: str = "") -> None:
-    axis.imshow(picture, interpolation="nearest")
-    axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(below, fontsize=SMALL)
-
-
 def add_legend(
     figure: Figure,
     drawn: Sequence[np.ndarray],
@@ -230,34 +223,16 @@ def add_legend(
 
 
 def confusion(metric: MeanIoU) -> Figure:
-    """A row for each true class, a column for each answer: shares of the true class's pixels.
-
-    The metric has seen the whole validation set.
+    """What the pixels of each class were taken for, by a metric that has seen the whole
+    validation set.
     """
     names = metric.names
-    count = len(names)
-    pixels = sum(record[:, :count] for record in metric.records)
-    shares = pixels / np.maximum(np.sum(pixels, 1, keepdims=True), 1)  # (K, K)
+    pixels = sum(record[:, : len(names)] for record in metric.records)
     ious = [row["mIoU"] for row in metric.per_class().values()]
-    side = max(0.45 * count, 3.0)
-    mean = metric.compute()["mIoU"]
-    title = f"What the pixels of each class were taken for: mIoU {mean:.3f}"
-    figure = blank(side + 3.5, side + 2, title)
-    axis = figure.subplots()
-    image = axis.imshow(shares, "viridis", vmin=0, vmax=1)
-    labels = [
+    rows = [
         f"{name}, IoU {'-' if np.isnan(iou) else format(iou, '.2f')}"
         for name, iou in zip(names, ious, strict=True)
     ]
-    axis.set_xticks(range(count), names, rotation=90, fontsize=SMALL)
-    axis.set_yticks(range(count), labels, fontsize=SMALL)
-    axis.set_xlabel("predicted", fontsize=SMALL + 1)
-    axis.set_ylabel("true", fontsize=SMALL + 1)
-    if count <= WRITTEN:
-        for (row, column), share in np.ndenumerate(shares):
-            colour = "white" if share < DARK else "black"
-            text = f"{share:.2f}"
-            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=SMALL)
-    scale = figure.colorbar(image, shrink=0.6)
-    scale.set_label("share of the true class's pixels", fontsize=SMALL)
-    return figure
+    mean = metric.compute()["mIoU"]
+    title = f"What the pixels of each class were taken for: mIoU {mean:.3f}"
+    return draw_confusion.confusion(np.asarray(pixels), names, rows, title, "pixels")

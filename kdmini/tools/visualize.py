@@ -10,12 +10,15 @@ python -m kdmini.tools.visualize WEIGHTS IMAGES... [--out FOLDER]     into ./pic
     stages_teacher.png, stages_student.png
                         the maps of the stages of each that no tap shows
     spectra_TERM.png    of a term that filters, the spectra before and after it
+    self_teacher.png    named after the term: where the student and its self-teacher look, both
+                        as in the newest checkpoint, on twelve images of the validation set
+                        that are drawn at random
 
 and what the metric of the run draws; of a detector:
 
     batch.png               training images as the loader renders them, with their boxes
-    detections.png          what was detected beside what is there; on IMAGES, else on the
-                            first of the validation set
+    detections.png          what was detected beside what is there; on IMAGES, else on some
+                            of the validation set
     precision_recall.png    of each class, over the whole validation set
 
 of a network for segmentation:
@@ -26,53 +29,55 @@ of a network for segmentation:
     confusion.png           what the pixels of each class were taken for, over the whole
                             validation set
 
-Of weights alone there are detections.png or masks.png, and attention.png, without a
-teacher. The student of a run is best.pt.
+of a classifier:
+
+    batch.png               likewise, with their classes and the shares of mixed ones
+    answers.png             the class of each image, and what teacher and student say
+    confusion.png           what the images of each class were taken for, over the whole
+                            validation set
+    mistakes.png            of that set, the images whose wrong answer was the surest
+
+Of weights alone there are detections.png, masks.png or answers.png, and attention.png,
+without a teacher. The student of a run is best.pt.
 """
 
 import argparse
 import io
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdmini import config, engine, memory, output, signals
-from kdmini.assemble import make_distillation, make_model, tap_pairs, with_weights
+from kdmini.assemble import make_model, tap_pairs, with_weights
+from kdmini.classification.truth import Labels
 from kdmini.contracts import Metric, Truth, UserError
 from kdmini.data.loader import TrainLoader, ValLoader
 from kdmini.data.pictures import decode
 from kdmini.data.store import Store
 from kdmini.detection.truth import Boxes
 from kdmini.device import pick_device, precision
-from kdmini.distill.align import same_size
 from kdmini.files import write_whole
 from kdmini.optim import Recipe
 from kdmini.runlog import RunFolder
 from kdmini.sections import Sections, Sets
 from kdmini.segmentation.truth import Masks
-from kdmini.tools import detections, segmentations
+from kdmini.tools import classifications, detections, segmentations
 from kdmini.tools.curves import curves
 from kdmini.tools.load import load_network
-from kdmini.tools.maps import (
-    GRAPH,
-    Figures,
-    Networks,
-    attention,
-    maps_at,
-    of_networks,
-    own_taps,
-)
+from kdmini.tools.maps import Figures, Networks, attention, maps_at, of_networks, own_taps
 from kdmini.tools.photographs import Photographs
-from kdmini.tools.scenes import Material, Scenes, feats_at, first_scenes
-from kdmini.tools.spectra import spectra
+from kdmini.tools.scenes import Material, Scenes, scenes_at, spread_scenes
+from kdmini.tools.terms import of_terms
 
 # what draws the pictures of weights alone; of a run its metric says so
 DRAWN_BY: dict[type[Truth], Callable[[Material], Figures]] = {
     Boxes: detections.figures,
     Masks: segmentations.figures,
+    Labels: classifications.figures,
 }
 
 # images
@@ -153,7 +158,7 @@ def of_run(folder: Path, files: Sequence[Path]) -> Figures:
         return
     networks = make_networks(sections, names, device, best)
     val_store = sets.store("val", device)
-    scenes = first_scenes(val_store, DEFAULT_IMAGES)
+    scenes = spread_scenes(val_store, DEFAULT_IMAGES)
     if files:
         scenes = scenes_of_files(files, sets.imgsz, device, sets.val.truth)
     if draw_task:
@@ -163,37 +168,11 @@ def of_run(folder: Path, files: Sequence[Path]) -> Figures:
         yield from draw_task(material)
         autocast, _ = precision(recipe.amp, device)
         engine.evaluate(networks.after, ValLoader(val_store, recipe.batch), metric, autocast)
-        yield from draw_task(Material(metric=metric))
+        yield from draw_task(Material(metric=metric, store=val_store))
     pairs = tap_pairs(taps_of(sections, networks.after))
     yield from of_networks(networks, scenes, pairs)
-    if networks.teacher is not None and pairs:
-        yield from of_filters(sections.distill, networks, scenes, pairs)
-
-
-def of_filters(
-    distill: Mapping[str, Any], networks: Networks, scenes: Scenes, pairs: Mapping[str, str]
-) -> Figures:
-    """The spectra of each term that filters, at the taps that are maps. It folds the teacher."""
-    builds = {name: entry["build"] for name, entry in distill.items() if isinstance(entry, dict)}
-    filters = [
-        name
-        for name, build in builds.items()
-        if hasattr(config.locate(build, f"distill.{name}"), "bands")
-    ]
-    if not filters:
-        return
-    pieces = {"student": networks.after, "teacher": networks.teacher}
-    imgsz = scenes.images.shape[2]
-    distillation = config.call(make_distillation, distill, "distill", imgsz=imgsz, **pieces)
-    maps = {ours: theirs for ours, theirs in pairs.items() if not theirs.endswith(GRAPH)}
-    ours = feats_at(list(maps), networks.after, scenes.images)
-    theirs = feats_at(list(maps.values()), networks.teacher, scenes.images)
-    student, teacher = same_size(
-        dict(zip(maps, ours, strict=True)), dict(zip(maps, theirs, strict=True))
-    )
-    for name in filters:
-        sides = {"teacher": teacher, "student": student}
-        yield f"spectra_{name}", spectra(distillation.terms[name], name, sides)
+    if sections.distill is not None:
+        yield from of_terms(folder, sections.distill, networks, scenes, val_store)
 
 
 def taps_of(sections: Sections, student: Any) -> list[Any]:
@@ -221,7 +200,7 @@ def scenes_of_files(
     """The images as they are letterboxed, named by their files."""
     photographs = Photographs(files, [path.stem for path in files], truth)
     store = Store(photographs, imgsz, device, name="images")
-    return first_scenes(store, len(files), annotated=False)
+    return scenes_at(store, np.arange(len(store)), annotated=False)
 
 
 def figures_of_task(metric: Metric) -> Callable[[Material], Figures] | None:

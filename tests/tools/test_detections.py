@@ -16,7 +16,7 @@ from kdmini.tools.photographs import Photographs
 
 pytest.importorskip("matplotlib")
 from kdmini.tools import detections
-from kdmini.tools.scenes import Material, first_scenes
+from kdmini.tools.scenes import Material, spread_scenes
 
 CIRCLE = 0
 SQUARE = 1
@@ -116,7 +116,7 @@ def test_detections_lie_where_they_are_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "wide.png"
     Image.new("RGB", (100, 50)).save(path)
     store = Store(Photographs([path], ["wide"], Boxes), SIZE)
-    scenes = first_scenes(store, 1)
+    scenes = spread_scenes(store, 1)
     objects = target(Object([0, 0, 50, 50], CIRCLE), Object([60, 0, 99, 50], CIRCLE))
     scenes = scenes._replace(targets=[objects])
     detector = Fixed(

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from kdmini.checkpoint import save_best
+from kdmini.classification.wide_resnet import WideResNet
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
 from kdmini.segmentation.fast_scnn import FastSCNN
 from kdmini.tools import export as tool
 from kdmini.tools.export import main, to_onnx, to_safetensors
 from kdmini.tools.export_boxes import Decoded
+from kdmini.tools.export_classes import Scored
 from kdmini.tools.export_masks import Upsampled
 from tests.conftest import ROOT
 
@@ -294,3 +296,46 @@ def test_safetensors_of_a_segmenter_hold_its_state(segmenter: FastSCNN, tmp_path
     for key, value in segmenter.state_dict().items():
         assert torch.equal(tensors[key], value)
     assert json.loads(metadata["names"]) == NAMES
+
+
+# --- classifiers
+
+
+def test_onnx_gives_logits_and_scores_of_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript", reason="kdmini[export] is not installed")
+    pytest.importorskip("onnxruntime", reason="kdmini[export] is not installed")
+    torch.manual_seed(0)
+    network = WideResNet(NAMES, 10)
+    with torch.no_grad():
+        for _ in range(20):
+            network.train()(torch.rand(8, 3, 32, 32))
+    save_best(tmp_path / "best.pt", network.eval(), 32, 0, 0.5)
+    main([str(tmp_path / "best.pt"), "--to", "onnx"])
+    assert "largest difference from PyTorch" in capsys.readouterr().out
+
+    session = onnx_session(tmp_path / "best.onnx")
+    for count in (1, 3):
+        images = torch.rand(count, 3, 32, 32)
+        logits, scores = session.run(["logits", "scores"], {"images": images.numpy()})
+        with torch.no_grad():
+            expected = network(images)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        decoded = [prediction["scores"] for prediction in network.decode(expected)]
+        np.testing.assert_allclose(scores, np.stack(decoded), atol=1e-5)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["names"]) == NAMES
+    assert metadata["network"] == "WRN"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_classes_that_are_not_those_of_the_network_are_told(which: int) -> None:
+    form = Scored(WideResNet(NAMES, 10).eval())
+    with torch.no_grad():
+        outputs = [output.numpy() for output in form(torch.rand(2, 3, 32, 32))]
+    assert form.difference(outputs, outputs)[1]
+    for spoil in (1.01, np.nan):
+        spoilt = list(outputs)
+        spoilt[which] = outputs[which] * spoil
+        assert not form.difference(spoilt, outputs)[1]

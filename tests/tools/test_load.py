@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from torch import nn
 
 from kdmini import checkpoint
 from kdmini.checkpoint import save_best
+from kdmini.classification.resnet import ResNet
+from kdmini.classification.truth import Labels
+from kdmini.classification.wide_resnet import WideResNet
 from kdmini.contracts import UserError
 from kdmini.detection.truth import Boxes
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.files import write_whole
 from kdmini.segmentation.fast_scnn import FastSCNN
 from kdmini.segmentation.mamba import VMamba
-from kdmini.segmentation.maps import Segmenter
 from kdmini.segmentation.segformer import SegFormer
 from kdmini.segmentation.truth import Masks
 from kdmini.tools.load import load_detector, load_network, usable_imgsz
@@ -89,24 +92,26 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-# --- networks for segmentation
+# --- networks for segmentation and for classification
 
 
 @pytest.mark.parametrize(
-    "model",
+    "model, truth",
     [
-        FastSCNN(NAMES),
-        SegFormer(NAMES, "b1", ratios=(8, 8, 4, 4)),
-        VMamba(NAMES, "pico", width=32),
+        (FastSCNN(NAMES), Masks),
+        (SegFormer(NAMES, "b1", ratios=(8, 8, 4, 4)), Masks),
+        (VMamba(NAMES, "pico", width=32), Masks),
+        (ResNet(NAMES, 18, stem="cifar"), Labels),
+        (WideResNet(NAMES, 16, width=2), Labels),
     ],
-    ids=lambda model: type(model).__name__,
+    ids=lambda piece: type(piece).__name__,
 )
-def test_a_saved_segmenter_comes_back_as_it_was(
-    tmp_path: Path, model: Segmenter, capsys: pytest.CaptureFixture[str]
+def test_a_saved_network_comes_back_as_it_was(
+    tmp_path: Path, model: Any, truth: type, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_best(tmp_path / "best.pt", model, 96, 0, 0.5)
     loaded = load_network(tmp_path / "best.pt")
-    assert loaded.truth is Masks
+    assert loaded.truth is truth
     assert loaded.imgsz == 96
     assert loaded.network.names == NAMES
     assert loaded.network.card == model.card
@@ -116,6 +121,15 @@ def test_a_saved_segmenter_comes_back_as_it_was(
     (line,) = capsys.readouterr().out.splitlines()
     assert f"{model.card['network']}" in line
     assert "2 classes" in line
+
+
+def test_what_a_network_is_stands_in_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = [str(number) for number in range(300)]  # more than a mask could hold
+    save_best(tmp_path / "best.pt", WideResNet(many, 16, width=2), 32, 0, 0.5)
+    assert len(load_network(tmp_path / "best.pt").network.names) == 300
+    assert ": WRN 16-2, 300 classes" in capsys.readouterr().out
 
 
 def test_a_detector_is_loaded_as_one(tmp_path: Path) -> None:
@@ -131,6 +145,7 @@ def test_a_detector_is_loaded_as_one(tmp_path: Path) -> None:
         ({"names": [str(n) for n in range(300)]}, "300 classes"),
         ({"card": {"network": "SegFormer", "size": "b9"}}, "size"),
         ({"card": {"network": "SegFormer", "depth": 3}}, "depth"),
+        ({"card": {"network": "ResNet", "depth": 19}}, "depth"),
         ({"card": {"network": "Fast-SCNN", "build": "os:remove"}}, "best.pt is of"),
         ({"card": {"network": ["SegFormer"]}}, "YOLO11"),
         ({"card": {"network": "SegFormer", "size": "b0"}, "model": {}}, "best.pt"),

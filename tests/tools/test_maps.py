@@ -5,6 +5,8 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
+from kdmini.classification.resnet import ResNet
+from kdmini.classification.wide_resnet import WideResNet
 from kdmini.segmentation.fast_scnn import FastSCNN
 from kdmini.segmentation.mamba import VMamba
 from kdmini.segmentation.segformer import SegFormer
@@ -15,7 +17,10 @@ NAMES = ["ground", "circle"]
 IMAGES = torch.rand(2, 3, 64, 64)
 
 
-@pytest.mark.parametrize("network, count", [(FastSCNN, 6), (SegFormer, 5), (VMamba, 5)])
+@pytest.mark.parametrize(
+    "network, count",
+    [(FastSCNN, 6), (SegFormer, 5), (VMamba, 5), (ResNet, 4), (WideResNet, 3)],
+)
 def test_every_stage_of_a_network_has_a_map(network, count: int) -> None:
     model = network(NAMES)
     taps = own_taps(model)

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import train
-from examples.shapes import SHAPE_NAMES
+from examples.shapes import SHAPE_NAMES, write_set
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
@@ -24,7 +24,7 @@ from kdmini.detection.voc import VOC
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.sections import Sections
 from tests.commands import run as run_script
-from tests.conftest import CONFIG, TINY
+from tests.conftest import CLASSIFIER, CONFIG, TINY
 
 pytest.importorskip("matplotlib")
 from kdmini.tools import visualize
@@ -403,3 +403,40 @@ def test_weights_of_masks_alone_have_masks_and_maps(
     image = next((shapes / "JPEGImages").iterdir())
     visualize.main([str(masked_run / "best.pt"), str(image), "--out", str(tmp_path)])
     assert set(pictures(tmp_path)) == {"masks.png", "attention.png"}
+
+
+# --- classes
+
+
+@pytest.fixture(scope="module")
+def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a classifier that teaches itself, on a few images."""
+    folder = tmp_path_factory.mktemp("classes")
+    write_set(folder / "set", train=12, val=6, size=32, folders=True)
+    settings = [
+        f"run={folder / 'run'}",
+        f"data.root={folder / 'set'}",
+        "data.imgsz=32",
+        f"student={CLASSIFIER}",
+        "distill.taps=[group1, group2, group3]",
+        "device=cpu",
+        "train.batch=6",
+        "train.nbs=6",
+        "train.epochs=1",
+    ]
+    run_script(train, "--config", "configs/classification/demo.yaml", *settings)
+    return folder / "run"
+
+
+def test_a_run_of_classes_leaves_its_pictures(labelled_run: Path) -> None:
+    visualize.main([str(labelled_run)])
+    assert set(pictures(labelled_run / "pictures")) == {
+        *("curves.png", "batch.png", "answers.png", "confusion.png", "mistakes.png"),
+        *("before_after.png", "self_teacher.png"),
+    }
+
+
+def test_weights_of_classes_alone_have_answers_and_maps(labelled_run: Path, tmp_path: Path) -> None:
+    image = next((labelled_run.parent / "set").rglob("*.jpg"))
+    visualize.main([str(labelled_run / "best.pt"), str(image), "--out", str(tmp_path)])
+    assert set(pictures(tmp_path)) == {"answers.png", "attention.png"}

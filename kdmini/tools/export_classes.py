@@ -1,0 +1,42 @@
+"""What an exported classifier gives: logits and scores of its classes.
+
+Legend: N images, S image size, K classes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor, nn
+
+from kdmini.classification.classifier import Classifier
+
+# by how much ONNX may differ from PyTorch: float32 is summed in another order
+LOGIT_TOLERANCE = 1e-3  # as a share of the largest
+SCORE_TOLERANCE = 1e-3
+
+
+class Scored(nn.Module):
+    """A `kdmini.tools.export.Form`: a classifier whose outputs are logits and their softmax."""
+
+    outputs = ("logits", "scores")  # (N, K) both
+    facts = {"task": "classify"}  # noqa: RUF012 - a constant
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (N, 3, S, S) -> `outputs`."""
+        logits = self.classifier(images)
+        return logits, logits.softmax(1)
+
+    def difference(
+        self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]
+    ) -> tuple[str, bool]:
+        logit_error, score_error = (
+            np.abs(a - b).max() for a, b in zip(found, expected, strict=True)
+        )
+        largest = np.abs(expected[0]).max()
+        is_small = logit_error <= LOGIT_TOLERANCE * largest and score_error <= SCORE_TOLERANCE
+        words = f"{logit_error:.1e} in logits up to {largest:.1f}, score {score_error:.1e}"
+        return words, bool(is_small)
