@@ -203,6 +203,14 @@ def void_pieces(sections: Sections, recipe: Recipe, networks: Networks) -> dict[
     return void
 
 
+def refuse_few_images(sets: Sets, batch: int) -> None:
+    """Raises UserError where a batch takes more images of a kind than there are."""
+    if sets.unlabelled:
+        batch -= others_of(batch, sets.share, distributed.world())
+    if images := sets.images():  # a set without any has a line of its own
+        refuse_few(images, batch)
+
+
 def refuse_readers(distillation: Distillation) -> None:
     """Raises UserError where images without ground truth teach nothing, or a term needs it."""
     if not distillation.terms:
@@ -259,11 +267,7 @@ def make_run(
     sets = sections.sets()
     names = sets.train.names
     sections.make_metric(names)
-    labelled = recipe.batch
-    if sets.unlabelled:
-        labelled -= others_of(recipe.batch, sets.share, distributed.world())
-    if images := sets.images():  # a set without any has a line of its own
-        refuse_few(images, labelled)
+    refuse_few_images(sets, recipe.batch)
     autocast, scaler = precision(recipe.amp, device)
     compiled = is_compiled(sections.compile, device)
     networks = make_networks(sections, recipe, names, sets.imgsz, device, autocast, compiled)
@@ -278,19 +282,15 @@ def make_run(
     settings["compiled"] = compiled
     inputs = networks.inputs
     store = sets.store("train", device, **settings)
-    loader: TrainLoader | MixedLoader
-    order = (recipe.batch, recipe.epochs, sets.augment, sections.seed)
     ranks = (distributed.rank(), distributed.world())
+    order = (recipe.batch, recipe.epochs, sets.augment, sections.seed, *ranks)
+    loader: TrainLoader | MixedLoader
     if sets.unlabelled:
         others = sets.store("unlabelled", device, **settings)
         inputs.add_set("data.unlabelled", others)
-        loader = MixedLoader(store, others, sets.share, *order, *ranks)
-        print(
-            f"data.unlabelled: {len(others):,} images, {recipe.batch - labelled} of the "
-            f"{recipe.batch} of a batch"
-        )
+        loader = MixedLoader(store, others, sets.share, *order)
     else:
-        loader = TrainLoader(store, *order, *ranks)
+        loader = TrainLoader(store, *order)
     val_store = sets.store("val", device, **settings)
     inputs.add_set("data.train", store)
     inputs.add_set("data.val", val_store)

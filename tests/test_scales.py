@@ -121,7 +121,8 @@ def test_check_shows_the_ratio_that_training_has() -> None:
     expected = 100 * kd.norm() / task.norm()
 
     pair.weigh(scales)
-    rows = rows_of_gradients(pair.training(repeated, "batch"), images[:4], first)
+    batch = {**first, "ids": ["a", "b", "c", "d"]}
+    rows = rows_of_gradients(pair.training(repeated, "batch"), images[:4], batch)
     shown = {row.what: row.value for row in rows}["KD / task gradient"]
     ratio, text = shown.split("%")
     assert float(ratio) == pytest.approx(expected.item(), abs=0.01)

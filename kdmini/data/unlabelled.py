@@ -88,6 +88,7 @@ class MixedLoader:
         self.closed = TrainLoader(
             unlabelled, count, epochs, replace(augment, mosaic=0.0), seed + 1, **ranks
         )
+        print(f"data.unlabelled: {len(unlabelled):,} images, {count} of the {batch} of every batch")
         self.batch = batch
         self.augment = augment
         self.store = store
