@@ -73,7 +73,7 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for number in range(start, len(self.factors)):
-            targets = {"factor": self.factors[number], "ids": [f"batch {number}"]}
+            targets = {"factor": self.factors[number], "ids": [f"batch {number}"] * 4}
             yield torch.ones(4, 3, 2, 2), targets
 
 

@@ -115,7 +115,7 @@ def scenes() -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, Any]]]:
             corner = torch.rand(count, 2) * (SIDE - sides)
             boxes[n, :count] = torch.cat([corner, corner + sides], 1).double()
             labels[n, :count] = torch.randint(CLASSES, (count,))
-        ours.append((images, {"boxes_xyxy": boxes, "labels": labels, "ids": []}))
+        ours.append((images, {"boxes_xyxy": boxes, "labels": labels, "ids": ["", "", "", ""]}))
 
         image, slot = (labels >= 0).nonzero(as_tuple=True)
         low, high = boxes[image, slot].chunk(2, 1)

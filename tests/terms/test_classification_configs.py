@@ -53,7 +53,7 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_no_config_is_left_out() -> None:
     distilling = [path for path in FOLDER.glob("*.yaml") if "distill" in config.load(path)]
-    assert {path.stem for path in distilling} == set(TERMS)
+    assert {path.stem for path in distilling} == {*TERMS, "demo"}
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -73,6 +73,17 @@ def test_distillation_is_on_in_each(
         *("train.batch=4", "train.nbs=4"),
         *TERMS[name],
     )
-    text = capsys.readouterr().out
+    assert_on(capsys.readouterr().out)
+
+
+def test_distillation_is_on_in_the_demo(cifar: Path, tmp_path: Path, capsys) -> None:
+    """Which has no teacher."""
+    small = (f"data.root={cifar}", "train.batch=4", "train.nbs=4", "data.imgsz=64", "device=cpu")
+    demo = ("--config", FOLDER / "demo.yaml", f"run={tmp_path / 'run'}")
+    run(train_script, *demo, "--check", SOME, *small, *DEEP[1:])
+    assert_on(capsys.readouterr().out)
+
+
+def assert_on(text: str) -> None:
     assert text.endswith("--check: distillation is on\n")
     assert "ok   KD gradient, student " in text
