@@ -193,8 +193,12 @@ def of_recipe(recipe: Recipe, images: int, device: torch.device) -> dict[str, An
 
 def of_sets(sets: Sets) -> dict[str, Any]:
     """Its arguments for images and augmentation."""
+    strengths = asdict(sets.augment)
+    # boxes do not follow an image in another one, so there is none
+    for name in ("cutmix_alpha", "mixup_alpha"):
+        del strengths[name]
     return {
-        **asdict(sets.augment),
+        **strengths,
         **dict.fromkeys(OFF, 0.0),
         "augmentations": [],
         "imgsz": sets.imgsz,
