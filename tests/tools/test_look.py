@@ -161,13 +161,13 @@ def test_masks_are_counted_by_pixels_and_drawn(tmp_path, shapes, capsys):
 def test_classes_are_counted_by_images_and_drawn(tmp_path, shapes, capsys):
     main([str(write_config(tmp_path, shapes)), *CLASSIFICATION])
     rows = rows_of(capsys.readouterr().out, "class")
-    assert list(rows) == SHAPE_NAMES
+    assert set(SHAPE_NAMES) <= set(rows)
     for place, split in ((0, "train"), (2, "val")):
         names = names_of(shapes, split)
         firsts = [boxes_of(shapes / f"Annotations/{name}.xml")[0][0] for name in names]
-        for name, row in rows.items():
+        for name in SHAPE_NAMES:
             count = firsts.count(name)
-            assert row[place : place + 2] == [str(count), f"{count / len(names):.1%}"]
+            assert rows[name][place : place + 2] == [str(count), f"{count / len(names):.1%}"]
     assert (tmp_path / "run/look/train.png").exists()
 
 
