@@ -122,7 +122,7 @@ def told(answer: Answer, names: Sequence[str]) -> str:
 
 
 def sheet(pictures: np.ndarray, captions: Sequence[str], title: str, ids: Sequence[str]) -> Figure:
-    """Images (N, S, S, 3) in rows, each under its name and over its caption."""
+    """N images in rows, each under its name and over its caption."""
     rows = -(-len(pictures) // COLUMNS)
     lines = 2 + max(caption.count("\n") + 1 for caption in captions)
     figure = blank(CELL * COLUMNS, (CELL + LINE * lines) * rows + 0.6, title)

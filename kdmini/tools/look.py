@@ -6,8 +6,8 @@ Every image of both sets is read as train.py reads it. Printed are: files and ob
 cannot be used, each on a line; what was set right, in a line for each set; how many images and
 objects each class has; how large boxes are beside the strides of a detector; and images that
 are in both sets under other names. Of a few images of each set, with every class among them
-where there is room, train.png and val.png show boxes or masks. They go into RUN/look, for the
-RUN that the config names. Nothing else is written, and no network is needed.
+where there is room, train.png and val.png show boxes, masks or classes. They go into
+RUN/look, for the RUN that the config names. Nothing else is written, and no network is needed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from kdmini.data.store import Picture, decode_all, picture_of, print_report, sub
 from kdmini.defaults import no_option
 from kdmini.files import write_whole
 from kdmini.sections import Sections, Sets
-from kdmini.tools import look_boxes, look_masks
+from kdmini.tools import look_boxes, look_classes, look_masks
 from kdmini.tools.draw import Figure
 from kdmini.tools.look_masks import counted
 from kdmini.tools.photographs import prepare
@@ -89,7 +89,10 @@ def counts(splits: Sequence[Split]) -> list[str]:
         return lines + look_boxes.tables(splits)
     if "pixels" in keys:
         return lines + look_masks.tables(splits)
-    return [*lines, f"the targets hold {', '.join(sorted(keys))}: neither boxes nor masks to count"]
+    if "label" in keys:
+        return lines + look_classes.tables(splits)
+    held = ", ".join(sorted(keys))
+    return [*lines, f"the targets hold {held}: no boxes, masks or classes to count"]
 
 
 def sheet(split: Split, images: int, imgsz: int) -> Figure | None:
@@ -97,6 +100,7 @@ def sheet(split: Split, images: int, imgsz: int) -> Figure | None:
     makers: dict[str, Callable[[Split, int], Figure]] = {
         "boxes_xyxy": look_boxes.sheet,
         "pixels": look_masks.sheet,
+        "label": look_classes.sheet,
     }
     for key, make in makers.items():
         if key in split.keys:

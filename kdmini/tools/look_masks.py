@@ -10,9 +10,9 @@ from PIL import Image
 
 from kdmini.contracts import Target
 from kdmini.segmentation.truth import VOID
-from kdmini.tools.draw import Figure, blank, grid
+from kdmini.tools.draw import Figure, blank, grid, show
 from kdmini.tools.draw_masks import blended
-from kdmini.tools.segmentations import CELL, COLUMNS, add_legend, show
+from kdmini.tools.segmentations import CELL, COLUMNS, add_legend
 from kdmini.tools.sheet import Split, table
 
 

@@ -14,7 +14,7 @@ from kdmini.tools.look import main
 from kdmini.tools.look_boxes import STEPS
 from kdmini.tools.sheet import chosen
 from tests.commands import run
-from tests.conftest import SEGMENTATION, write_config
+from tests.conftest import CLASSIFICATION, SEGMENTATION, write_config
 from tests.data.layouts import boxes_of, names_of
 from tests.data.voc_folder import add, bndbox, thing, write_split, xml
 
@@ -158,6 +158,19 @@ def test_masks_are_counted_by_pixels_and_drawn(tmp_path, shapes, capsys):
     assert (tmp_path / "run/look/train.png").exists()
 
 
+def test_classes_are_counted_by_images_and_drawn(tmp_path, shapes, capsys):
+    main([str(write_config(tmp_path, shapes)), *CLASSIFICATION])
+    rows = rows_of(capsys.readouterr().out, "class")
+    assert set(SHAPE_NAMES) <= set(rows)
+    for place, split in ((0, "train"), (2, "val")):
+        names = names_of(shapes, split)
+        firsts = [boxes_of(shapes / f"Annotations/{name}.xml")[0][0] for name in names]
+        for name in SHAPE_NAMES:
+            count = firsts.count(name)
+            assert rows[name][place : place + 2] == [str(count), f"{count / len(names):.1%}"]
+    assert (tmp_path / "run/look/train.png").exists()
+
+
 class Other:
     """Of a task that nobody knows."""
 
@@ -181,7 +194,7 @@ def test_another_task_is_one_line(tmp_path, shapes, capsys):
         for split, first in (("train", 0), ("val", 100))
     ]
     main([str(write_config(tmp_path, shapes)), "data.root=null", *sections])
-    assert "the targets hold angle, id: neither boxes nor masks" in capsys.readouterr().out
+    assert "the targets hold angle, id: no boxes, masks or classes" in capsys.readouterr().out
     assert list((tmp_path / "run/look").iterdir()) == []
 
 
