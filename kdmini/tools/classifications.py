@@ -71,7 +71,7 @@ def answers(material: Material, scenes: Scenes) -> Figure:
     if material.teacher is not None:
         networks["teacher"] = material.teacher
     alone = len(networks) == 1 and not scenes.annotated
-    captions = [[] for _ in scenes.targets]
+    captions: list[list[str]] = [[] for _ in scenes.targets]
     if scenes.annotated:
         names = material.student.names
         captions = [[f"true: {title_of(names[target['label']])}"] for target in scenes.targets]
