@@ -18,6 +18,7 @@ from kdmini.data.store import Store
 from kdmini.distill.align import same_size
 from kdmini.distill.step import Distillation
 from kdmini.terms.self_teacher import SelfTeacher
+from kdmini.tools.draw import Figure
 from kdmini.tools.maps import GRAPH, Figures, Networks, attention
 from kdmini.tools.scenes import Scenes, feats_at, random_scenes
 from kdmini.tools.spectra import spectra
@@ -72,7 +73,7 @@ def of_filters(
 
 
 @torch.no_grad()
-def of_self_teacher(term: SelfTeacher, student: Any, scenes: Scenes) -> Any:
+def of_self_teacher(term: SelfTeacher, student: Any, scenes: Scenes) -> Figure:
     """The maps of the student beside those that its self-teacher makes of them."""
     taps = list(term.channels)
     feats = feats_at(taps, student, scenes.images)
