@@ -121,7 +121,12 @@ def told(answer: Answer, names: Sequence[str]) -> str:
     return f"true: {true}\nsaid: {predicted} {answer.score:.2f}"
 
 
-def sheet(pictures: np.ndarray, captions: Sequence[str], title: str, ids: Sequence[str]) -> Figure:
+def sheet(
+    pictures: Sequence[np.ndarray] | np.ndarray,
+    captions: Sequence[str],
+    title: str,
+    ids: Sequence[str],
+) -> Figure:
     """N images in rows, each under its name and over its caption."""
     rows = -(-len(pictures) // COLUMNS)
     lines = 2 + max(caption.count("\n") + 1 for caption in captions)
