@@ -13,14 +13,14 @@ import train as train_script
 from tests.conftest import CONFIG, TINY
 from tests.faults.children import Done, run, script
 from tests.faults.own import Own
-from tests.faults.record import Row, add, tried, write_table
+from tests.faults.record import Row, add, rows, write_table
 from tests.faults.runs import Runs, Wholes, Work, high_scale, nothing, stop_at
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     if hasattr(config, "workeroutput"):  # one of several processes: it tells the first
-        config.workeroutput["tried"] = tried()
+        config.workeroutput["rows"] = rows()
         return
     selected = config.option.markexpr or config.option.keyword
     whole = config.args == ["tests/faults"] and not selected
@@ -30,7 +30,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_testnodedown(node: Any) -> None:
-    for fault, row in getattr(node, "workeroutput", {}).get("tried", {}).items():
+    for fault, row in getattr(node, "workeroutput", {}).get("rows", {}).items():
         add(fault, Row(*row))
 
 

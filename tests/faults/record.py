@@ -33,7 +33,7 @@ def survived(fault: str, lost: int = 0, most: int = 0, of: str = "", tried: int 
     add(fault, Row(tried, lost, of))
 
 
-def tried() -> dict[str, tuple[int, int, str]]:
+def rows() -> dict[str, tuple[int, int, str]]:
     """fault -> its row: what one of several processes has to tell."""
     return {fault: tuple(row) for fault, row in _rows.items()}
 

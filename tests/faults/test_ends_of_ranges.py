@@ -154,8 +154,6 @@ def test_a_term(key: Key, value: Any) -> None:
 
 @pytest.mark.parametrize("key, value", ends("PixelRelation"))
 def test_a_term_of_masks(key: Key, value: Any) -> None:
-    if key.name == "shapes":
-        return
     term = f"distill.pixels={{build: {PIXELS}, weight: 1}}"
     assert_teaches(ROOT / "configs/voc.yaml", f"distill.pixels.{key.name}", value, term)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import train
-from examples.shapes import SHAPE_NAMES
 from kdmini.terms import frequency
 from kdmini.terms.frequency import FrequencyAttention
 from tests.commands import run
+from tests.conftest import SEGMENTED
 
 pytest.importorskip("matplotlib")
 from kdmini.tools import visualize
@@ -39,9 +39,6 @@ def test_a_band_has_the_energy_and_the_place_of_its_frequencies() -> None:
     assert bright[0] == sorted(bright[1] + bright[2])
 
 
-NAMES = ["ground", *SHAPE_NAMES]
-
-
 def test_a_run_with_a_filter_has_its_spectra(tmp_path: Path, shapes: Path) -> None:
     settings = [
         f"run={tmp_path / 'run'}",
@@ -52,8 +49,8 @@ def test_a_run_with_a_filter_has_its_spectra(tmp_path: Path, shapes: Path) -> No
         "allow_void=true",
         "device=cpu",
         "distill.frequency.radius=1",  # the deepest map is 2x2
-        f"data.train.names={NAMES}",
-        f"data.val.names={NAMES}",
+        f"data.train.names={SEGMENTED}",
+        f"data.val.names={SEGMENTED}",
         "train.batch=3",
         "train.epochs=1",
     ]

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import train
-from examples.shapes import SHAPE_NAMES, write_set
+from examples.shapes import write_set
 from kdmini import config
 from kdmini.contracts import UserError
 from kdmini.data.loader import Augment, TrainLoader, ValLoader
@@ -24,7 +24,7 @@ from kdmini.detection.voc import VOC
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.sections import Sections
 from tests.commands import run as run_script
-from tests.conftest import CLASSIFIER, CONFIG, TINY
+from tests.conftest import CLASSIFIER, CONFIG, SEGMENTED, TINY
 
 pytest.importorskip("matplotlib")
 from kdmini.tools import visualize
@@ -361,8 +361,6 @@ def test_mistakes_are_one_line(arguments: list[str], named: str, run: Path, tmp_
 
 # --- masks
 
-MASKED = ["ground", *SHAPE_NAMES]
-
 
 @pytest.fixture(scope="module")
 def masked_run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
@@ -373,8 +371,8 @@ def masked_run(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
         f"data.root={shapes}",
         "data.imgsz=64",
         f"data.limit={IMAGES}",
-        f"data.train.names={MASKED}",
-        f"data.val.names={MASKED}",
+        f"data.train.names={SEGMENTED}",
+        f"data.val.names={SEGMENTED}",
         "distill.frequency.radius=1",  # the deepest map is 2x2
         "teacher.weights=null",
         "allow_void=true",
