@@ -2,10 +2,11 @@
 
 python -m bench.rows bench/evidence/groceries.yaml              # all that is not done yet
 python -m bench.rows bench/evidence/groceries.yaml cutmix --seeds 0
+python -m bench.rows bench/evidence/groceries.yaml --jobs 14    # so many processes share them
 python -m bench.rows bench/evidence/groceries.yaml --table      # no run: the page alone
 
 The file is a `Protocol`, below. Each run is one of train.py, in RUNS/ROW-SEED; a run that was
-stopped goes on where it was, and processes that are given other rows or seeds share the work.
+stopped goes on where it was.
 Config and curve of each go to the folder that is named as the file is, and the page beside it
 is made of those alone. Seeds are paired: a row's score minus that of the baseline with the same
 seed, their mean, and the interval of Student's t that holds it with 95 %.
@@ -14,8 +15,10 @@ seed, their mean, and the interval of Student's t that holds it with 95 %.
 import argparse
 import math
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from bench.findings import SCORE, Result, read
 from bench.measure import machine
 from bench.protocol import ROOT
 from kdmini import config, signals
-from kdmini.bounds import Seed
+from kdmini.bounds import Count, Seed
 from kdmini.contracts import UserError
 from kdmini.device import pick_device
 from kdmini.files import write_whole
@@ -134,6 +137,45 @@ def make(
     write_whole(place / "results.csv", (folder / "results.csv").read_bytes())
 
 
+def make_together(
+    protocol: Protocol, runs: Sequence[tuple[str, int]], jobs: int, command: Sequence[str]
+) -> None:
+    """Each run in a process of its own, `jobs` at a time, those that teach others first.
+
+    runs: row and seed. command: that makes the rows and seeds which are added to it. Raises
+    UserError, after all others, with what a run said last that failed.
+    """
+    teachers = {protocol.row(name).teacher for name in protocol.rows}
+
+    def in_order(run: tuple[str, int]) -> tuple[bool, bool]:
+        return run[0] not in teachers, protocol.row(run[0]).teacher is not None
+
+    def work(name: str, seed: int) -> str:
+        teacher = protocol.row(name).teacher
+        if (teacher, 0) in begun:
+            begun[teacher, 0].result()
+        arguments = [*command, name, "--seeds", str(seed)]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        if done.returncode:
+            return f"{name}, seed {seed}: {lines[-1] if lines else f'code {done.returncode}'}"
+        print(f"{name}, seed {seed}: done", flush=True)
+        return ""
+
+    begun: dict[tuple[str | None, int], Future[str]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for name, seed in sorted(runs, key=in_order):
+            begun[name, seed] = pool.submit(work, name, seed)
+        try:
+            failed = [said for said in (future.result() for future in begun.values()) if said]
+        except BaseException:
+            # a signal: it reaches the processes too, and no further one is begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed:
+        raise UserError("; ".join(failed))
+
+
 # --- the page
 
 
@@ -206,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=argument(Seed), help="those to run")
     parser.add_argument("--runs", type=Path, help="default: runs/evidence/PROTOCOL")
     parser.add_argument("--root", help="folder of the data (default: that of the config)")
+    parser.add_argument("--jobs", type=argument(Count), default=1, help="processes at a time")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_intermixed_args(argv)
     signals.exit_on_signals()
@@ -216,8 +259,17 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.rows:
             if name not in protocol.rows:
                 parser.error(f"no row `{name}`: there are {', '.join(protocol.rows)}")
+        wanted = []
         for name in [] if args.table else args.rows or protocol.rows:
             for seed in args.seeds or protocol.seeds_of(name):
+                wanted.append((name, seed))
+        if args.jobs > 1:
+            command = [sys.executable, "-m", "bench.rows", str(args.protocol), "--runs", str(runs)]
+            if args.root:
+                command += ["--root", args.root]
+            make_together(protocol, wanted, args.jobs, command)
+        else:
+            for name, seed in wanted:
                 make(protocol, name, seed, kept, runs, args.root)
         write_page(protocol, args.protocol, kept)
     except UserError as error:
