@@ -48,7 +48,7 @@ def questions_of(card: Card, programs: Programs, data: Path | None, runs: Path) 
         "epoch, bf16, compiled": lambda: card.epoch("bf16", compiled=card.cuda),
         "memory": card.memory,
         "teacher of the demo": programs.teacher,
-        "--check": programs.check,
+        "check": programs.check,
         "deterministic, twice": programs.repeats,
         "torchrun, one rank": programs.ranks,
         "out of memory": programs.out_of_memory,
