@@ -66,6 +66,33 @@ def test_rows_are_run_kept_and_compared(
     assert (tmp_path / "trial.md").read_text() == page
 
 
+def test_processes_share_the_rows(
+    tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The teacher is first, and a row that fails is named when the others are done."""
+    path = tmp_path / "trial.yaml"
+    alone = ["teacher=null", "distill=null"]
+    protocol = {
+        "title": "",
+        "about": "",
+        "config": str(write_config(tmp_path, shapes)),
+        "score": "AP50",
+        "seeds": [0],
+        "overrides": ["train.epochs=1"],
+        "rows": {
+            "taught": {"teacher": "large"},
+            "broken": {"overrides": [*alone, "train.batch=1000"]},
+            "large": {"overrides": alone},
+        },
+    }
+    path.write_text(config.dump(protocol))
+    with pytest.raises(SystemExit, match=r"error: broken, seed 0: error: .*batch"):
+        rows.main([str(path), "--runs", str(tmp_path / "runs"), "--jobs", "2"])
+    said = capsys.readouterr().out
+    assert said.index("large, seed 0: done") < said.index("taught, seed 0: done")
+    assert (tmp_path / "trial/taught-0/results.csv").exists()
+
+
 def test_a_row_that_needs_a_teacher_names_it(tmp_path: Path, shapes: Path) -> None:
     path = tmp_path / "trial.yaml"
     protocol = {
