@@ -15,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from kdmini.checkpoint import existing, load
-from tests.conftest import ROOT, SEGMENTATION
+from tests.conftest import CLASSIFICATION, ROOT, SEGMENTATION
 from tests.faults.record import survived
 
 # a term that at some call does something to rank 1 alone; every rank leaves its pid, and how
@@ -179,7 +179,10 @@ def check_folder(folder: Path, epochs: int) -> None:
         load(path)
 
 
-@pytest.mark.parametrize(("student", "task"), [("YOLO11", ()), ("FastSCNN", SEGMENTATION)])
+@pytest.mark.parametrize(
+    ("student", "task"),
+    [("YOLO11", ()), ("FastSCNN", SEGMENTATION), ("WideResNet", CLASSIFICATION)],
+)
 def test_a_run_of_two_ranks_leaves_one_set_of_files_and_goes_on(
     config_file: Path, student: str, task: tuple[str, ...]
 ) -> None:
