@@ -331,11 +331,13 @@ def of_masks() -> Pair:
 
 
 def of_classes() -> Pair:
-    """Student and teacher that learn classes."""
-    section = all_sections()["attention sample"]
-    build = "kdmini.terms.logits:LogitDistillation"
-    logits = {"build": build, "form": "softmax", "gamma": 0, "reduction": "sample", "weight": 1.0}
-    return Pair({**section, "taps": ["steps.0", "steps.1"], "logits": logits}, sorters)
+    """Student and teacher that learn classes, from scores too where that term is there."""
+    found = all_sections()
+    section = {**found["attention sample"], "taps": ["steps.0", "steps.1"]}
+    if "logits" in found:
+        softmax = {"form": "softmax", "gamma": 0, "weight": 1.0}
+        section["logits"] = {**found["logits"]["logits"], **softmax}
+    return Pair(section, sorters)
 
 
 def all_sections() -> dict[str, dict[str, Any]]:
