@@ -61,7 +61,7 @@ faults: setup
 # the demo from end to end, a detector that has to overfit sixteen photographs, and what is asked of a
 # GPU asked of the CPU
 long: setup
-	$(IN_TWO) tests/long tests/bench/test_first_gpu.py
+	$(IN_TWO) --dist worksteal tests/long tests/bench/test_first_gpu.py
 
 # train.py on a CUDA card that is pretended, by a machine without one; needs g++
 cuda: setup
