@@ -64,11 +64,13 @@ def test_ctrl_c_saves_and_comes_back_to_the_caller(
         signal.raise_signal(signal.SIGINT)
 
     step = engine.train_one_epoch
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(engine, "train_one_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         kdmini.train("config.yaml", **ALONE)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     monkeypatch.chdir(here)
     kdmini.train("run", resume=True)  # no lock is left
