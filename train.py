@@ -17,6 +17,7 @@ import torch
 from kdmini import checkpoint, config, distributed, engine, memory, output, signals
 from kdmini.assemble import Run, make_run
 from kdmini.check import STEPS, examine, report
+from kdmini.commands import command
 from kdmini.contracts import UserError
 from kdmini.data.loader import check_batch
 from kdmini.defaults import defaults, filled, no_option
@@ -83,7 +84,7 @@ def train(settings: dict[str, Any], source: str, resume: bool = False, check: bo
         save(other)
         raise UserError(
             f"{error}; the run is saved as it stands in {other.path}; "
-            f"to go on: train.py --resume {other.path}"
+            f"to go on: {command('train')} --resume {other.path}"
         ) from error
     conclude(folder, progress)
 
@@ -150,7 +151,7 @@ def train_epoch(run: Run, folder: RunFolder, save: Callable[[], None]) -> None:
             if stop.agreed or stop.signum:
                 print(
                     f"stopped after step {progress.step} of epoch {progress.epoch + 1}; "
-                    f"to go on: train.py --resume {folder.path}"
+                    f"to go on: {command('train')} --resume {folder.path}"
                 )
             # all ranks leave together; one that alone knows of its signal waits for nobody
             if stop.agreed:
@@ -235,7 +236,7 @@ def conclude(folder: RunFolder, progress: Progress) -> None:
     if not folder.best.exists():
         return print(f"finished: {best}, but its weights in {folder.best} were deleted")
     print(f"finished: {best}; weights in {folder.best}")
-    print(f"evaluate: python eval.py --config {folder.config} --weights {folder.best}")
+    print(f"evaluate: {command('eval')} --config {folder.config} --weights {folder.best}")
     print(f"look:     python -m kdmini.tools.visualize {folder.path}")
 
 

@@ -16,8 +16,16 @@ except ImportError as missing:
     )
 
 
+# what a user's code begins with
+OFFERED = {
+    "Predictor": "kdmini.tools.predictor",
+    "train": "kdmini.tools.from_python",
+    "evaluate": "kdmini.tools.from_python",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """What a user's code begins with, imported when it is asked for: torch takes seconds."""
-    if name == "Predictor":
-        return import_module("kdmini.tools.predictor").Predictor
+    """Imported when it is asked for: torch takes seconds."""
+    if name in OFFERED:
+        return getattr(import_module(OFFERED[name]), name)
     raise AttributeError(f"module 'kdmini' has no attribute {name!r}")

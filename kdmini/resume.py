@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kdmini import checkpoint, config, distributed
+from kdmini.commands import command
 from kdmini.contracts import UserError
 from kdmini.defaults import defaults, filled
 from kdmini.inputs import differences, in_few_words
@@ -81,8 +82,9 @@ def ways_out(path: Path) -> str:
     ways = "set it back, or begin another run"
     if not best.exists():
         return ways
-    words = ["train.py", "--config", run / "config.yaml", f"run={run}-2", f"student.weights={best}"]
-    return f"{ways} from what this one has learned: {shlex.join(map(str, words))} and the change"
+    words = ["--config", run / "config.yaml", f"run={run}-2", f"student.weights={best}"]
+    call = f"{command('train')} {shlex.join(map(str, words))}"
+    return f"{ways} from what this one has learned: {call} and the change"
 
 
 def seek_anew(progress: dict[str, Any]) -> None:

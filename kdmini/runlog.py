@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdmini import output
+from kdmini.commands import command
 from kdmini.contracts import UserError
 from kdmini.files import check_kind, write_whole
 from kdmini.typed import short
@@ -66,7 +67,7 @@ class RunFolder:
     def _refuse_another(self) -> None:
         if any(path.exists() for path in (self.config, self.checkpoints, self.best)):
             raise UserError(
-                f"{self.path} holds a run already; continue it with `python train.py --resume "
+                f"{self.path} holds a run already; continue it with `{command('train')} --resume "
                 f"{self.path}` or name another `run:`"
             )
 

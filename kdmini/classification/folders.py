@@ -66,6 +66,7 @@ class Folders:
         self.passed_over: list[str] = []  # paths
         for label, name in enumerate(self.names):
             self._take(folders.get(composed(name), folder / name), label)
+        self.ids = [self._id(record) for record in self.records]
         self.photographs = {identity(record.path) for record in self.records}
         self.seen: dict[int, Seen] = {}  # by index: threads need no lock, and some read twice
 
@@ -83,6 +84,9 @@ class Folders:
         others = {*paths, *below} - {*images}
         self.passed_over += sorted(p for p in others if not os.path.basename(p).startswith("."))
 
+    def _id(self, record: Record) -> str:
+        return f"{self.names[record.label]}/{os.path.basename(record.path)}"
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -93,8 +97,7 @@ class Folders:
             raise UserError(f"{path}: a link that leads out of the set; put a copy in its place")
         picture = read(path, bits=self.bits)
         self.seen[index] = Seen(picture.orientation != UPRIGHT, picture.used_bits)
-        name = f"{self.names[label]}/{os.path.basename(path)}"
-        return picture.pixels, Target(label=label, id=name)
+        return picture.pixels, Target(label=label, id=self.ids[index])
 
     def report(self) -> str:
         """What is worth knowing of the set, in one line; empty if nothing is."""

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/mine.yaml")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as mine/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where the pictures go")
     parser.add_argument(

@@ -33,8 +33,8 @@ from kdmini.tools import sweep_study as studies
 from kdmini.tools.sweep_space import Plan, make_plan
 from kdmini.tools.sweep_study import optuna
 from kdmini.tools.sweep_table import conclude, line_of, row_of
+from kdmini.tools.train import train
 from kdmini.typed import nearest
-from train import train
 
 POLL_S = 2.0  # between two looks at the trials of other processes
 

@@ -10,6 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from kdmini import config
+from kdmini.commands import command
 from kdmini.files import write_whole
 from kdmini.tools.sweep_space import Plan, Span
 from kdmini.tools.sweep_study import ATTEMPT, ERROR, NUMBER, STOPPED, attempts_of, counts
@@ -87,11 +88,11 @@ def conclude(study: optuna.Study, plan: Plan) -> None:
     path = plan.out / "best.yaml"
     settings = plan.with_values(best.values, plan.out / "best")
     head = f"# Trial {best.number} of a sweep: {plan.score} {best.score:.4f}.\n"
-    command = f"python train.py --config {path}"
-    write_whole(path, f"{head}# {command}\n{config.dump(settings)}")
+    call = f"{command('train')} --config {path}"
+    write_whole(path, f"{head}# {call}\n{config.dump(settings)}")
     weights = plan.folder(best.number) / "best.pt"
     print(f"best: trial {best.number}, {plan.score} {best.score:.4f}; weights in {weights}")
-    print(f"train it again: {command}")
+    print(f"train it again: {call}")
 
 
 def print_table(table: Sequence[dict[str, Any]]) -> None:

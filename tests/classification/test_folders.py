@@ -44,6 +44,17 @@ def test_names_give_the_order(root: Path) -> None:
     assert dataset[2][1]["id"] == "cat/1.JPG"
 
 
+def test_a_share_is_drawn_of_folders_without_splits(tmp_path: Path) -> None:
+    names = [f"{kind}/{number}.jpg" for kind in ("cat", "dog") for number in range(8)]
+    add(tmp_path, *names)
+    sets = make_sets({**BUILD, "split": "."}, {"share": 0.25}, str(tmp_path))
+    parts = [
+        [part[index][1]["id"] for index in range(len(part))] for part in (sets.train, sets.val)
+    ]
+    assert [len(part) for part in parts] == [12, 4]
+    assert sorted(parts[0] + parts[1]) == names
+
+
 def test_a_split_may_be_the_root_itself(root: Path) -> None:
     assert Folders(str(root / "train"), ".").names == ["cat", "dog"]
 

@@ -197,7 +197,7 @@ def test_a_run_of_two_ranks_leaves_one_set_of_files_and_goes_on(
     ended = launch.wait()
     assert ended.code
     assert ended.seconds < 30
-    assert "stopped after step 3 of epoch 2; to go on: train.py --resume" in ended.text
+    assert "stopped after step 3 of epoch 2; to go on: python train.py --resume" in ended.text
     assert ended.text.count("device: torch finds no CUDA") <= 1
     assert ended.text.count(f"student: {student}") == 1
     assert "FutureWarning" not in ended.text

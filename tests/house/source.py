@@ -27,6 +27,8 @@ def modules() -> dict[str, Path]:
     files = {name: ROOT / f"{name}.py" for name in SCRIPTS}
     for folder in ("examples", "kdmini"):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.is_symlink():  # to a script
+                continue
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             files[name.removesuffix(".__init__")] = path
     return files

@@ -80,7 +80,7 @@ def test_paths_and_commands_are_real(page: Path) -> None:
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert module in MODULES or (ROOT / f"{module.replace('.', '/')}.py").exists(), module
     for config in re.findall(r"configs/[\w/]+\.yaml", text):
-        assert (ROOT / config).exists() or config == "configs/mine.yaml", config
+        assert (ROOT / config).exists(), config
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`make ([\w-]+)`", text):
         assert f"\n{target}:" in makefile, target
