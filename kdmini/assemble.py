@@ -81,15 +81,29 @@ def make_distillation(
         position = {key: entry[key] for key in ("weight", "schedule") if key in entry}
         settings = {key: value for key, value in entry.items() if key not in position}
         pieces = {"shapes": shapes, "graphs": graphs, "names": student.names, "student": student}
-        term = config.build(settings, where, **pieces)
-        if teacher is None and getattr(term, "needs_teacher", True):
-            raise UserError(
-                f"{where}: needs a teacher; add the section `teacher`, or set distill=null"
-            )
+        term = config.build(settings, where, **pieces, teacher_names=getattr(teacher, "names", []))
+        refuse_teacher(term, where, student, teacher)
         weighted[name] = config.call(Weighted, position, where, term=term)
     return Distillation(
         student, teacher, weighted, pairs, shapes if teacher else {}, align, kd_scale
     )
+
+
+def refuse_teacher(term: Any, where: str, student: Any, teacher: Any) -> None:
+    """Raises UserError where the term needs another teacher, or one at all."""
+    if teacher is None:
+        if getattr(term, "needs_teacher", True):
+            raise UserError(
+                f"{where}: needs a teacher; add the section `teacher`, or set distill=null"
+            )
+        return
+
+    reads = term.uses & {"preds", "classes"}
+    if reads and teacher.names != student.names and not getattr(term, "by_name", False):
+        raise UserError(
+            f"{where}: needs a teacher with the student's classes, in the same order; name one, "
+            "or take terms that read feats alone, such as pearson"
+        )
 
 
 def tap_pairs(taps: list[str | tuple[str, str]]) -> dict[str, str]:

@@ -113,7 +113,9 @@ class Model(Protocol):
     config; `unread` lists the classes of which its file of weights knew nothing, so that they
     are not scored; `make_head(channels)` makes a fresh head for maps of these channels, whose
     output `loss` understands; `class_maps(preds)` is a list of maps of class logits
-    (N, K, H, W), for terms that read `classes`, whatever the layout of preds.
+    (N, K, H, W), for terms that read `classes`, whatever the layout of preds; `to_map(name,
+    output)` makes a map (N, C, H, W) of what a tapped submodule gives, such as tokens.
+    Of a teacher of other classes, terms read feats alone; it then needs no loss and no decode.
     """
 
     names: list[str]
@@ -160,8 +162,9 @@ class Term(Protocol):
     Its constructor may name `names`, the student's; `shapes`, {tap: (student C, teacher C,
     H, W)} before alignment, where without a teacher the student's C stands twice; `graphs`,
     the same of the taps in `View.graphs`, with the student's H, W; and `student`, the network
-    itself, which must not become a submodule of the term.
-    Optional: `needs_teacher = False`.
+    itself, which must not become a submodule of the term; and `teacher_names`.
+    Optional: `needs_teacher = False`; `by_name = True` of a term that reads classes, of a
+    teacher with others too.
     """
 
     # of "feats", "preds", "classes": decides what the teacher has to run; and "targets", where it

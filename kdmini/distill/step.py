@@ -81,11 +81,6 @@ class Distillation(nn.Module):
         self.class_maps = self.class_maps_of(student)
         self.run_terms: Callable[..., Losses] = self.losses
         self.teacher = self.prepared(teacher) if teacher is not None else None
-        if self.needs_preds and teacher is not None and teacher.names != student.names:
-            raise UserError(
-                "a term that reads preds needs a teacher with the student's classes, "
-                "in the same order"
-            )
 
     def prepared(self, teacher: nn.Module) -> Teacher:
         """The teacher, frozen and tapped; without its head where no term reads it."""

@@ -24,6 +24,7 @@ class Taps:
                 "taps must be attached before the model is compiled: hooks set later never fire"
             )
         self.names = list(names)
+        self._to_map: Callable = getattr(model, "to_map", lambda name, output: output)
         self._feats: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}  # how often each was written to when it was kept
         for name in self.names:
@@ -50,16 +51,17 @@ class Taps:
 
         Raises UserError where a tap did not fire, gave something else, or was overwritten.
         """
-        feats = self._feats
+        outputs = self._feats
         versions = self._versions
         self._feats = {}
         self._versions = {}
-        silent = [name for name in self.names if name not in feats]
+        silent = [name for name in self.names if name not in outputs]
         if silent:
             raise UserError(
                 f"distill.taps: {', '.join(silent)} did not fire in a forward pass; "
                 "name submodules that the detector calls, and no part of its head"
             )
+        feats = {name: self._to_map(name, output) for name, output in outputs.items()}
         for name, feat in feats.items():
             if not isinstance(feat, Tensor) or feat.ndim != 4:
                 raise UserError(

@@ -17,11 +17,14 @@ Simplified: w is the teacher's confidence, where Yang et al. weigh by the differ
 the scores. `form: softmax` with `gamma: 0` is the loss of the research notes:
 `batchmean` over rows of classes.
 Reads the class maps that the models offer, `class_maps(preds)`, and so serves every task.
+With `classes: by_name` k runs over the classes that both networks have: where classes are
+added, the network of before teaches those that it knows.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from kdmini.bounds import Power, Temperature
@@ -45,9 +48,12 @@ class LogitDistillation(nn.Module):
     gamma: power of the confidence; 0 counts all cells alike.
     reduction: `batch`, one mean over the cells of all images of a batch; `sample`, a mean
         for each image, which accumulation does not change.
+    classes: `same`, all, which both networks have in one order; or `by_name`, those that
+        both have.
     """
 
     uses = frozenset({"classes"})
+    rows: Tensor  # of student and teacher, (classes that both have, 2)
 
     def __init__(
         self,
@@ -55,14 +61,22 @@ class LogitDistillation(nn.Module):
         temperature: Temperature = 4.0,
         gamma: Power = 1.0,
         reduction: Reduction = "batch",
+        classes: Literal["same", "by_name"] = "same",
         names: Sequence[str] = (),
+        teacher_names: Sequence[str] = (),
     ):
         super().__init__()
-        if form == "softmax" and len(names) == 1:
+        self.by_name = classes == "by_name"
+        shared = [name for name in names if name in teacher_names] if self.by_name else names
+        if self.by_name and not shared:
+            raise UserError("distill: classes: by_name, but student and teacher share no class")
+        if form == "softmax" and len(shared) == 1:
             raise UserError(
                 "distill: softmax over one class is 1 whatever the logits, so the term has no "
                 "gradient; use form: sigmoid"
             )
+        rows = [[names.index(name), teacher_names.index(name)] for name in shared if self.by_name]
+        self.register_buffer("rows", torch.tensor(rows), persistent=False)
         self.form = form
         self.temperature = temperature
         self.gamma = gamma
@@ -71,6 +85,9 @@ class LogitDistillation(nn.Module):
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
         s = class_logits(student)  # (N, K, A)
         t = class_logits(teacher).detach()
+        if self.by_name:
+            s = s[:, self.rows[:, 0]]
+            t = t[:, self.rows[:, 1]]
         if self.form == "softmax":
             divergence = softmax_kl(s, t, 1, self.temperature)
         else:

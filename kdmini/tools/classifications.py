@@ -68,7 +68,7 @@ def mixed(shares: np.ndarray, names: Sequence[str]) -> str:
 def answers(material: Material, scenes: Scenes) -> Figure:
     """Each image with its class, if it is known, and what student and teacher say."""
     networks = {"student": material.student}
-    if material.teacher is not None:
+    if hasattr(material.teacher, "decode"):  # one from elsewhere says nothing of the images
         networks["teacher"] = material.teacher
     alone = len(networks) == 1 and not scenes.annotated
     captions: list[list[str]] = [[] for _ in scenes.targets]

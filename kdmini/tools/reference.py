@@ -101,6 +101,11 @@ SECTIONS = [
         ("names",),
     ),
     Section(
+        "teacher: a network from elsewhere",
+        "kdmini.teachers:Frozen",
+        "It teaches by its features: [own.md](own.md#a-teacher-from-elsewhere).",
+    ),
+    Section(
         "metric: DetectionMetric",
         "kdmini.detection.average_precision:DetectionMetric",
         "AP50-95, AP50 and AP75 as COCO has them, VOC07 and VOC.",
@@ -136,6 +141,7 @@ TERMS = [
     "kdmini.distill.attention:AttentionTransfer",
     "kdmini.terms.affinity:AffinityDistillation",
     "kdmini.terms.channelwise:ChannelWise",
+    "kdmini.terms.cosine:CosineDistance",
     "kdmini.terms.frequency:FrequencyAttention",
     "kdmini.terms.localisation:LocalisationDistillation",
     "kdmini.terms.logits:LogitDistillation",
@@ -148,7 +154,7 @@ TERMS = [
 ]
 # what nn.Module's own constructor has, of a term that takes no settings
 UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-OFFERED = ("shapes", "graphs", "names", "student")  # to a term, by kdmini.assemble
+OFFERED = ("shapes", "graphs", "names", "teacher_names", "student")  # to a term, by kdmini.assemble
 
 
 def page() -> str:

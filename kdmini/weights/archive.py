@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdmini.contracts import UserError
 
-MAX_FILE_BYTES = 1 << 30
+MAX_FILE_BYTES = 8 << 30  # a ViT of a billion parameters has 4.5 GB
 
 
 class Refused(Exception):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from kdmini.assemble import make_distillation
 from kdmini.contracts import UserError
 from kdmini.distill.attention import AttentionTransfer
 from kdmini.distill.step import Weighted
@@ -164,9 +165,13 @@ def test_taps_may_be_named_otherwise_in_the_teacher() -> None:
     assert torch.equal(theirs.feats["stem"], teacher.stem[0](images()))
 
 
-def test_other_classes_serve_feature_terms_alone() -> None:
+@pytest.mark.parametrize("uses", [["feats"], ["preds"], ["feats", "classes"]])
+def test_other_classes_serve_feature_terms_alone(uses: list[str]) -> None:
     student, teacher = pair(names=("dog", "cat"))
-    distillation = distil(student, teacher, {"probe": Probe()})
-    assert distillation(images(), student(images()), NO_TARGETS, 0)
-    with pytest.raises(UserError, match="needs a teacher with the student's classes"):
-        distil(student, teacher, {"probe": Probe(uses=frozenset({"preds"}))})
+    probe = {"build": "tests.distill.small:Probe", "uses": uses, "weight": 1.0}
+    if uses == ["feats"]:
+        distillation = make_distillation(student, teacher, 32, ["stem"], probe=probe)
+        assert distillation(images(), student(images()), NO_TARGETS, 0)
+        return
+    with pytest.raises(UserError, match=r"distill\.probe: needs a teacher with the student's cl"):
+        make_distillation(student, teacher, 32, ["stem"], probe=probe)

@@ -27,7 +27,7 @@ from tests.conftest import ROOT, write_config
 from tests.docs.pages import blocks
 
 PAGE = (ROOT / "docs" / "own.md").read_text()
-FILES = {"csv_boxes", "centres", "cosine", "recall", "adam"}
+FILES = {"csv_boxes", "centres", "dino", "recall", "smooth_l1", "adam"}
 Scenes = dict[str, list[tuple[np.ndarray, Any]]]  # split -> image and target of each scene
 
 
@@ -154,7 +154,7 @@ def write_settings(folder: Path, shapes: Path, *fragments: dict[str, Any]) -> Pa
 def test_every_block_is_used() -> None:
     names = {block.partition(".py\n")[0].removeprefix("# ") for block in blocks(PAGE, "python")}
     assert names == FILES
-    assert len(blocks(PAGE, "yaml")) == 11
+    assert len(blocks(PAGE, "yaml")) == 14
 
 
 def masks_of(dataset: Any) -> dict[str, np.ndarray]:
@@ -256,14 +256,20 @@ def test_this_much_xml_is_enough(here: Path) -> None:
 def test_data_term_and_metric_of_ones_own(here: Path, shapes: Path, scenes: Scenes) -> None:
     data = with_names(fragment(":CsvBoxes")["data"])
     write_table(here / data["root"], scenes)
-    sections = ({"data": data}, fragment(":Cosine"), fragment(":Recall"))
+    sections = ({"data": data}, fragment(":SmoothL1"), fragment(":Recall"))
     path = write_settings(here, shapes, *sections)
     run(train_script, "--config", path)
     last = records(here / "run")[-1]
-    assert last["lambda/cosine"] == 2.0
-    assert 0 < last["loss/cosine"] < 3 * 2 * 0.5 * 2.0  # taps, the largest, weight, lambda
+    assert last["lambda/smooth_l1"] == 2.0
+    assert 0 < last["loss/smooth_l1"] < 3 * 1 * 0.5 * 2.0  # taps of variance 1, weight, lambda
     assert 0 <= last["score/recall"] <= 1
     assert (here / "run" / "best.pt").exists()
+
+
+def test_the_detector_that_teaches_is_that_of_the_config() -> None:
+    settings = config.load(ROOT / "configs/voc_retinanet.yaml")
+    for name, section in fragment("retinanet").items():
+        assert settings[name] == section
 
 
 def test_recall_counts_what_is_found(here: Path, scenes: Scenes) -> None:

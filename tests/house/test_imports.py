@@ -55,6 +55,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "segmentation": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
     "classification": ("data", "checkpoint", "classes", "files", "typed", "weightfile", "weights"),
+    # of other packages: their networks are named in the config
+    "teachers": ("config", "typed", "weightfile", "weights"),
     # models, data and terms arrive as arguments
     "engine": ("progress", "device", "optim", "distributed", "signals"),
     # models, data sets and terms are named in the config

@@ -20,6 +20,7 @@ TERMS_AND_TOOLS = (
         "configs/sweep",
         "configs/atss.yaml",
         "configs/voc_best.yaml",
+        "configs/voc_retinanet.yaml",
     ),
     "configs/classification",
     # these test commands, examples, benchmarks and pages that need them

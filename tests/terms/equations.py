@@ -184,6 +184,15 @@ def plain_pearson(scene: Scene) -> Any:
     return total
 
 
+def plain_cosine(scene: Scene) -> Any:
+    total: Any = 0
+    for s, t in pairs(scene):
+        a_cell = 1 / s[:, 0].numel()
+        for x, y in zip(s.movedim(1, 3).flatten(0, 2), t.movedim(1, 3).flatten(0, 2), strict=True):
+            total += a_cell * (1 - x.dot(y) / (x.dot(x) * y.dot(y)).sqrt())
+    return total
+
+
 def plain_spatial(scene: Scene) -> Any:
     total: Any = 0
     for s, t in pairs(scene):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdmini.contracts import UserError, View
 from kdmini.terms.channelwise import ChannelWise
+from kdmini.terms.cosine import CosineDistance
 from kdmini.terms.localisation import LocalisationDistillation
 from kdmini.terms.logits import LogitDistillation
 from kdmini.terms.masked import MaskedGeneration
@@ -24,6 +25,7 @@ from tests.terms.equations import (
     SHAPES,
     SIZES,
     plain_channelwise,
+    plain_cosine,
     plain_localisation,
     plain_logits,
     plain_masked,
@@ -58,6 +60,7 @@ TERMS: dict[str, Any] = {
     "localisation": LocalisationDistillation(reg_max=BINS),
     "channelwise": ChannelWise(),
     "channelwise warm": ChannelWise(3.0),
+    "cosine": CosineDistance(),
     "pearson": PearsonDistillation(),
     "pixels": PixelRelation(),
     "spatial": SpatialImitation(),
@@ -70,6 +73,7 @@ EQUATIONS: dict[str, Callable[[Scene], Any]] = {
     "localisation": lambda scene: plain_localisation(scene, 10),
     "channelwise": lambda scene: plain_channelwise(scene, 1),
     "channelwise warm": lambda scene: plain_channelwise(scene, 3),
+    "cosine": plain_cosine,
     "pearson": plain_pearson,
     "pixels": lambda scene: plain_pixels(scene, 0.1),
     "spatial": plain_spatial,

@@ -119,6 +119,9 @@ def test_answers_stand_beside_the_truth(store: Store) -> None:
     scenes = scenes_at(store, np.array([1]))
     (text,) = captions(drawn(student=student, teacher=teacher, scenes=scenes)["answers"])
     assert text == "true: dog\nstudent: fish 0.70\nteacher: lion 0.60"
+    silent = torch.nn.Identity()  # it teaches by its features alone
+    (text,) = captions(drawn(student=student, teacher=silent, scenes=scenes)["answers"])
+    assert text == "true: dog\nstudent: fish 0.70"
 
     unknown = scenes._replace(annotated=False)
     (text,) = captions(drawn(student=student, scenes=unknown)["answers"])
