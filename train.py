@@ -39,7 +39,9 @@ def train(settings: dict[str, Any], source: str, resume: bool = False, check: bo
     choose_algorithms(sections.deterministic)
     device = distributed.start(pick_device(sections.device), sections.timeout)
     check_batch(recipe.batch, distributed.world())
-    folder = RunFolder(sections.run, resume, lead=distributed.rank() == 0 and not check)
+    lead = distributed.rank() == 0
+    loggers = sections.make_loggers() if lead else []
+    folder = RunFolder(sections.run, resume, lead and not check, loggers)
     if check:
         run = make_run(sections, recipe, device, Progress(), limit=STEPS * recipe.batch)
         describe(run.training, run.teacher)

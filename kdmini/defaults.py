@@ -18,7 +18,7 @@ SECTIONS: dict[str, Callable] = {"data": make_sets, "train": Recipe, "distill": 
 def defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of all sections that the config has, in the same nesting."""
     found = defaults_of(Sections)
-    for name in ("student", "teacher", "metric"):
+    for name in ("student", "teacher", "metric", "log"):
         add_build(found, name, settings, name)
     for name, target in SECTIONS.items():
         if isinstance(settings.get(name), Mapping):

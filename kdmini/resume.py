@@ -13,9 +13,10 @@ from kdmini.inputs import differences, in_few_words
 from kdmini.progress import Progress, implausible
 
 # these may change, and the run still comes out bit for bit as if it had never stopped; `root`
-# of a set too
+# of a set too, and of `log` every setting
 FREE = {
     "run",
+    "log",
     "timeout",
     "allow_void",
     "allow_changed",
@@ -50,6 +51,7 @@ def check_resumable(path: Path, saved: dict[str, Any], settings: dict[str, Any])
     now = with_processes(settings)
     changes = config.changed(before, now)
     exact = {key for key in changes if key in FREE or key.split(".")[-1] == "root"}
+    exact |= {key for key in changes if key.split(".")[0] == "log"}
     measuring = {key for key in changes if key in MEASURING or key.split(".")[0] == "metric"}
     inexact = INEXACT | ({"train.epochs"} if epochs_of(now) > epochs_of(before) > 0 else set())
     refused = [changes[key] for key in changes if key not in exact | measuring | inexact]

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,19 @@ class RunFolder:
     whole after every epoch. log.txt grows by every line that is printed. Nothing is written
     before `begin`, so that a mistake found while building leaves nothing behind.
     lead: whether this process writes; of several, one does.
+    loggers: what is called with every record that is logged; one that fails is called no more.
 
     Raises UserError where it holds a run already that is not to be resumed, is in use,
     cannot be written, or is no name of a folder.
     """
 
-    def __init__(self, path: str | Path, resume: bool = False, lead: bool = True):
+    def __init__(
+        self, path: str | Path, resume: bool = False, lead: bool = True, loggers: Sequence[Any] = ()
+    ):
         check_name(path)
         self.path = Path(path)
         self.lead = lead
+        self.loggers = list(loggers)
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "ckpt"
         self.best = self.path / "best.pt"
@@ -156,8 +160,16 @@ class RunFolder:
             self._write([record for record in self.records() if record["epoch"] < epoch])
 
     def log(self, record: dict[str, Any]) -> None:
-        if self.lead:
-            self._write([*self.records(), record])
+        if not self.lead:
+            return
+        self._write([*self.records(), record])
+        for logger in list(self.loggers):
+            try:
+                logger(dict(record))
+            except Exception as error:  # it is anybody's, and must not stop the run
+                self.loggers.remove(logger)
+                name = type(logger).__name__
+                print(f"warning: log: {name} failed, and the run goes on without: {short(error)}")
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         self.check()

@@ -34,6 +34,8 @@ class Sections:
     train: the recipe.
     teacher: the model that is imitated; null for none.
     distill: taps, alignment and terms; null for none.
+    log: what is called with every record of metrics.jsonl besides, such as
+        `{build: kdmini.tools.loggers:TensorBoard}`; or a list of them.
     seed: of weights and augmentation.
     device: auto, cpu, cuda or cuda:1.
     compile: rendering, student, loss, teacher and terms by torch.compile; it takes minutes on
@@ -52,6 +54,7 @@ class Sections:
     train: dict[str, Any]
     teacher: Any = None
     distill: Any = None
+    log: Any = None
     seed: Seed = 0
     device: str = "auto"
     compile: bool | Literal["auto"] = "auto"
@@ -70,6 +73,14 @@ class Sections:
         if isinstance(val, Mapping) and "share" in val and drawn.is_file():
             data = {**data, "val": {**val, "listed": val.get("listed") or str(drawn)}}
         return config.call(make_sets, data, "data")
+
+    def make_loggers(self) -> list[Any]:
+        """Raises UserError for one that cannot be called with a record."""
+        sections = self.log if isinstance(self.log, list) else [self.log]
+        loggers = [config.build(section, "log", run=self.run) for section in sections if section]
+        if not all(map(callable, loggers)):
+            raise UserError("log.build: what it makes cannot be called with a record; add __call__")
+        return loggers
 
     def make_metric(self, names: list[str]) -> Metric:
         """Raises UserError where it cannot score."""

@@ -167,6 +167,34 @@ def test_rewinding_without_a_log_is_fine(folder):
     assert folder.records() == []
 
 
+# --- loggers
+
+
+def failing(record):
+    if record["epoch"] > 0:
+        raise RuntimeError(f"no room\nfor {record['epoch']}")
+    record.clear()  # its own
+
+
+def test_loggers_get_every_record_and_one_that_fails_stops_nothing(tmp_path, capsys):
+    kept = []
+    folder = RunFolder(tmp_path / "a", loggers=[failing, kept.append])
+    folder.begin("run: a\n")
+    records = [{"epoch": epoch, "loss/box": 0.5} for epoch in range(-1, 4)]
+    for record in records:
+        folder.log(record)
+    assert kept == folder.records() == records
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: log: function failed, and the run goes on without: Runtime")
+    assert "no room\\nfor 1" in line
+
+
+def test_of_several_processes_one_logs(tmp_path):
+    kept = []
+    RunFolder(tmp_path / "a", lead=False, loggers=[kept.append]).log({"epoch": 0})
+    assert kept == []
+
+
 # --- a folder that goes away
 
 

@@ -20,6 +20,7 @@ from kdmini import assemble, engine
 from kdmini.optim import Recipe
 from tests.commands import assert_equal, newest, records, run
 from tests.conftest import ROOT
+from tests.kept import Kept
 
 PATIENCE_S = 120
 POLL_S = 0.01
@@ -247,6 +248,28 @@ def test_a_loss_that_is_never_finite_stops_the_run_by_name(
     command = ["--config", config_file, "train.epochs=30"]
     with pytest.raises(SystemExit, match=r"2\d updates in a row.*broken not finite"):
         run(train_script, *command, "distill.broken={build: broken:NaN, weight: 1}")
+
+
+# --- records elsewhere
+
+
+def test_loggers_get_the_records_that_a_resumed_run_adds(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Kept, "records", [])
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "run", folder)
+    command = ["--resume", folder, "train.epochs=5"]
+    with pytest.raises(SystemExit, match=r"log\.build: .* cannot be called with a record"):
+        run(train_script, *command, "log=[{build: tests.kept:Kept}, {build: tests.kept:NotCalled}]")
+    run(train_script, *command, "log={build: tests.kept:Kept}")
+    assert Kept.records == [{**records(folder)[-1], "run": str(folder)}]
+    assert records(folder)[-1]["epoch"] == 4
+    run(train_script, *command, "log={build: tests.kept:KeptToo}")
+    assert "warning: log.build was 'tests.kept:Kept', is 'tests." in capsys.readouterr().out
 
 
 # --- more epochs

@@ -57,9 +57,13 @@ def shares(mask: np.ndarray) -> dict[int, float]:
     return {label: float(counts[label] / mask.size) for label in present}
 
 
-def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str]) -> Image.Image:
+def overlay(
+    image: Image.Image, mask: np.ndarray, names: Sequence[str], rows: int | None = None
+) -> Image.Image:
     """The mask over its photograph, and below it which colour is which class; a small image is
     enlarged for that.
+
+    rows: of the legend, whatever it takes; a class that finds no room there is left out.
     """
     picture = blended(enlarged(image), mask)
     size = text_size(picture)
@@ -69,10 +73,12 @@ def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str]) -> Image
         texts[label] = f"{short(names[label])[1:-1]} {percent}"
     entries = placed(texts, size, picture.width)
     row_height = round(1.5 * size)
-    rows = 1 + max(entry.row for entry in entries)
+    page_width = picture.width
+    if rows is None:
+        rows = 1 + max(entry.row for entry in entries)
+        widest = max(entry.x + entry.width for entry in entries) + size // 2
+        page_width = max(picture.width, widest)
     below = row_height * rows + size // 2
-    widest = max(entry.x + entry.width for entry in entries) + size // 2
-    page_width = max(picture.width, widest)
     page = Image.new("RGB", (page_width, picture.height + below), PAPER)
     page.paste(picture)
     pen = ImageDraw.Draw(page)

@@ -1,147 +1,99 @@
-"""Detect objects in pictures of any kind and size, label their pixels, or say their class.
+"""Detect objects in pictures and videos, label their pixels, or say their class.
 
-python -m kdmini.tools.predict WEIGHTS IMAGES|FOLDER... [--out FOLDER]
-python -m kdmini.tools.predict runs/voc/best.pt photographs/ --out found
+python -m kdmini.tools.predict WEIGHTS IMAGE|FOLDER|VIDEO|CAMERA|- ... [--out FOLDER]
+python -m kdmini.tools.predict runs/voc/best.pt photographs/ --recursive --out found
+python -m kdmini.tools.predict runs/voc/best.pt clip.mp4 --jsonl - --no-pictures
+
+CAMERA is its number, such as 0; it is watched until Ctrl-C. For `-` the names of files are
+read from the standard input, one a line. Videos need PyAV: pip install -e '.[video]'.
 
 Of a detector FOLDER then holds each picture with its boxes, NAME.jpg; of a network for
 segmentation the index of a class for each pixel of the file, NAME.png with VOC's palette, and
 the same over the picture, NAME.jpg; of a classifier each picture with its class and the
-score, NAME.jpg. Beside them is predictions.json: for every image its file, width, height,
-what was written of it, and the detections as box_xyxy (pixels of the file), label and score,
-best first; or the classes and their shares of the pixels; or the best five classes and their
-scores, best first. Pixels are taken as stored: EXIF turns nothing, as in training. In a name
-of a file that is not UTF-8 the other bytes stand as JSON's \\udc80 to \\udcff, which Python
-turns back into that very name.
+score, NAME.jpg. Of a video the pictures are one film, NAME.mp4, without sound.
+
+Beside them is predictions.json, or JSON lines where --jsonl says: for every image its file,
+width, height, what was written of it, and the detections as box_xyxy (pixels of the file),
+label and score, best first; or the classes and their shares of the pixels; or the best five
+classes and their scores, best first. An image of a video also has its number, `frame`, and
+its time in `seconds`, both from 0. In a name of a file that is not UTF-8 the other bytes
+stand as JSON's \\udc80 to \\udcff, which Python turns back into that very name.
+
+Pictures are turned as EXIF asks for it, and videos as players turn them, so width, height and
+boxes are those that people see; training takes pixels as they are stored.
+
+Ctrl-C ends it after the images at hand: what was found until then is written whole.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from PIL import Image
-from tqdm import tqdm
 
 from kdmini import memory, output, signals
 from kdmini.bounds import ImageSize, Share
-from kdmini.classification.truth import Labels
-from kdmini.contracts import Prediction, Truth, UserError
-from kdmini.data.loader import ValLoader
-from kdmini.data.store import Store
-from kdmini.detection.truth import Boxes
-from kdmini.device import pick_device
-from kdmini.engine import on_cpu
-from kdmini.files import write_whole
-from kdmini.segmentation.truth import Masks
-from kdmini.tools.load import Loaded, load_network
-from kdmini.tools.photographs import READABLE, Photographs, find_images, prepare, stems, stored
-from kdmini.tools.predict_boxes import BoxWriter
-from kdmini.tools.predict_classes import ClassWriter
-from kdmini.tools.predict_masks import MaskWriter
+from kdmini.contracts import UserError
+from kdmini.tools.entries import Add, in_lines, in_list, on_stream
+from kdmini.tools.photographs import check_results, find_images, listed, prepare
+from kdmini.tools.predict_job import Job
+from kdmini.tools.predictor import Predictor
+from kdmini.tools.video import is_camera, is_video, pyav
 from kdmini.typed import argument
 
-BATCH = 8  # images
-
-
-class Writer(Protocol):
-    """What is written of one task's predictions; its constructor takes the network and, by
-    name, those of `options` that were given.
-    """
-
-    options: tuple[str, ...]
-
-    def decode(self, preds: Any) -> list[Prediction]:
-        """What the network returned -> of each image, what can be taken to its file."""
-        ...
-
-    def write(
-        self, image: Image.Image, prediction: Prediction, out: Path, stem: str
-    ) -> dict[str, Any]:
-        """Writes the files of one image, named after the stem -> its part of the JSON.
-
-        image, prediction: in pixels of the file. Raises UserError.
-        """
-        ...
-
-    def summary(self, entries: Sequence[dict[str, Any]]) -> str:
-        """What was found in all images, and what kinds of files show it."""
-        ...
-
-
-WRITERS: dict[type[Truth], Any] = {
-    Boxes: BoxWriter,
-    Masks: MaskWriter,
-    Labels: ClassWriter,
-}
+STREAM = "-"  # the standard output, as the name of a file
 
 
 def predict(
-    weights: str,
+    predictor: Predictor,
     inputs: Sequence[str],
     out: Path,
-    imgsz: int | None = None,
-    device: str = "auto",
-    **options: Any,
+    recursive: bool = False,
+    pictures: bool = True,
+    jsonl: str | None = None,
 ) -> int:
-    """Writes pictures and predictions.json to `out` -> how many inputs could not be used.
+    """Writes pictures to `out` -> how many inputs could not be used, or not to their end.
 
-    Each of these was named. imgsz: that of the training where it is None. options: of the
-    writer, None where not given. Raises UserError where no image is left.
+    Each of these was named. recursive: look into the folders of a folder. jsonl: where the
+    entries go; None for `out`/predictions.json. Raises UserError where no image is left.
     """
-    paths, refused = find_images(inputs)
-    names = stems(paths)
-    loaded = load_network(weights, pick_device(device))
-    network = loaded.network
-    writer = make_writer(loaded, options)
-    network.fold()
-    prepare(out, paths)
-    ids = [str(path) for path in paths]
-    photographs = Photographs(paths, ids, loaded.truth, formats=READABLE)
-    store = stored(photographs, imgsz or loaded.imgsz, next(network.parameters()).device)
+    names = listed(inputs)
+    videos = [name for name in dict.fromkeys(names) if is_video(name)]
+    paths, refused = find_images([name for name in names if not is_video(name)], recursive, out)
+    if not paths and not videos:
+        why = "each folder is named above" if refused else "the list is empty"
+        raise UserError(f"no image to look at; {why}")
+    for name in videos[:1]:
+        pyav(name)
+    files = [*paths, *(Path(name) for name in videos if not is_camera(name))]
+    saves = hasattr(predictor.writer, "save")
+    made = ["pictures"] * pictures + ["masks"] * saves + ["predictions.json"] * (jsonl is None)
+    if made:
+        prepare(out, files)
+    if jsonl is not None and jsonl != STREAM:
+        check_results(Path(jsonl), files)
 
-    entries: list[dict[str, Any]] = []
-    with tqdm(total=len(store), desc="predict", unit="img") as bar:
-        for path, prediction in predictions(network, store, writer):
-            bar.update()
-            try:
-                # decoded once more: the store has it no larger than the network sees it
-                image = Image.fromarray(photographs.read(path))
-                written = writer.write(image, prediction, out, names[path])
-            except UserError as error:
-                refused += 1
-                print(error, file=sys.stderr)
-                continue
-            entry = {"file": str(path), "width": image.width, "height": image.height, **written}
-            entries.append(entry)
-    # what UTF-8 cannot say becomes an escape of JSON
-    text = json.dumps(entries, indent=1, ensure_ascii=False)
-    write_whole(out / "predictions.json", text.encode(errors="backslashreplace"))
-    print(f"{len(entries):,} images, {writer.summary(entries)} and predictions.json in {out}")
-    return refused + len(photographs.refused)
-
-
-def make_writer(loaded: Loaded, options: dict[str, Any]) -> Writer:
-    """Raises UserError for an option that its task does not have."""
-    kind = WRITERS[loaded.truth]
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if name not in kind.options:
-            network = type(loaded.network).__name__
-            raise UserError(f"--{name}: is for detections, and {network} gives none; leave it out")
-    writer: Writer = kind(loaded.network, **given)
-    return writer
+    began = time.monotonic()
+    with signals.delayed() as stop:
+        with results(jsonl, out) as add:
+            job = Job(predictor, out, pictures, add, stop, refused=refused)
+            job.look_at(paths, videos)
+        speed = job.images / (time.monotonic() - began)
+        where = f"; {', '.join(made)} in {out}" if made else ""
+        print(
+            f"{job.images:,} images, {predictor.writer.summary(job.found)}; "
+            f"{speed:.1f} images/s{where}",
+            file=sys.stderr if jsonl == STREAM else sys.stdout,
+        )
+    return job.refused
 
 
-def predictions(network: Any, store: Store, writer: Writer) -> Iterator[tuple[Path, Prediction]]:
-    """-> each image and what is said of it, in pixels of the file."""
-    for images, targets, to_file in ValLoader(store, BATCH):
-        with torch.no_grad():
-            in_file = to_file(on_cpu(writer.decode(network(images))))
-        for target, prediction in zip(targets, in_file, strict=True):
-            yield Path(target["id"]), prediction
+def results(jsonl: str | None, out: Path) -> AbstractContextManager[Add]:
+    """What takes the entries."""
+    if jsonl is None:
+        return in_list(out / "predictions.json")
+    return on_stream(sys.stdout) if jsonl == STREAM else in_lines(Path(jsonl))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,9 +104,22 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weights", help="best.pt of a run, or a public file such as yolo11s.pt")
-    parser.add_argument("inputs", nargs="+", metavar="image|folder")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="input", help="image, folder, video, number of a camera, or -"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="default: predictions"
+    )
+    parser.add_argument(
+        "--recursive", action="store_true", help="look into the folders of a folder, too"
+    )
+    parser.add_argument(
+        "--jsonl",
+        metavar="FILE",
+        help="JSON lines in the place of predictions.json; - for the standard output",
+    )
+    parser.add_argument(
+        "--no-pictures", dest="pictures", action="store_false", help="draw nothing; masks are saved"
     )
     parser.add_argument("--imgsz", type=argument(ImageSize), help="default: that of the training")
     parser.add_argument(
@@ -170,18 +135,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args(argv)
     signals.exit_on_signals()
+    lines_alone = redirect_stdout(sys.stderr) if args.jsonl == STREAM else nullcontext()
     try:
-        with memory.bounded("lower --imgsz, name fewer images, or take --device cpu"):
-            options = {"score": args.score, "iou": args.iou}
+        with memory.bounded("lower --imgsz, or take --device cpu"):
+            with lines_alone:
+                predictor = Predictor(args.weights, args.imgsz, args.device, args.score, args.iou)
             refused = predict(
-                args.weights, args.inputs, args.out, args.imgsz, args.device, **options
+                predictor, args.inputs, args.out, args.recursive, args.pictures, args.jsonl
             )
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     if refused:
         sys.exit(
-            f"error: images and folders that could not be used, and are named above: {refused:,}; "
-            "the others are done"
+            "error: inputs that could not be used, or not to their end, and are named above: "
+            f"{refused:,}; the others are done"
         )
 
 

@@ -3,8 +3,8 @@
 Legend: N images, A anchor points, K classes.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from kdmini.contracts import Prediction
 from kdmini.detection.boxes import select
 from kdmini.detection.yolo11.model import YOLO11, decode_maps
-from kdmini.tools.canvas import enlarged, font, save_jpeg, text_size
+from kdmini.tools.canvas import enlarged, font, text_size
 from kdmini.typed import short
 
 MAX_DET = 300  # detections of an image
@@ -25,7 +25,7 @@ COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", BLUE, "#D55E00", "#CC79A7
 
 
 class BoxWriter:
-    """A `kdmini.tools.predict.Writer`.
+    """A `kdmini.tools.writers.Writer`.
 
     score: objects under it are not shown. iou: boxes that overlap more are one.
     """
@@ -50,16 +50,17 @@ class BoxWriter:
             for boxes, scores_of_boxes in zip(boxes_xyxy, only_best, strict=True)
         ]
 
-    def write(
-        self, image: Image.Image, prediction: Prediction, out: Path, stem: str
-    ) -> dict[str, Any]:
-        picture = f"{stem}.jpg"
-        save_jpeg(draw(image, prediction, self.names), out / picture)
-        return {"picture": picture, "detections": as_json(prediction, self.names)}
+    def entry(self, prediction: Prediction) -> dict[str, Any]:
+        return {"detections": as_json(prediction, self.names)}
 
-    def summary(self, entries: Sequence[dict[str, Any]]) -> str:
-        objects = sum(len(entry["detections"]) for entry in entries)
-        return f"{objects:,} objects of score over {self.score}; pictures"
+    def draw(self, image: Image.Image, prediction: Prediction, steady: bool = False) -> Image.Image:
+        return draw(image, prediction, self.names)
+
+    def named(self, entry: Mapping[str, Any]) -> list[str]:
+        return [found["label"] for found in entry["detections"]]
+
+    def summary(self, found: Counter[str]) -> str:
+        return f"{found.total():,} objects of score over {self.score}"
 
 
 def as_json(prediction: Prediction, names: list[str]) -> list[dict[str, Any]]:

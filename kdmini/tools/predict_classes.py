@@ -3,8 +3,8 @@
 Legend: N images, K classes.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -13,13 +13,13 @@ from torch import Tensor
 from kdmini.classification.accuracy import FEW
 from kdmini.classification.classifier import Classifier
 from kdmini.contracts import Prediction
-from kdmini.tools.canvas import enlarged, font, save_jpeg, text_size
+from kdmini.tools.canvas import enlarged, font, text_size
 from kdmini.tools.predict_boxes import BLUE, write
 from kdmini.typed import short
 
 
 class ClassWriter:
-    """A `kdmini.tools.predict.Writer`."""
+    """A `kdmini.tools.writers.Writer`."""
 
     options: tuple[str, ...] = ()
 
@@ -30,18 +30,18 @@ class ClassWriter:
     def decode(self, preds: Tensor) -> list[Prediction]:
         return self.classifier.decode(preds)
 
-    def write(
-        self, image: Image.Image, prediction: Prediction, out: Path, stem: str
-    ) -> dict[str, Any]:
-        picture = f"{stem}.jpg"
-        classes = best(prediction["scores"], self.names)
-        name, score = next(iter(classes.items()))
-        save_jpeg(labelled(image, f"{short(name)[1:-1]} {score:.2f}"), out / picture)
-        return {"picture": picture, "classes": classes}
+    def entry(self, prediction: Prediction) -> dict[str, Any]:
+        return {"classes": best(prediction["scores"], self.names)}
 
-    def summary(self, entries: Sequence[dict[str, Any]]) -> str:
-        found = {next(iter(entry["classes"])) for entry in entries}
-        return f"{len(found)} of {len(self.names)} classes found; pictures"
+    def draw(self, image: Image.Image, prediction: Prediction, steady: bool = False) -> Image.Image:
+        ((name, score),) = best(prediction["scores"], self.names, 1).items()
+        return labelled(image, f"{short(name)[1:-1]} {score:.2f}")
+
+    def named(self, entry: Mapping[str, Any]) -> list[str]:
+        return list(entry["classes"])[:1]
+
+    def summary(self, found: Counter[str]) -> str:
+        return f"{len(found)} of {len(self.names)} classes found"
 
 
 def best(scores: Tensor, names: Sequence[str], count: int = FEW) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What predict writes of a network that labels pixels: each mask, and it over its picture."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from kdmini.contracts import Prediction
 from kdmini.data.palette import palette_png
 from kdmini.files import write_whole
 from kdmini.segmentation.maps import Segmenter
-from kdmini.tools.canvas import save_jpeg
 from kdmini.tools.draw_masks import overlay, shares
+
+STEADY_ROWS = 2  # of a legend that does not grow with the classes
 
 
 class MaskWriter:
-    """A `kdmini.tools.predict.Writer`."""
+    """A `kdmini.tools.writers.Writer`."""
 
     options: tuple[str, ...] = ()
 
@@ -27,16 +29,21 @@ class MaskWriter:
     def decode(self, preds: list[Tensor]) -> list[Prediction]:
         return self.segmenter.decode(preds)
 
-    def write(
-        self, image: Image.Image, prediction: Prediction, out: Path, stem: str
-    ) -> dict[str, Any]:
-        mask = prediction["mask"].numpy()
-        names = {"picture": f"{stem}.jpg", "mask": f"{stem}.png"}
-        save_jpeg(overlay(image, mask, self.names), out / names["picture"])
-        write_whole(out / names["mask"], palette_png(mask))
-        classes = {self.names[label]: round(share, 4) for label, share in shares(mask).items()}
-        return {**names, "classes": classes}
+    def save(self, prediction: Prediction, out: Path, stem: str) -> dict[str, str]:
+        name = f"{stem}.png"
+        write_whole(out / name, palette_png(prediction["mask"].numpy()))
+        return {"mask": name}
 
-    def summary(self, entries: Sequence[dict[str, Any]]) -> str:
-        found = {name for entry in entries for name in entry["classes"]}
-        return f"{len(found)} of {len(self.names)} classes found; pictures, masks"
+    def entry(self, prediction: Prediction) -> dict[str, Any]:
+        parts = shares(prediction["mask"].numpy())
+        return {"classes": {self.names[label]: round(part, 4) for label, part in parts.items()}}
+
+    def draw(self, image: Image.Image, prediction: Prediction, steady: bool = False) -> Image.Image:
+        rows = STEADY_ROWS if steady else None
+        return overlay(image, prediction["mask"].numpy(), self.names, rows)
+
+    def named(self, entry: Mapping[str, Any]) -> list[str]:
+        return list(entry["classes"])
+
+    def summary(self, found: Counter[str]) -> str:
+        return f"{len(found)} of {len(self.names)} classes found"

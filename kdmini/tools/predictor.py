@@ -8,7 +8,7 @@ for box, score, name in zip(found["boxes_xyxy"], found["scores"], found["names"]
     ...
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdmini.contracts import Truth, UserError
+from kdmini.contracts import Prediction, Truth, UserError
 from kdmini.data.loader import ValLoader
-from kdmini.data.pictures import decode, pack, shrink
+from kdmini.data.pictures import pack, shrink
 from kdmini.data.store import Store
 from kdmini.device import pick_device
 from kdmini.engine import on_cpu
 from kdmini.tools.load import load_network
-from kdmini.tools.photographs import READABLE
-from kdmini.tools.predict import BATCH, make_writer
+from kdmini.tools.photographs import read_upright
+from kdmini.tools.writers import make_writer
+
+BATCH = 8  # images
 
 Picture: TypeAlias = str | Path | np.ndarray | Image.Image
 
@@ -60,8 +62,8 @@ class Predictor:
     def __call__(self, pictures: Picture | Sequence[Picture]) -> Any:
         """-> what is said of a picture, in its pixels, as arrays by name; of several a list.
 
-        A picture is the path of a file, an array (H, W, 3) uint8 RGB, or an image of Pillow.
-        Pixels are taken as stored: EXIF turns nothing, as in training.
+        A picture is the path of a file, which is turned as EXIF asks for it; an array (H, W, 3)
+        uint8 RGB; or an image of Pillow. The last two are taken as they are.
 
         Boxes: `boxes_xyxy` (n, 4), `scores` (n,), `labels` (n,) and `names`, n texts, best
         first. Masks: `mask` (H, W) uint8, indices of `Predictor.names`. Classes: `scores` (K,).
@@ -69,18 +71,20 @@ class Predictor:
         """
         if isinstance(pictures, str | Path | np.ndarray | Image.Image):
             return self([pictures])[0]
-        arrays = [as_array(picture) for picture in pictures]
+        return [*map(self.answer, self.predictions([as_array(picture) for picture in pictures]))]
+
+    def predictions(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
+        """(H, W, 3) uint8 RGB each -> what the network says of them, in their pixels."""
         if not arrays:
             return []
         store = Held(arrays, self.imgsz, next(self.network.parameters()).device, self.truth)
-        answers = []
+        found: list[Prediction] = []
         with torch.no_grad():
             for images, _, to_file in ValLoader(store, BATCH):
-                predictions = to_file(on_cpu(self.writer.decode(self.network(images))))
-                answers += [self.answer(prediction) for prediction in predictions]
-        return answers
+                found += to_file(on_cpu(self.writer.decode(self.network(images))))
+        return found
 
-    def answer(self, prediction: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(self, prediction: Prediction) -> dict[str, Any]:
         found: dict[str, Any] = {key: value.numpy() for key, value in prediction.items()}
         if "labels" in found:
             found["names"] = [self.names[label] for label in found["labels"]]
@@ -114,7 +118,7 @@ class Held(Store):
 def as_array(picture: Picture) -> np.ndarray:
     """-> (H, W, 3) uint8 RGB. Raises UserError."""
     if isinstance(picture, str | Path):
-        return decode(picture, READABLE)
+        return read_upright(Path(picture))
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))
     is_rgb = isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3

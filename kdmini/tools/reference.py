@@ -136,6 +136,13 @@ SECTIONS = [
         "Beside the keys of its constructor, below.",
         ("term",),
     ),
+    Section(
+        "log: TensorBoard",
+        "kdmini.tools.loggers:TensorBoard",
+        "Needs tensorboard. A logger of your own: [runs.md](runs.md#records-elsewhere).",
+        ("run",),
+    ),
+    Section("log: W&B", "kdmini.tools.loggers:WandB", "Needs wandb.", ("run",)),
 ]
 TERMS = [
     "kdmini.distill.attention:AttentionTransfer",

@@ -11,7 +11,7 @@ from kdmini.typed import printable
 
 MAX_NAME = 80  # characters; a longer name of a row does not fit a table
 LARGEST = 1e300  # of a value; beyond are infinity and integers that are no float
-UNSHARED = ("seed", "run")  # keys in which the runs of one row may differ
+UNSHARED = ("seed", "run", "log")  # keys in which the runs of one row may differ
 
 
 def is_finite(value: Any) -> bool:

@@ -56,7 +56,6 @@ from kdmini.assemble import make_model, tap_pairs, with_weights
 from kdmini.classification.truth import Labels
 from kdmini.contracts import Metric, Truth, UserError
 from kdmini.data.loader import TrainLoader, ValLoader
-from kdmini.data.pictures import decode
 from kdmini.data.store import Store
 from kdmini.detection.truth import Boxes
 from kdmini.device import pick_device, precision
@@ -69,7 +68,7 @@ from kdmini.tools import classifications, detections, segmentations
 from kdmini.tools.curves import curves
 from kdmini.tools.load import load_network
 from kdmini.tools.maps import Figures, Networks, attention, maps_at, of_networks, own_taps
-from kdmini.tools.photographs import Photographs
+from kdmini.tools.photographs import Photographs, read_upright
 from kdmini.tools.scenes import Material, Scenes, scenes_at, spread_scenes
 from kdmini.tools.terms import of_terms
 
@@ -191,7 +190,7 @@ def taps_of(sections: Sections, student: Any) -> list[Any]:
 def refuse_unreadable(files: Sequence[Path]) -> None:
     """Raises UserError for the first that is no image, before anything is drawn."""
     for path in files:
-        decode(path)
+        read_upright(path)
 
 
 def scenes_of_files(

@@ -86,6 +86,8 @@ OF_TOOLS = {
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "av",
+    "wandb",
 }
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "requests", "asyncio"}
 PEERS = ("bench/peer.py", "bench/peer_training.py")

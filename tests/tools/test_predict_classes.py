@@ -44,9 +44,9 @@ def test_each_picture_has_its_class_and_the_best_five(
     assert {path.name for path in out.iterdir()} == {
         *("dark.jpg", "light.jpg", "pale.jpg", "predictions.json")
     }
-    assert (
-        "3 images, 2 of 7 classes found; pictures and predictions.json" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "3 images, 2 of 7 classes found; " in said
+    assert said.endswith(f" images/s; pictures, predictions.json in {out}\n")
     dark, light, _ = json.loads((out / "predictions.json").read_text())
     assert list(dark["classes"]) == ["black", "grey", "white", "red", "green"]
     assert list(light["classes"]) == ["white", "grey", "black", "red", "green"]

@@ -13,6 +13,7 @@ from kdmini.data.palette import PALETTE
 from kdmini.segmentation.fast_scnn import FastSCNN
 from kdmini.tools.draw_masks import blended, overlay
 from kdmini.tools.predict import main
+from kdmini.tools.predict_masks import MaskWriter
 
 NAMES = ["ground", "dark", "bright"]
 DARK = 1
@@ -62,6 +63,13 @@ def test_masks_lie_over_the_pixels_of_the_file(weights: Path, tmp_path: Path) ->
     assert (indices[:, 64:] == BRIGHT).all()
 
 
+def test_masks_are_written_also_without_pictures(weights: Path, tmp_path: Path) -> None:
+    half_and_half(tmp_path / "wide.png")
+    out = tmp_path / "out"
+    main([str(weights), str(tmp_path / "wide.png"), "--out", str(out), "--no-pictures"])
+    assert {path.name for path in out.iterdir()} == {"predictions.json", "wide.png"}
+
+
 def test_bad_images_are_told_of_and_the_others_are_done(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +117,21 @@ def test_what_a_mask_has_is_named_below_it() -> None:
     legend = np.asarray(page)[640:]
     for label in range(1, 21):
         assert (legend == PALETTE[label]).all(2).sum() > 150  # a square of about 17 pixels
+
+
+def test_a_steady_page_has_one_size_whatever_is_seen() -> None:
+    names = ["nothing", *(f"a class with the number {n}" for n in range(1, 21))]
+    few = np.ones((20, 20), np.uint8)
+    many = np.repeat(np.arange(1, 21, dtype=np.uint8), 20).reshape(20, 20)
+    many[1] = 1  # so that it has the largest share
+    image = Image.new("RGB", (640, 480))
+    writer = MaskWriter(FastSCNN(names))
+    predictions = [{"mask": torch.from_numpy(mask)} for mask in (few, many)]
+    pages = [np.asarray(writer.draw(image, prediction, True)) for prediction in predictions]
+    assert pages[0].shape == pages[1].shape
+    assert pages[0].shape[1] == 640
+    for page in pages:
+        assert (page[480:] == PALETTE[1]).all(2).sum() > 150
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[31m", "x" * 2_000_000, ""])

@@ -14,6 +14,8 @@ from kdmini.contracts import UserError
 from kdmini.segmentation.fast_scnn import FastSCNN
 from kdmini.tools.predict import main
 
+ORIENTATION = 0x0112  # EXIF's tag
+LEFT = 8  # to be turned by a quarter to the left
 LOW = 0.0002  # a score that a detector reaches without training
 
 
@@ -74,6 +76,20 @@ def test_a_picture_may_be_a_path_an_array_or_an_image(
             np.testing.assert_array_equal(answer["boxes_xyxy"], expected["boxes_xyxy"])
             np.testing.assert_array_equal(predictor(picture)["boxes_xyxy"], expected["boxes_xyxy"])
     assert predictor([]) == []
+
+
+def test_a_file_is_turned_as_people_look_at_it_and_an_array_is_not(
+    teacher_file: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    with Image.open(pictures[1]) as image:
+        exif = Image.Exif()
+        exif[ORIENTATION] = LEFT
+        image.save(tmp_path / "a.png", exif=exif)
+        stored = np.asarray(image)
+    predictor = Predictor(teacher_file, device="cpu", score=LOW)
+    found, expected = predictor([tmp_path / "a.png", np.rot90(stored)])
+    np.testing.assert_array_equal(found["boxes_xyxy"], expected["boxes_xyxy"])
+    assert len(expected["scores"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def test_a_row_is_named_by_the_keys_in_which_it_differs(tmp_path, others, names)
     assert settings_of(rows_of(*folders)) == names
 
 
+def test_where_the_records_go_makes_no_row(tmp_path):
+    one = write(tmp_path / "one", [0.1])
+    other = write(tmp_path / "other", [0.2], 1, settings={"log": {"build": "a:Logger"}})
+    assert len(rows_of(one, other)) == 1
+
+
 def test_a_name_that_is_too_long_is_the_folder(tmp_path):
     low = {f"key{i}": i for i in range(12)}
     high = {f"key{i}": i + 1 for i in range(12)}
