@@ -180,7 +180,8 @@ def main() -> None:
     parser.add_argument(
         "--save",
         metavar="FOLDER",
-        help="write the predictions there: boxes as NAME.json, masks as PNGs in a folder NAME",
+        help="write the predictions there: boxes as NAME.json, with NAME_analysis.json, masks as "
+        "PNGs in a folder NAME",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args, unknown = parser.parse_known_intermixed_args()  # overrides may stand anywhere

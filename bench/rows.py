@@ -13,7 +13,6 @@ seed, their mean, and the interval of Student's t that holds it with 95 %.
 """
 
 import argparse
-import math
 import statistics
 import subprocess
 import sys
@@ -35,11 +34,8 @@ from kdmini.bounds import Count, Seed
 from kdmini.contracts import UserError
 from kdmini.device import pick_device
 from kdmini.files import write_whole
-from kdmini.tools.compare import markdown, spread
+from kdmini.tools.compare import interval, markdown, spread, verdict
 from kdmini.typed import argument
-
-# of Student's t, the value that 97.5 % lie below, for 1, 2, 3, ... degrees of freedom
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -177,26 +173,6 @@ def make_together(
 
 
 # --- the page
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The ends of what holds the mean with 95 %; None of one value, or of too many."""
-    freedom = len(values) - 1
-    if not 0 < freedom <= len(T_975):
-        return None
-    half = T_975[freedom - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.mean(values)
-    return mean - half, mean + half
-
-
-def verdict(ends: tuple[float, float] | None) -> str:
-    """Empty where there are too few runs to tell."""
-    if ends is None:
-        return ""
-    low, high = ends
-    if low > 0:
-        return "helps"
-    return "hurts" if high < 0 else "cannot be told"
 
 
 def cells_of(protocol: Protocol, name: str, results: dict[str, dict[int, Result]]) -> list[str]:

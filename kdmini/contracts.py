@@ -184,7 +184,10 @@ class Metric(Protocol):
     {row: {column: number}}, with the scores of compute() and counts; `official()`, {name:
     score} of the field's own tool, whose name is `official_by`; `save(path)`, which writes
     the predictions and returns where; `figures`, "package.module:function", which draws its
-    pictures from it.
+    pictures from it; and for a report `analysis()`, {title: {row: {column: number}}}, what the
+    scores are made of, the first column being what is compared; `confusion()`, counts by true
+    and predicted class, a last one for none of them; `per_image()`, {id: number}, more for a
+    better image.
     """
 
     fitness: str  # the key of compute() that picks best.pt

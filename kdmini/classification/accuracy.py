@@ -102,6 +102,13 @@ class Accuracy:
             table[name] = {**self._shares(better), "images": len(better)}
         return table
 
+    def per_image(self) -> dict[str, float]:
+        """-> id -> the score of the answer, negative where that is wrong."""
+        return {
+            answer.id: answer.score if answer.predicted == answer.true else -answer.score
+            for answer in self.answers
+        }
+
     def chance(self) -> float:
         """The top1 of saying the commonest class each time."""
         true = self._counted()[:, 0]

@@ -30,13 +30,14 @@ import numpy as np
 import torch
 
 from kdmini.contracts import UserError
+from kdmini.detection import breakdown
 from kdmini.detection.coco_stats import coco_stats
+from kdmini.detection.kinds import judge, kinds_of_error
 from kdmini.detection.matching import match_coco, match_voc, overlapping_pairs
+from kdmini.detection.precision import COCO_RECALL, VOC07_RECALL, precision_curve, read_at
 from kdmini.detection.truth import Detections, Target
 from kdmini.files import write_whole
 
-VOC07_RECALL = np.arange(11) / 10
-COCO_RECALL = np.linspace(0.0, 1.0, 101)
 AT_50 = 0  # of the T thresholds
 AT_75 = 5
 
@@ -178,10 +179,41 @@ class DetectionMetric:
         stats = coco_stats(detections, objects, len(ids), self.names)
         return dict(zip(COCO_TABLE, stats, strict=True))
 
+    def analysis(self) -> dict[str, breakdown.Table]:
+        """-> tables by title: AP by size and by IoU, the kinds of error, the calibration."""
+        _, detections, objects = self.whole()
+        judged = judge(detections, objects)
+        classes = [(found, there) for _, found, there in self.by_class()]
+        return {
+            "size": breakdown.by_size(classes),
+            "IoU": breakdown.by_iou(classes),
+            "kinds of error": kinds_of_error(judged),
+            "calibration": breakdown.calibration(judged),
+        }
+
+    def confusion(self) -> np.ndarray:
+        """-> (K + 1, K + 1) int64, objects by true and predicted class; the last is none."""
+        _, detections, objects = self.whole()
+        return breakdown.confusion(detections, objects, len(self.names))
+
+    def per_image(self) -> dict[str, float]:
+        """-> id -> F1 of the detections that are shown."""
+        ids, detections, objects = self.whole()
+        scores = breakdown.by_image(judge(detections, objects), len(ids))
+        return dict(zip(ids, scores.tolist(), strict=True))
+
     def save(self, path: Path) -> Path:
-        """Writes the detections to PATH.json, and returns that."""
+        """Writes the detections to PATH.json, and returns that; to PATH_analysis.json the
+        analysis, with null for NaN, and the confusion.
+        """
         file = path.with_suffix(".json")
         write_whole(file, json.dumps(self.detections_json()))
+        tables = {
+            title: {row: without_nan(numbers) for row, numbers in table.items()}
+            for title, table in self.analysis().items()
+        }
+        content = {**tables, "names": self.names, "confusion": self.confusion().tolist()}
+        write_whole(path.with_name(f"{path.name}_analysis.json"), json.dumps(content, indent=1))
         return file
 
     def detections_json(self) -> list[dict]:
@@ -206,6 +238,11 @@ class DetectionMetric:
             }
             for image, label, score, box in records
         ]
+
+
+def without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
+    """For JSON, which has none."""
+    return {key: None if np.isnan(value) else value for key, value in numbers.items()}
 
 
 def rows_of_detections(detections: list[Detections], images: np.ndarray) -> np.ndarray:
@@ -259,23 +296,3 @@ def score_class(detections: np.ndarray, objects: np.ndarray) -> dict[str, float]
         "VOC": float(voc.mean()),
         "objects": count,
     }
-
-
-def precision_curve(hit: np.ndarray, ignored: np.ndarray, count: int) -> np.ndarray:
-    """hit, ignored (D,) -> (count,): precision at recall 1 / count, 2 / count, ... 1.
-
-    The best at that recall or beyond; 0 where it is not reached. Precision rises at
-    hits only, so nothing is lost by looking nowhere else.
-    """
-    seen = np.cumsum(~ignored)[hit]  # detections that count, up to and including each hit
-    precision = np.arange(1, len(seen) + 1) / seen
-    curve = np.zeros(count)
-    curve[: len(seen)] = np.maximum.accumulate(precision[::-1])[::-1]
-    return curve
-
-
-def read_at(recall: np.ndarray, curves: np.ndarray) -> np.ndarray:
-    """Mean of the precision at these recall levels: curves (..., count) -> (...)."""
-    count = curves.shape[-1]
-    recall_of_curve = np.arange(1, count + 1) / count
-    return curves[..., np.searchsorted(recall_of_curve, recall)].mean(-1)

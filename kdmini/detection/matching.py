@@ -18,6 +18,7 @@ from kdmini.detection.boxes import box_area, intersection
 # As pycocotools computes them, to the last bit: with 0.6 and with 0.6000000000000001
 # other boxes match.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # (T,)
+HALF = IOU_THRESHOLDS[0]
 MAX_DETECTIONS = 100  # COCO: of an image and class; VOC sets no limit
 MOST_PAIRS = 1 << 20  # whose overlap is computed at a time, 150 bytes for each
 
@@ -25,10 +26,10 @@ MOST_PAIRS = 1 << 20  # whose overlap is computed at a time, 150 bytes for each
 class Pairs(NamedTuple):
     detection_of: np.ndarray  # (P,) its place among the D, ascending
     object_of: np.ndarray  # (P,) its place among the G
-    iou: np.ndarray  # (P,) 0.5 or more
+    iou: np.ndarray  # (P,) `least` or more
 
 
-def overlapping_pairs(detections: np.ndarray, objects: np.ndarray) -> Pairs:
+def overlapping_pairs(detections: np.ndarray, objects: np.ndarray, least: float = HALF) -> Pairs:
     """DETECTION rows (D,) and OBJECT rows (G,), those by image -> their pairs.
 
     Few of them overlap, but all are looked at: of images with a thousand objects hundreds
@@ -41,18 +42,23 @@ def overlapping_pairs(detections: np.ndarray, objects: np.ndarray) -> Pairs:
     bounds = np.flatnonzero(np.diff(group)) + 1
     parts = []
     for rows in np.split(np.arange(len(detections)), bounds):
-        parts.append(near_pairs(detections, objects, rows, first[rows], partners[rows]))
+        pairs = pairs_of(detections, objects, rows, first[rows], partners[rows])
+        near = pairs.iou >= least
+        parts.append([column[near] for column in pairs])
     return Pairs(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def near_pairs(
+def pairs_of(
     detections: np.ndarray,
     objects: np.ndarray,
     rows: np.ndarray,
     first: np.ndarray,
     partners: np.ndarray,
 ) -> Pairs:
-    """Of the detections `rows` (D',): each with `partners` objects from `first` on, (D',)."""
+    """Of the detections `rows` (D',): each with `partners` objects from `first` on, (D',).
+
+    The IoU of two empty boxes is NaN.
+    """
     detection_of = np.repeat(rows, partners)
     # first, first + 1, ... first + partners - 1 of each detection
     start = np.cumsum(partners) - partners  # (D',) of the first pair
@@ -62,9 +68,7 @@ def near_pairs(
     boxes_g = torch.from_numpy(objects["boxes_xyxy"][object_of])  # (P, 4)
     inter = intersection(boxes_d, boxes_g)
     union = box_area(boxes_d) + box_area(boxes_g) - inter
-    iou = (inter / union).numpy()  # NaN for two empty boxes, which are no pair
-    near = iou >= IOU_THRESHOLDS[0]
-    return Pairs(detection_of[near], object_of[near], iou[near])
+    return Pairs(detection_of, object_of, (inter / union).numpy())
 
 
 def match_coco(

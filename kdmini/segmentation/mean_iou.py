@@ -56,6 +56,7 @@ class MeanIoU:
         # images in which the true class is
         self.records: list[np.ndarray] = []
         self.predicted: list[Predicted] = []
+        self.right: dict[str, float] = {}  # id -> share of its pixels
 
     def update(
         self, predictions: list[Mapping[str, Any]], targets: list[Mapping[str, Any]]
@@ -78,6 +79,8 @@ class MeanIoU:
             self._check_named(pixels.sum(0), f"the prediction for {target['id']}")
             record[:, :count] += pixels[:count, :count]
             record[:, count] += pixels[:count].any(1)
+            right = share(pixels[:VOID].trace(), pixels[:VOID].sum())
+            self.right[target["id"]] = 1.0 if math.isnan(right) else right
             self.predicted.append(compressed(target["id"], prediction["mask"]))
         if targets:
             self.records.append(record)
@@ -128,6 +131,15 @@ class MeanIoU:
                 "images": int(images[label]),
             }
         return table
+
+    def confusion(self) -> np.ndarray:
+        """(K, K) int64, pixels by true and predicted class."""
+        matrix, _ = self._counted()
+        return matrix
+
+    def per_image(self) -> dict[str, float]:
+        """-> id -> the share of its pixels that are right; 1 where all are void."""
+        return self.right
 
     def chance(self) -> float:
         """The mIoU of the commonest class in every pixel."""

@@ -11,10 +11,11 @@ shown, and which of them picks the best epoch, is up to the metric in its config
 
 import argparse
 import io
+import math
 import statistics
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ OKABE_ITO = (  # colours that everybody can tell apart
     "#000000",  # black
 )
 LEGEND_WIDTH = 60  # characters of a line in the legend of the picture
+
+# of Student's t, the value that 97.5 % lie below, for 1, 2, 3, ... degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 EXPLANATION = (
     "Scores are those of the best epoch by {fitness}, the one in best.pt. "
@@ -148,6 +152,26 @@ def spread(values: list[float], form: str = ".4f") -> str:
     return f"{text} (n={len(values)})"
 
 
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The ends of what holds the mean with 95 %; None of one value, or of too many."""
+    freedom = len(values) - 1
+    if not 0 < freedom <= len(T_975):
+        return None
+    half = T_975[freedom - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.mean(values)
+    return mean - half, mean + half
+
+
+def verdict(ends: tuple[float, float] | None) -> str:
+    """Empty where there are too few runs to tell."""
+    if ends is None:
+        return ""
+    low, high = ends
+    if low > 0:
+        return "helps"
+    return "hurts" if high < 0 else "cannot be told"
+
+
 def markdown(header: list[str], body: list[list[str]]) -> str:
     """A table whose columns are of one width."""
     table = [[cell.replace("|", r"\|") for cell in row] for row in (header, *body)]
@@ -160,14 +184,14 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def curves(rows: list[Row], fitness: str) -> dict[str, dict[int, list[float]]]:
-    """Row -> epoch, counted from 1 -> the fitness of each run that has been evaluated.
+def curves(rows: list[Row], key: str) -> dict[str, dict[int, list[float]]]:
+    """Row -> epoch, counted from 1 -> the number of that key of each run that has any.
 
     The epochs are those that all these runs have reached.
     """
     curve_of = {}
     for name, row in zip(names_of(rows), rows, strict=True):
-        logged = [run.series(SCORE + fitness) for run in row]
+        logged = [run.series(key) for run in row]
         scored = [series for series in logged if series]
         if not scored:
             continue
@@ -181,7 +205,7 @@ def curves(rows: list[Row], fitness: str) -> dict[str, dict[int, list[float]]]:
 
 def draw(rows: list[Row], fitness: str, path: Path) -> str:
     """Writes the curves -> a line that says so, or why there is no picture."""
-    drawn = curves(rows, fitness)
+    drawn = curves(rows, SCORE + fitness)
     if not any(drawn.values()):
         return f"no picture: no epoch with {fitness} yet"
     try:

@@ -3,6 +3,7 @@
     batch.png              training images as the loader renders them, with their boxes
     detections.png         what was detected beside what is there
     precision_recall.png   of each class, over the whole validation set
+    confusion.png          what the objects of each class were taken for, likewise
 
 Legend: S image size, D detections and G objects of an image.
 """
@@ -18,10 +19,13 @@ from torchvision.ops import box_iou
 from kdmini.contracts import Prediction, Target
 from kdmini.data.layout import Frame
 from kdmini.data.loader import TrainLoader
-from kdmini.detection.average_precision import DetectionMetric, precision_curve
+from kdmini.detection.average_precision import DetectionMetric
+from kdmini.detection.breakdown import SHOWN
 from kdmini.detection.matching import match_voc, overlapping_pairs
+from kdmini.detection.precision import precision_curve
 from kdmini.detection.truth import Boxes
 from kdmini.engine import on_cpu
+from kdmini.tools import draw_confusion
 from kdmini.tools.draw import COLOURS, SMALL, Axes, Figure, blank, grid, style
 from kdmini.tools.draw_boxes import Box, BoxedImage, draw_boxes
 from kdmini.tools.scenes import Material, Scenes
@@ -29,7 +33,7 @@ from kdmini.tools.scenes import Material, Scenes
 COLUMNS = 4  # of images with boxes
 
 # of the detections that are drawn
-SCORE = 0.25
+SCORE = SHOWN
 IOU = 0.7  # boxes of one class that overlap by more are one detection
 MAX_DET = 300
 
@@ -44,6 +48,7 @@ def figures(material: Material) -> Iterator[tuple[str, Figure]]:
         yield "detections", detections(material.student, material.scenes, material.weights)
     if material.metric is not None:
         yield "precision_recall", precision_recall(material.metric)
+        yield "confusion", confusion(material.metric)
 
 
 def batch(loader: TrainLoader) -> Figure:
@@ -210,3 +215,15 @@ def draw_class(axis: Axes, name: str, curve: np.ndarray, lowest: bool) -> None:
     stairs = np.concatenate([curve[:1], curve])
     axis.fill_between(recall, stairs, step="pre", color=COLOURS[0], alpha=0.2, linewidth=0)
     axis.step(recall, stairs, where="pre", color=COLOURS[0])
+
+
+# --- confusion
+
+
+def confusion(metric: DetectionMetric) -> Figure:
+    """Of the detections that are shown; the metric has seen the whole validation set."""
+    matrix = metric.confusion()
+    rows = [f"{name}, {count:,}" for name, count in zip(metric.names, matrix.sum(1), strict=False)]
+    title = f"What the objects of each class were taken for, at a score of {SCORE}"
+    columns = [*metric.names, "not found"]
+    return draw_confusion.confusion(matrix, columns, [*rows, "nothing"], title, "objects")

@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from kdmini.tools.draw import SMALL, Axes, Figure, blank, grid
 
 CELL = 4.0  # inches that an image is wide
+ENTRY = 3.9  # inches of an entry of the legend
 LINE_WIDTH = 2  # points
 HALO = [withStroke(linewidth=4, foreground="black")]  # a line is then seen on any ground
 
@@ -167,7 +168,7 @@ def add_legend(figure: Figure, kinds: set[str]) -> None:
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=len(handles),
+        ncols=min(len(handles), max(int(figure.get_figwidth() / ENTRY), 1)),
         fontsize=SMALL + 1,
         handlelength=4,
     )

@@ -227,7 +227,6 @@ def confusion(metric: MeanIoU) -> Figure:
     validation set.
     """
     names = metric.names
-    pixels = sum(record[:, : len(names)] for record in metric.records)
     ious = [row["mIoU"] for row in metric.per_class().values()]
     rows = [
         f"{name}, IoU {'-' if np.isnan(iou) else format(iou, '.2f')}"
@@ -235,4 +234,4 @@ def confusion(metric: MeanIoU) -> Figure:
     ]
     mean = metric.compute()["mIoU"]
     title = f"What the pixels of each class were taken for: mIoU {mean:.3f}"
-    return draw_confusion.confusion(np.asarray(pixels), names, rows, title, "pixels")
+    return draw_confusion.confusion(metric.confusion(), names, rows, title, "pixels")

@@ -20,6 +20,7 @@ and what the metric of the run draws; of a detector:
     detections.png          what was detected beside what is there; on IMAGES, else on some
                             of the validation set
     precision_recall.png    of each class, over the whole validation set
+    confusion.png           what the objects of each class were taken for, likewise
 
 of a network for segmentation:
 

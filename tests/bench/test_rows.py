@@ -1,36 +1,12 @@
 """Rows of any config: run, kept, compared."""
 
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from bench import rows
-from bench.rows import T_975, interval, verdict
 from kdmini import config
 from tests.conftest import ROOT, write_config
-
-
-@pytest.mark.parametrize("freedom", range(1, len(T_975) + 1))
-def test_students_t_is_that_of_its_density(freedom: int) -> None:
-    """By trapezoids from 0 to the value: 47.5 %."""
-    x = np.linspace(0, T_975[freedom - 1], 200_001)
-    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    factor = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
-    share = factor / math.sqrt(math.pi * freedom) * np.trapezoid(density, x)
-    assert share == pytest.approx(0.475, abs=2e-5)
-
-
-def test_an_interval_by_hand() -> None:
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)
-    assert interval([1.0]) is None
-    assert [verdict(ends) for ends in ((0.1, 2), (-2, -0.1), (-1, 1), None)] == [
-        "helps",
-        "hurts",
-        "cannot be told",
-        "",
-    ]
 
 
 def test_rows_are_run_kept_and_compared(

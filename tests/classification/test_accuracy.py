@@ -35,6 +35,8 @@ def test_a_case_computed_on_paper():
         "fish": {"top1": 0.0, "images": 1},
     }
     assert metric.chance() == 0.5  # always a dog
+    by_image = metric.per_image()  # the last of two images of one name
+    assert by_image == pytest.approx({"image 0": 0.7, "image 1": -0.6, "image 2": -0.5})
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -11,7 +11,10 @@ import pytest
 from tests.conftest import ROOT
 
 LIMIT_S = 1800  # on one thread, beside another test
-PICTURES = {"curves", "batch", "detections", "precision_recall", "attention", "before_after"}
+PICTURES = {
+    *("curves", "batch", "detections", "precision_recall", "confusion"),
+    *("attention", "before_after"),
+}
 
 
 @pytest.mark.long

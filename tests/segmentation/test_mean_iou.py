@@ -43,6 +43,8 @@ def test_a_case_computed_on_paper():
     assert table["cat"]["images"] == 1
     assert math.isnan(table["dog"]["mIoU"])
     assert table["dog"]["images"] == 0
+    assert metric.confusion().tolist() == [[4, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert [*metric.per_image().values()] == [pytest.approx(5 / 7)]
 
 
 def test_a_class_that_is_only_predicted_counts_as_nothing_found():
@@ -64,6 +66,7 @@ def test_nothing_is_zero():
     for metric in (MeanIoU(NAMES), measure(([], [])), measure(void)):
         assert metric.compute() == {"mIoU": 0, "accuracy": 0, "mAcc": 0, "absent": 3}
         assert metric.chance() == 0
+    assert [*measure(void).per_image().values()] == [1]  # nothing of it is wrong
 
 
 # --- against loops

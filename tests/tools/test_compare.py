@@ -1,6 +1,7 @@
 """The comparison of runs: numbers worked out by hand and by numpy, and runs of train.py."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 import train as train_script
 from kdmini.checkpoint import save_best
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.tools.compare import OKABE_ITO, curves, main, spread
+from kdmini.tools.compare import OKABE_ITO, T_975, curves, interval, main, spread, verdict
 from kdmini.tools.rows import group, read_run
 from tests.commands import run
 from tests.tools.run_folders import rows_of, write
@@ -40,6 +41,30 @@ def compare(tmp_path, capsys, *folders):
     written = (tmp_path / "out/compare.md").read_text()
     assert capsys.readouterr().out.startswith(written)
     return written
+
+
+# --- intervals
+
+
+@pytest.mark.parametrize("freedom", range(1, len(T_975) + 1))
+def test_students_t_is_that_of_its_density(freedom: int) -> None:
+    """By trapezoids from 0 to the value: 47.5 %."""
+    x = np.linspace(0, T_975[freedom - 1], 200_001)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    factor = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+    share = factor / math.sqrt(math.pi * freedom) * np.trapezoid(density, x)
+    assert share == pytest.approx(0.475, abs=2e-5)
+
+
+def test_an_interval_by_hand() -> None:
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)
+    assert interval([1.0]) is None
+    assert [verdict(ends) for ends in ((0.1, 2), (-2, -0.1), (-1, 1), None)] == [
+        "helps",
+        "hurts",
+        "cannot be told",
+        "",
+    ]
 
 
 # --- the table
@@ -257,7 +282,7 @@ def test_runs_that_are_not_at_their_end_are_said_to_be(tmp_path, capsys, damaged
 
 def test_curves_go_as_far_as_all_runs_of_a_row_have_come(damaged):
     rows = group([read_run(damaged[name]) for name in ("whole", "cut", "begun")])
-    assert curves(rows, "AP50-95") == {"device unset": {1: [0.1, 0.1], 2: [0.2, 0.2]}}
+    assert curves(rows, "score/AP50-95") == {"device unset": {1: [0.1, 0.1], 2: [0.2, 0.2]}}
 
 
 def test_folders_that_are_no_runs_are_named_and_the_others_compared(tmp_path, capsys):

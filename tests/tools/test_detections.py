@@ -124,7 +124,8 @@ def test_detections_lie_where_they_are_in_the_file(tmp_path: Path) -> None:
         Detection([0, 16, 16, 32], 0.4, SQUARE),
         Detection([0, 0, 9, 9], 0.2, CIRCLE),  # of too low a score
     )
-    truth, detected, *_ = detections.detections(detector, scenes, "x").axes
+    figure = detections.detections(detector, scenes, "x")
+    truth, detected, *_ = figure.axes
     assert rectangles(truth) == [[0, 0, 50, 50], [60, 0, 99, 50]]
     assert rectangles(detected) == [[0, 0, 25, 25], [0, 0, 50, 50]]
     assert {text.get_text() for text in detected.texts} == {"circle 0.91", "square 0.40"}
@@ -135,6 +136,10 @@ def test_detections_lie_where_they_are_in_the_file(tmp_path: Path) -> None:
     colours = {colour for colour, _ in looks}
     line_styles = {line_style for _, line_style in looks}
     assert len(looks) == len(colours) == len(line_styles) == 3
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    extent = legend.get_window_extent()
+    assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
 
     assert detected.get_xlim() == (0, 100)
     assert detected.get_ylim() == (50, 0)
@@ -178,7 +183,20 @@ def test_the_area_under_a_curve_is_the_average_precision() -> None:
         assert axis.get_title() == f"{name}: AP {scores['VOC']:.2f}, {scores['objects']} objects"
 
 
+def test_the_confusion_has_a_row_and_a_column_for_nothing() -> None:
+    metric = DetectionMetric(["circle", "square"])
+    found = prediction(Detection([0, 0, 9, 9], 0.9, SQUARE), Detection([50, 0, 59, 9], 0.8, CIRCLE))
+    metric.update([found], [target(Object([0, 0, 9, 9], CIRCLE), Object([0, 50, 9, 59], CIRCLE))])
+    figure = detections.confusion(metric)
+    axis = figure.axes[0]
+    assert axis.images[0].get_array().tolist() == [[0, 0.5, 0.5], [0, 0, 0], [1, 0, 0]]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["circle", "square", "not found"]
+    rows = [text.get_text() for text in axis.get_yticklabels()]
+    assert rows == ["circle, 2", "square, 0", "nothing"]
+
+
 def test_what_is_not_there_is_not_drawn() -> None:
     assert not list(detections.figures(Material()))
     metric = DetectionMetric(["circle"])
-    assert [name for name, _ in detections.figures(Material(metric=metric))] == ["precision_recall"]
+    drawn = [name for name, _ in detections.figures(Material(metric=metric))]
+    assert drawn == ["precision_recall", "confusion"]

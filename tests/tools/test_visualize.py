@@ -282,7 +282,8 @@ def pictures(folder: Path) -> dict[str, tuple[int, int]]:
 def test_a_run_leaves_its_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     visualize.main([str(run)])
     sizes = pictures(run / "pictures")
-    names = ["curves", "batch", "detections", "precision_recall", "attention", "before_after"]
+    of_task = ["batch", "detections", "precision_recall", "confusion"]
+    names = ["curves", *of_task, "attention", "before_after"]
     assert set(sizes) == {f"{name}.png" for name in names}
     for width, height in sizes.values():
         assert 600 < width <= 2000
