@@ -1,38 +1,40 @@
 """Write a network in a form that other programs read.
 
-python -m kdmini.tools.export WEIGHTS --to onnx [--out FILE] [--imgsz 640]
-python -m kdmini.tools.export WEIGHTS --to safetensors [--out FILE]
+python -m kdmini.tools.export WEIGHTS --to onnx [--free none|batch|all] [--nms] [--half]
+python -m kdmini.tools.export WEIGHTS --to torchscript [--half]
+python -m kdmini.tools.export WEIGHTS --to safetensors
+python -m kdmini.tools.export WEIGHTS --to ultralytics
 
-onnx: images (N, 3, S, S) RGB 0..1 with any N. A detector gives the detections before
-non-maximum suppression, twice: `output0` (N, 4 + K, A) is the layout that ultralytics and its
-like read, as in `YOLO("best.onnx").predict(image, imgsz=S)`: centre x and y, width, height,
-scores; `boxes_xyxy` (N, A, 4) in pixels and `scores` (N, A, K) are the same in two. A network
-for segmentation gives `logits` (N, K, S, S), upsampled to the image: the largest is the class
-of a pixel. A classifier gives `logits` and `scores`, (N, K) both; the scores sum to 1. BatchNorm
-is folded. safetensors: the state_dict under its own keys, of a YOLO11
-the public ones, nothing folded. Either one carries names, size, license and image size as
-metadata, and of segmentation ONNX has the palette: texts, and what is no text in JSON.
+onnx, torchscript: images (N, 3, S, S) RGB 0..1 with any N. A detector gives the detections
+before non-maximum suppression, twice: `output0` (N, 4 + K, A) is the layout that ultralytics
+and its like read, as in `YOLO("best.onnx").predict(image, imgsz=S)`: centre x and y, width,
+height, scores; `boxes_xyxy` (N, A, 4) in pixels and `scores` (N, A, K) are the same in two.
+With --nms it gives what is left after it, the best 300 with scores above 0.001, best first:
+`output0` (N, 300, 6) with corners, score and class; the same as `boxes_xyxy` (N, 300, 4),
+`scores` (N, 300) and `labels` (N, 300); where there are fewer, zeros with the label -1. A
+network for segmentation gives `logits` (N, K, S, S), upsampled to the image: the largest is
+the class of a pixel. A classifier gives `logits` and `scores`, (N, K) both; the scores sum to
+1. TorchScript gives them in that order. BatchNorm is folded. Images and outputs are float32,
+with --half too. What is made is compared with PyTorch before it is written.
+
+safetensors: the state_dict under its own keys, of a YOLO11 the public ones, nothing folded.
+ultralytics: a YOLO11 as the file that ultralytics itself writes: `YOLO("FILE.pt")`.
+
+Each one carries names, size, license and image size, ONNX and safetensors as metadata,
+TorchScript in its `config.txt`, and of segmentation the palette: texts, and what is no text
+in JSON.
 
 Legend: N images, S image size, A anchors, K classes.
 """
 
 import argparse
-import io
 import json
-import logging
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any, Literal, NamedTuple, get_args
 
 from kdmini import memory, output, signals
-from kdmini.bounds import ImageSize
+from kdmini.bounds import ImageSize, Share
 from kdmini.classification.truth import Labels
 from kdmini.contracts import Truth, UserError
 from kdmini.detection.truth import Boxes
@@ -41,66 +43,58 @@ from kdmini.segmentation.truth import Masks
 from kdmini.tools.export_boxes import Decoded
 from kdmini.tools.export_classes import Scored
 from kdmini.tools.export_masks import Upsampled
-from kdmini.tools.load import load_network
+from kdmini.tools.export_nms import Suppressed
+from kdmini.tools.export_onnx import to_onnx
+from kdmini.tools.export_safetensors import to_safetensors
+from kdmini.tools.export_torchscript import to_torchscript
+from kdmini.tools.export_ultralytics import to_ultralytics
+from kdmini.tools.load import Loaded, load_network
 from kdmini.typed import argument
+from kdmini.weightfile import find
 
-SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
-
-ALIGNMENT = 8  # bytes, of which the tensors of safetensors begin at a multiple
-
-
-class Stored(NamedTuple):
-    """How safetensors keeps a dtype."""
-
-    name: str  # in the header
-    layout: str  # numpy's, little-endian
-
-
-STORED = {  # all that a network holds
-    torch.float32: Stored("F32", "<f4"),
-    torch.int64: Stored("I64", "<i8"),
+ENDINGS = {  # of the names that are chosen here
+    "onnx": ".onnx",
+    "torchscript": ".torchscript",
+    "safetensors": ".safetensors",
+    "ultralytics": "_ultralytics.pt",
 }
-
-
-class Form(Protocol):
-    """A network as an nn.Module whose outputs are what other programs read: one of a task."""
-
-    outputs: Sequence[str]  # their names
-    facts: dict[str, str]  # for those programs, beside the metadata of every network
-
-    def __call__(self, images: Tensor) -> Any: ...
-
-    def difference(
-        self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]
-    ) -> tuple[str, bool]:
-        """-> how far apart two sets of outputs are, in words, and whether that is little.
-
-        Of what is not finite it is not.
-        """
-        ...
-
+# the options of `How` that have a meaning
+OPTIONS = {
+    "onnx": ("free", "nms", "iou", "half"),
+    "torchscript": ("half",),
+    "safetensors": (),
+    "ultralytics": (),
+}
 
 FORMS: dict[type[Truth], Any] = {Boxes: Decoded, Masks: Upsampled, Labels: Scored}
 
+Free = Literal["none", "batch", "all"]
 
-def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = None) -> Path:
-    """Writes the file -> its path: by default that of the weights with another suffix.
 
-    to: a key of SUFFIXES. imgsz: S; by default that of the training. Raises UserError.
+class How(NamedTuple):
+    """What is left open in an exported network, and what it does."""
+
+    free: Free = "batch"  # none: one image of S x S; all: N, and sides that divide by 32
+    nms: bool = False
+    iou: float = 0.7  # of NMS
+    half: bool = False  # computes in fp16
+
+
+AS_IT_IS = How()
+
+
+def export(
+    weights: str, to: str, out: Path | None = None, imgsz: int | None = None, how: How = AS_IT_IS
+) -> Path:
+    """Writes the file -> its path: by default that of the weights with another ending.
+
+    to: a key of ENDINGS. imgsz: S; by default that of the training. Raises UserError.
     """
-    suffix = SUFFIXES[to]
-    if out and out.suffix != suffix:  # and so never the weights themselves
-        raise UserError(f"--out {out}: name a file that ends in {suffix}")
-
-    network, trained_imgsz, truth = load_network(weights)
-    path = out or Path(weights).with_suffix(suffix)
-    size = imgsz or trained_imgsz
-    metadata = metadata_of(network, size)
-    if to == "onnx":
-        content = to_onnx(network, FORMS[truth](network), size, metadata)
-    else:
-        content = to_safetensors(network.state_dict(), metadata)
-
+    path = out or Path(weights).with_name(Path(weights).stem + ENDINGS[to])
+    check_options(to, how)
+    check_path(path, weights, to)
+    loaded = load_network(weights)
+    content = made(loaded, to, imgsz or loaded.imgsz, how)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,6 +106,41 @@ def export(weights: str, to: str, out: Path | None = None, imgsz: int | None = N
     return path
 
 
+def check_options(to: str, how: How) -> None:
+    """Raises UserError for an option that would change nothing."""
+    for option, value in how._asdict().items():
+        if value != getattr(AS_IT_IS, option) and option not in OPTIONS[to]:
+            fits = [name for name, options in OPTIONS.items() if option in options]
+            raise UserError(f"--{option} is for --to {' or '.join(fits)}, not for {to}: drop it")
+    if how.iou != AS_IT_IS.iou and not how.nms:
+        raise UserError("--iou is of non-maximum suppression: give --nms too")
+
+
+def check_path(path: Path, weights: str, to: str) -> None:
+    """Raises UserError for another kind of file, and for the weights themselves."""
+    suffix = Path(f"name{ENDINGS[to]}").suffix
+    if path.suffix != suffix:
+        raise UserError(f"--out {path}: name a file that ends in {suffix}")
+    if path.exists() and path.samefile(find(weights)):
+        raise UserError(f"--out {path}: these are the weights themselves; name another file")
+
+
+def made(loaded: Loaded, to: str, imgsz: int, how: How) -> bytes:
+    """The content of the file. Raises UserError."""
+    network = loaded.network
+    metadata = metadata_of(network, imgsz)
+    if to == "safetensors":
+        return to_safetensors(network.state_dict(), metadata)
+    if to == "ultralytics":
+        return to_ultralytics(network, imgsz)
+    if how.nms and loaded.truth is not Boxes:
+        raise UserError("--nms is for detectors, which this network is not: drop it")
+    form = Suppressed(network, how.iou) if how.nms else FORMS[loaded.truth](network)
+    if to == "onnx":
+        return to_onnx(network, form, imgsz, metadata, how.free, how.half)
+    return to_torchscript(network, form, imgsz, metadata, how.half)
+
+
 def metadata_of(network: Any, imgsz: int) -> dict[str, str]:
     """What the file says of itself: texts as they are, all else as JSON."""
     card = {**network.card, "names": network.names, "imgsz": imgsz}
@@ -119,112 +148,6 @@ def metadata_of(network: Any, imgsz: int) -> dict[str, str]:
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in card.items()
     }
-
-
-def to_safetensors(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The length of the header in 8 bytes, the header in JSON, the bytes of each tensor.
-
-    https://huggingface.co/docs/safetensors: all is little-endian; offsets count from the
-    end of the header.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    parts = []
-    start = 0
-    for key, tensor in state.items():
-        stored = STORED[tensor.dtype]
-        part = tensor.cpu().numpy().astype(stored.layout).tobytes()
-        end = start + len(part)
-        header[key] = {
-            "dtype": stored.name,
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-        parts.append(part)
-        start = end
-
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
-
-
-def to_onnx(network: Any, form: Any, imgsz: int, metadata: dict[str, str]) -> bytes:
-    """An ONNX model, compared with the network, which is folded.
-
-    form: a Form of it.
-
-    Raises UserError where a package is missing or the two differ.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--to onnx needs the package {error.name}: pip install -e '.[export]' in the checkout"
-        ) from None
-
-    seeded = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, imgsz, imgsz, generator=seeded)
-    with torch.no_grad():
-        expected = form(images)
-
-    network.fold()
-    with silenced():
-        program = torch.onnx.export(
-            form,
-            (images,),
-            dynamo=True,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            input_names=["images"],
-            output_names=form.outputs,
-        )
-    assert program is not None  # it is where dynamo=True
-    program.model.metadata_props.update(metadata | form.facts)
-    content = program.model_proto.SerializeToString()
-    compare(content, images, expected if isinstance(expected, tuple) else [expected], form)
-    return content
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """Prints, warns and logs nothing: the exporter tells of its own deprecations."""
-    level = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(level)
-
-
-def compare(content: bytes, images: Tensor, expected: Sequence[Tensor], form: Form) -> None:
-    """Prints how far onnxruntime's outputs are from PyTorch's, in batches of 1 and N.
-
-    images: (N, 3, S, S). expected: PyTorch's outputs. Raises UserError where the two are too
-    far apart.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        print(
-            "not compared with PyTorch, for want of onnxruntime: "
-            "pip install -e '.[export]' in the checkout"
-        )
-        return
-
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    counts = (1, len(images))
-    batches = [session.run(form.outputs, {"images": images[:n].numpy()}) for n in counts]
-    found = [np.concatenate(of_output) for of_output in zip(*batches, strict=True)]
-    true = [np.concatenate([tensor[:n].numpy() for n in counts]) for tensor in expected]
-    words, is_small = form.difference(found, true)
-    difference = f"largest difference from PyTorch in batches of 1 and {len(images)}: {words}"
-    if not is_small:
-        raise UserError(
-            f"the ONNX model is not the network ({difference}); nothing was written, "
-            "try other versions of torch"
-        )
-    print(difference)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,18 +158,34 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weights", help="best.pt of a run, or a public file such as yolo11s.pt")
-    parser.add_argument("--to", choices=SUFFIXES, required=True)
+    parser.add_argument("--to", choices=ENDINGS, required=True)
     parser.add_argument(
         "--out", type=Path, help="default: the name of the weights, with another ending"
     )
     parser.add_argument(
         "--imgsz", type=argument(ImageSize), help="S; default: that of the training"
     )
+    parser.add_argument(
+        "--free",
+        choices=get_args(Free),
+        default=AS_IT_IS.free,
+        help="what may differ from call to call: none, the number of images alone (the default), "
+        "or all, the sides too, which divide by 32",
+    )
+    parser.add_argument("--nms", action="store_true", help="of a detector: suppress inside")
+    parser.add_argument(
+        "--iou",
+        type=argument(Share),
+        default=AS_IT_IS.iou,
+        help="of --nms: of boxes of a class that overlap by more one is left; default: 0.7",
+    )
+    parser.add_argument("--half", action="store_true", help="compute in fp16")
     args = parser.parse_args(argv)
     signals.exit_on_signals()
+    how = How(args.free, args.nms, args.iou, args.half)
     try:
         with memory.bounded("lower --imgsz"):
-            export(args.weights, args.to, args.out, args.imgsz)
+            export(args.weights, args.to, args.out, args.imgsz, how)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -1,4 +1,4 @@
-"""The tensors and texts of a safetensors file, such as kdmini/tools/export.py writes.
+"""The tensors and texts of a safetensors file, as kdmini/tools/export_safetensors.py writes.
 
 https://huggingface.co/docs/safetensors: the length of the header in 8 bytes, the header
 in JSON, then the bytes of each tensor.

@@ -22,7 +22,7 @@ from kdmini.segmentation.segformer_names import (
     TRANSFORMERS_5_24,
     Naming,
 )
-from kdmini.tools.export import to_safetensors
+from kdmini.tools.export_safetensors import to_safetensors
 
 NAMES = ["wall", "airplane", "cat"]
 FOREIGN = [naming for naming in NAMINGS if naming is not OURS]

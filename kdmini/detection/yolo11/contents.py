@@ -160,7 +160,7 @@ def model_content(root: Node, checkpoint: dict[str, Any], storages: Storages) ->
 
 
 def safetensors_content(file: Safetensors) -> Content:
-    """What a file says, completely where kdmini/tools/export.py wrote it."""
+    """What a file says, completely where kdmini/tools/export_safetensors.py wrote it."""
     metadata = entries_of(file.metadata)
     if not {"names", "scale", "sppf_act"} <= metadata.keys():
         return Content("a safetensors file of tensors alone", bare(file.state), metadata)

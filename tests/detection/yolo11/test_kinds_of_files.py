@@ -16,7 +16,8 @@ from kdmini.contracts import UserError
 from kdmini.detection.yolo11 import weights
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.optim import EMA
-from kdmini.tools.export import export, to_safetensors
+from kdmini.tools.export import export
+from kdmini.tools.export_safetensors import to_safetensors
 from kdmini.tools.load import load_detector
 from tests.detection.yolo11.watched import read, refused
 from tests.detection.yolo11.weight_files import (
