@@ -17,7 +17,7 @@ SCORE_TOLERANCE = (1e-3, 0.05)
 
 
 class Scored(nn.Module):
-    """A `kdmini.tools.export_form.Form`: a classifier whose outputs are logits and their softmax."""
+    """A `kdmini.tools.export_form.Form`: a classifier that gives logits and their softmax."""
 
     outputs = ("logits", "scores")  # (N, K) both
     facts = {"task": "classify"}  # noqa: RUF012 - a constant
@@ -39,8 +39,7 @@ class Scored(nn.Module):
         )
         largest = np.abs(expected[0]).max()
         is_small = (
-            logit_error <= LOGIT_TOLERANCE[half] * largest
-            and score_error <= SCORE_TOLERANCE[half]
+            logit_error <= LOGIT_TOLERANCE[half] * largest and score_error <= SCORE_TOLERANCE[half]
         )
         words = f"{logit_error:.1e} in logits up to {largest:.1f}, score {score_error:.1e}"
         return words, bool(is_small)

@@ -57,7 +57,9 @@ def empty(boxes_xyxy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def in_onnx() -> dict[Callable[..., Any], Callable[..., Any]]:
     """`detections` -> the same in ONNX, for the exporter's custom_translation_table."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its hints take no tensors that other operators gave
 
     def translated(boxes_xyxy: Any, scores: Any, iou: float) -> tuple[Any, Any, Any]:
         by_class = op.Transpose(scores, perm=[0, 2, 1])  # (N, K, A)

@@ -76,9 +76,9 @@ def test_the_model_is_of_standard_operators(onnx: Path) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda rows: rows + [1, 0, 0, 0, 0, 0],
-        lambda rows: rows + [0, 0, 0, 0, 0.01, 0],
-        lambda rows: rows + [0, 0, 0, 0, 0, 1],
+        lambda rows: rows + np.array([1, 0, 0, 0, 0, 0]),
+        lambda rows: rows + np.array([0, 0, 0, 0, 0.01, 0]),
+        lambda rows: rows + np.array([0, 0, 0, 0, 0, 1]),
         lambda rows: rows * np.nan,
         lambda rows: rows[:, : MAX_DET // 2],
     ],
