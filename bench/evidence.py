@@ -64,6 +64,15 @@ class Sample(VOC):
         return [entries[i * total // self.count] for i in range(self.count)]
 
 
+class Rest(Sample):
+    """The photographs of the splits that Sample leaves out."""
+
+    def _choose(self, root: Path, splits: list[str], exclude: list[str]) -> list[Entry]:
+        taken = set(super()._choose(root, splits, exclude))
+        entries = VOC._choose(self, root, splits, exclude)
+        return [entry for entry in entries if entry not in taken]
+
+
 class ByClass(DetectionMetric):
     """Beside the means, AP50-95 of each class that has LEAST_OBJECTS."""
 
