@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from kdmini.weights.archive import MAX_FILE_BYTES
 from tests.detection.yolo11.watched import read, refused
 from tests.detection.yolo11.weight_files import (
     ROWS,
@@ -166,5 +167,5 @@ def test_other_files_are_called_what_they_are(
 def test_a_file_larger_than_any_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     with path.open("wb") as file:
-        file.truncate((1 << 30) + 1)  # sparse
+        file.truncate(MAX_FILE_BYTES + 1)  # sparse
     refused(path, "larger than")
