@@ -62,7 +62,7 @@ def totals(split: Split, objects: Objects) -> str:
         f"image; {(in_image == 0).sum():,} images without any"
     )
     difficult = int(objects.difficult.sum())
-    return text + (f"; {difficult:,} objects are difficult and do not count" if difficult else "")
+    return text + (f"; difficult, which do not count: {difficult:,}" if difficult else "")
 
 
 def classes(splits: Sequence[Split], objects: Sequence[Objects]) -> list[str]:

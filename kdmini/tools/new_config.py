@@ -19,6 +19,8 @@ STRIDE = 32  # of the networks, which image sizes are multiples of
 FEW = 4000  # images; up to here docs/small.md decides, and from there the public recipe
 EPOCHS = {300: 150, 2000: 100}  # up to so many images
 EPOCHS_OF_MORE = 60
+FEW_TO_TUNE = 2000  # images; up to here a detector of public weights keeps its backbone
+EPOCHS_TO_TUNE = 50
 LISTED = 10  # classes in a line
 BY_PREFIX = "; `by: prefix` keeps those of a film, a_001 and a_002, together"
 
@@ -133,6 +135,13 @@ AVERAGED = """\
   ema_decay: 0.999  # the average that is kept follows a short run
   ema_tau: 100
 """
+TUNED = """\
+  freeze:  # the backbone, with its statistics, which so few images spoil: docs/small.md
+    [model.0, model.1, model.2, model.3, model.4, model.5,
+     model.6, model.7, model.8, model.9, model.10]
+  lr0: 0.002  # the default, 0.01, is for weights that begin at random
+  warmup_bias_lr: 0
+"""
 RECIPES = {
     "boxes": "",
     "masks": """\
@@ -240,12 +249,16 @@ def recipe(task: Task, images: int) -> str:
     batch = BATCH[task] if images < FEW else 64
     while batch > max(images, 1):
         batch //= 2
+    is_tuned = task == "boxes" and images < FEW_TO_TUNE
     epochs = next((epochs for most, epochs in EPOCHS.items() if images < most), EPOCHS_OF_MORE)
+    if is_tuned:
+        epochs = EPOCHS_TO_TUNE
     lines = f"train:\n  epochs: {epochs}\n  batch: {batch}\n"
     if images < FEW:
         in_epochs = f"{100 / (images // batch):.1f}"
         lines += SHORT.substitute(batch=batch, steps=64 // batch, in_epochs=in_epochs) + AVERAGED
-    return f"{lines}{RECIPES[task]}  val_every: 5\n"
+    own = TUNED if is_tuned else RECIPES[task]
+    return f"{lines}{own}  val_every: 5\n"
 
 
 def image_size(task: Task, side: int) -> int:

@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_counted(tmp_path, shapes, cap
     assert "train: 1 boxes mostly outside the picture in 1 images" in captured.out
     assert (
         "train: 3 objects, 2 at most in an image; 1 images without any; "
-        "1 objects are difficult and do not count"
+        "difficult, which do not count: 1"
     ) in captured.out
 
 
