@@ -9,9 +9,10 @@ from kdmini.tools import reference
 from tests.house.source import MODULES, ROOT, code_lines, is_in
 
 README = (ROOT / "README.md").read_text()
+KOREAN = (ROOT / "README.ko.md").read_text()
 WORDS = 1300
 TOLERANCE = 0.05  # a size in README may be that far from the truth
-PAGES = [ROOT / "README.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 READING = (
     "kdmini/contracts.py",
     "docs/step.md",
@@ -43,9 +44,10 @@ def size_of_room(room: str) -> int:
     return total
 
 
-def stated(mark: str) -> int:
-    text = README.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
-    return int(text.split()[0].replace(",", ""))
+def stated(page: str, mark: str) -> int:
+    size = re.search(rf"<!-- {mark} -->([\d,]+).*?<!-- /{mark} -->", page)
+    assert size, mark
+    return int(size[1].replace(",", ""))
 
 
 def test_readme_is_read_aloud_in_six_minutes() -> None:
@@ -54,12 +56,14 @@ def test_readme_is_read_aloud_in_six_minutes() -> None:
 
 @pytest.mark.parametrize("room", ["core", *ROOMS])
 def test_readme_states_the_true_sizes(room: str) -> None:
-    assert stated(room) == pytest.approx(size_of_room(room), rel=TOLERANCE)
+    for page in (README, KOREAN):
+        assert stated(page, room) == pytest.approx(size_of_room(room), rel=TOLERANCE)
 
 
 def test_readme_states_what_one_step_costs_to_read() -> None:
     lines = sum(len((ROOT / path).read_text().splitlines()) for path in READING)
-    assert stated("reading") == pytest.approx(lines, rel=TOLERANCE)
+    for page in (README, KOREAN):
+        assert stated(page, "reading") == pytest.approx(lines, rel=TOLERANCE)
     for path in READING:
         assert f"({path})" in README or f"({Path(path).parent})" in README, path
 
