@@ -77,6 +77,20 @@ distill:
     build: kdmini.terms.score_weighted:ScoreWeighted
     weight: 6
 """)
+TUNED_DISTILLED = Template("""\
+teacher:  # `teacher=null distill=null` trains without
+  build: kdmini.detection.yolo11.model:YOLO11
+  scale: $scale
+  weights: $weights
+distill:
+  taps: []  # the scores alone: imitated features spoil weights that are good already
+  kd_scale: batch  # as the detection loss is multiplied by the batch size
+  logits:
+    build: kdmini.terms.logits:LogitDistillation
+    form: sigmoid
+    temperature: 4
+    weight: 0.3
+""")
 MASKS_DISTILLED = Template("""\
 teacher:  # `teacher=null distill=null` trains without
   build: kdmini.segmentation.segformer:SegFormer
@@ -187,7 +201,8 @@ def texts(project: Project) -> dict[str, str]:
     student = yolo11(project.student)
     if not project.teacher:
         return {"config.yaml": text(project, run, student)}
-    distilled = BOXES_DISTILLED.substitute(scale=flow(project.teacher.scale), weights=weights)
+    form = TUNED_DISTILLED if project.images < FEW_TO_TUNE else BOXES_DISTILLED
+    distilled = form.substitute(scale=flow(project.teacher.scale), weights=weights)
     return {
         "config.yaml": text(project, run, student, distilled),
         "teacher.yaml": text(project, taught, yolo11(project.teacher)),
