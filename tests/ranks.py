@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node 2 tests/ranks.py DATA FOLDER
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ def classifier() -> nn.Module:
 
 
 DETECTION = Task(boxes.VOC, NAMES, detector, ["model.6", "model.13", "model.22"])
+REGIONS = DETECTION._replace(data=partial(boxes.VOC, difficult="ignore"))
 SEGMENTATION = Task(masks.VOC, LABELS, labeller, ["steps.0", "steps.1"])
 MIXED = Augment(cutmix=0.5, mixup=0.5)
 CLASSIFICATION = Task(FirstShape, NAMES, classifier, ["group2", "group3"], MIXED)
@@ -87,6 +89,7 @@ CASES = {
     "notes": Case("notes"),
     "notes, accumulated": Case("notes", accumulate=2),
     "sample": Case("sample", kd_scale="batch"),
+    "ignored regions, accumulated": Case("notes", accumulate=2, task=REGIONS),
     "mean_square, accumulated, lambda 0 in the second epoch": Case(
         "mean_square", accumulate=2, kd_scale=100.0, schedule=((0, 2.0, 1, 2.0),)
     ),
@@ -298,6 +301,7 @@ def work(root: Path, out: Path) -> None:
     Tensor.float = splits.float_or_double  # type: ignore[method-assign]
     labelled = store_of(root, "train", CLASSIFICATION)
     sets = {DETECTION.data: data, SEGMENTATION.data: masked, CLASSIFICATION.data: labelled}
+    sets[REGIONS.data] = store_of(root, "train", REGIONS)
     results["train"] = {name: train(case, sets[case.task.data]) for name, case in CASES.items()}
     results["stopped"] = stopped(data)
     torch.rand_like = splits.same_mask

@@ -253,6 +253,15 @@ def test_distillation_moves_the_student_and_the_align_modules(ranks: Ranks) -> N
             assert (first[key] - last[key]).abs().max() > 1e-5
 
 
+def test_ranks_ignore_regions(ranks: Ranks) -> None:
+    """So that the comparison compares something."""
+    for result in ranks.results:
+        names = ("ignored regions, accumulated", "notes, accumulated")
+        ignoring, plain = (result["train"][name][0]["sums"] for name in names)
+        assert ignoring["cls"] < plain["cls"]
+        assert ignoring["box"] == plain["box"]
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(ranks: Ranks) -> None:
     assert [result["stopped"] for result in ranks.results] == [[10, 15], [10, 15]]
 

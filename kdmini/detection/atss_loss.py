@@ -23,6 +23,7 @@ from torchvision.ops import box_iou, sigmoid_focal_loss
 from kdmini.detection.boxes import (
     anchor_points,
     centre_inside,
+    counted,
     flatten_levels,
     giou,
     images_at_once,
@@ -143,7 +144,8 @@ def detection_loss(preds: Mapping[str, Sequence[Tensor]], targets: Targets) -> d
     """The preds of ATSS -> {"box", "cls", "centerness"}, scalars in float32.
 
     GIoU is weighted by the true centerness, and divided by the sum of that; the other
-    two by the number of positives. Both sums are taken as 1 at least.
+    two by the number of positives. Both sums are taken as 1 at least. Ignored regions take
+    the background out of cls.
     """
     anchors = anchors_of(preds["cls"])
     logits = flatten_levels(preds["cls"])  # (N, A, K)
@@ -157,6 +159,9 @@ def detection_loss(preds: Mapping[str, Sequence[Tensor]], targets: Targets) -> d
     label = assigned.labels.clamp(min=0).unsqueeze(2)  # (N, A, 1)
     target = torch.zeros_like(logits).scatter_(2, label, positive.unsqueeze(2))
     focal = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2.0)
+    kept = counted(anchors.points, targets, assigned.labels >= 0)
+    if kept is not None:
+        focal = focal * kept
     cls = focal.sum() / positives
 
     true_centerness = centerness_of(assigned.boxes_xyxy, anchors.points)  # (N, A)

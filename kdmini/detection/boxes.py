@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
-from kdmini.detection.truth import Detections
+from kdmini.detection.truth import Detections, Targets
 
 EPS = 1e-7  # keeps divisions finite
 INSIDE = 1e-9  # pixels by which a point has to lie inside a box
@@ -166,6 +166,22 @@ def centre_inside(points: Tensor, objects_xyxy: Tensor) -> Tensor:
     to_right_bottom = right_bottom(objects_xyxy) - points
     nearest_side = torch.minimum(to_left_top, to_right_bottom).amin(-1)
     return nearest_side > INSIDE
+
+
+def counted(points: Tensor, targets: Targets, positive: Tensor) -> Tensor | None:
+    """Whether an anchor's classes count, (N, A, 1): 0 for a point (A, 2) in an ignored region
+    that answers for no object, 1 for others. None without such regions.
+
+    positive: (N, A) bool, those that do answer for one.
+    """
+    regions = targets.get("ignored_xyxy")  # (N, R, 4)
+    if regions is None:
+        return None
+    images, most, _ = regions.shape
+    count = images_at_once(images, most, len(points))
+    parts = [centre_inside(points, some).any(1) for some in regions.split(count)]
+    ignored = torch.cat(parts) & ~positive  # (N, A)
+    return (~ignored).float().unsqueeze(2)
 
 
 def images_at_once(images: int, objects: int, anchors: int) -> int:

@@ -20,7 +20,7 @@ from kdmini.data.folders import composed
 from kdmini.data.pictures import DEEP, Bits
 from kdmini.data.voc import nearest
 from kdmini.detection.samples import Marked, Samples
-from kdmini.detection.truth import Boxes, Target
+from kdmini.detection.truth import TRUTHS, Boxes, Difficult, Target
 from kdmini.files import check_kind
 from kdmini.typed import short
 
@@ -50,13 +50,15 @@ class CocoJson:
     bits: used of images of 16 bits, such as 12 of a thermal camera; they are scaled to 8.
     as_stored: boxes belong to the pixels as they are stored, whatever `width`, `height` and
         EXIF say; else an image of which that is not clear is an error.
+    difficult: what becomes of difficult objects in training: `background`, as if they were
+        not there; `ignore`, a detector does not learn that there is nothing where they lie.
 
     `iscrowd: 1` counts as difficult. Boxes are used, masks are not. An image without
     annotations is background. Raises UserError for a file that is no such JSON; for an image
     that is missing or wrong, or a box, when the image is asked for.
     """
 
-    truth = Boxes
+    truth: type[Boxes] = Boxes
 
     def __init__(
         self,
@@ -66,7 +68,9 @@ class CocoJson:
         names: list[str] | None = None,
         bits: Bits = DEEP,
         as_stored: bool = False,
+        difficult: Difficult = "background",
     ):
+        self.truth = TRUTHS[difficult]
         base = Path(root).expanduser().absolute()
         self.path = base / annotations
         self.folder = os.path.realpath(base / images)

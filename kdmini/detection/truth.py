@@ -7,7 +7,7 @@ Legend: N images, S image size, M images of the store, B objects in them, G obje
 image (padded), D detections.
 """
 
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ MIN_AREA = 0.1  # share of its area
 
 LEAST_PADDED = 8  # objects of an image; more are padded to 16, 32, 64, ...
 
+Difficult = Literal["background", "ignore"]  # what such objects are in training
+
 
 class Target(TypedDict):
     """The objects of one image, as a data set gives them."""
@@ -40,6 +42,8 @@ class Targets(TypedDict):
 
     boxes_xyxy: Tensor  # (N, G, 4) float32, pixels of the rendered image
     labels: Tensor  # (N, G) int64, -1 where padded
+    # (N, R, 4) regions in which nothing is background, without area where padded
+    ignored_xyxy: NotRequired[Tensor]
     ids: list[str]  # N; of a mosaic, the image that it was drawn for
 
 
@@ -89,25 +93,42 @@ class Boxes:
         return moved
 
 
+class BoxesAndRegions(Boxes):
+    """Boxes, with the difficult objects as regions in which nothing is background."""
+
+    def __init__(self, store: Store):
+        super().__init__(store)
+        self.regions = objects_of(store, difficult=True)
+
+    def rendered(self, layout: Layout, plane: Tensor | None = None) -> dict[str, Any]:
+        """-> `ignored_xyxy` as well."""
+        targets = super().rendered(layout, plane)
+        regions = render_boxes(self.regions, layout, self.imgsz)
+        # to the length of the objects, or more: else every pair of lengths is compiled anew
+        padded = pad(regions, self.device, least=targets["labels"].shape[1])
+        return {**targets, "ignored_xyxy": padded["boxes_xyxy"]}
+
+
+TRUTHS: dict[Difficult, type[Boxes]] = {"background": Boxes, "ignore": BoxesAndRegions}
+
+
 class Objects(NamedTuple):
-    """The objects to train on, of all images in a row; image m has those from first[m] to
-    first[m + 1].
-    """
+    """Objects of all images in a row; image m has those from first[m] to first[m + 1]."""
 
     corners: np.ndarray  # (B, corner, xy) stored pixels
     labels: np.ndarray  # (B,)
     first: np.ndarray  # (M + 1,)
 
 
-def objects_of(store: Store) -> Objects:
-    """Those that are not difficult, in the pixels that the store keeps."""
+def objects_of(store: Store, difficult: bool = False) -> Objects:
+    """Those that are not difficult, or those that are, in the pixels that the store keeps."""
     scales = (store.sizes / store.native)[:, [1, 0, 1, 0]]  # (M, 4)
     boxes = []
     labels = []
     for target, scale in zip(store.targets, scales, strict=True):
-        easy = ~target["difficult"]
-        boxes.append(target["boxes_xyxy"][easy] * scale)
-        labels.append(target["labels"][easy])
+        chosen = target["difficult"] == difficult
+        boxes.append(target["boxes_xyxy"][chosen] * scale)
+        labels.append(target["labels"][chosen])
     first = np.cumsum([0, *map(len, labels)])
     return Objects(np.concatenate(boxes).reshape(-1, 2, 2), np.concatenate(labels), first)
 
@@ -158,12 +179,14 @@ def remains(whole: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return (sides.min(1) > MIN_SIDE) & (aspect < MAX_ASPECT) & (area > MIN_AREA)
 
 
-def pad(rendered: list[Rendered], device: torch.device) -> dict[str, Any]:
+def pad(
+    rendered: list[Rendered], device: torch.device, least: int = LEAST_PADDED
+) -> dict[str, Any]:
     """Objects of each image -> tensors with G the next of 8, 16, 32, 64, ... so that few
-    shapes occur.
+    shapes occur; `least`, one of these, is where it begins.
     """
     most = max(len(image.labels) for image in rendered)
-    padded = LEAST_PADDED
+    padded = least
     while padded < most:
         padded *= 2
     boxes_xyxy = np.zeros((len(rendered), padded, 4), np.float32)

@@ -24,7 +24,7 @@ from kdmini.data.voc import (
     photograph,
 )
 from kdmini.detection.samples import Marked, Samples
-from kdmini.detection.truth import Boxes, Target
+from kdmini.detection.truth import TRUTHS, Boxes, Difficult, Target
 from kdmini.detection.voc_xml import NOTHING, Annotation, read_annotation
 from kdmini.typed import short
 
@@ -63,6 +63,8 @@ class VOC:
     bits: used of images of 16 bits, such as 12 of a thermal camera; they are scaled to 8.
     as_stored: boxes belong to the pixels as they are stored, whatever <size> and EXIF say;
         else an image of which that is not clear is an error.
+    difficult: what becomes of difficult objects in training: `background`, as if they were
+        not there; `ignore`, a detector does not learn that there is nothing where they lie.
 
     All XML files are read at construction. A photograph that several splits name is
     taken once. Target ids are "VOC2012/2007_000027".
@@ -72,7 +74,7 @@ class VOC:
     of them can tell of all that is wrong at once.
     """
 
-    truth = Boxes
+    truth: type[Boxes] = Boxes
 
     def __init__(  # noqa: PLR0913 - the schema of a section
         self,
@@ -87,7 +89,9 @@ class VOC:
         enclose: bool = False,
         bits: Bits = DEEP,
         as_stored: bool = False,
+        difficult: Difficult = "background",
     ):
+        self.truth = TRUTHS[difficult]
         self.names = class_names(names, VOC_NAMES)
         # absolute, not resolved: a folder that is a link keeps its own name
         folder = Path(root).expanduser().absolute()

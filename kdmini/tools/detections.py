@@ -62,6 +62,9 @@ def batch(loader: TrainLoader) -> Figure:
         real = labels >= 0  # the others are padding
         rows = zip(targets["boxes_xyxy"][n][real].tolist(), labels[real], strict=True)
         boxes = [Box(box, names[label], "object") for box, label in rows]
+        if "ignored_xyxy" in targets:
+            regions = targets["ignored_xyxy"][n].tolist()
+            boxes += [Box(box, "ignored", "difficult") for box in regions if any(box)]
         image = BoxedImage(
             picture,
             extent=(0, size, size, 0),

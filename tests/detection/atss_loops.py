@@ -112,7 +112,9 @@ def looped_loss(preds: dict[str, list[Tensor]], targets: dict) -> dict[str, floa
         centred = rows_of(preds["centerness"], n)
         for a, g in enumerate(owners[n]):
             label = int(targets["labels"][n, g]) if g >= 0 else -1
-            cls += focal_loss(logits[a], label)
+            regions = targets["ignored_xyxy"][n].tolist() if "ignored_xyxy" in targets else []
+            if g >= 0 or not any(squares[a].has_centre_in(region) for region in regions):
+                cls += focal_loss(logits[a], label)
             if g >= 0:
                 true = targets["boxes_xyxy"][n, g].tolist()
                 weight = true_centerness(squares[a], true)

@@ -153,10 +153,15 @@ def test_a_few_images_at_a_time_are_equal_to_the_bit(
     assert torch.equal(parts.boxes_xyxy, whole.boxes_xyxy)
 
 
-def test_losses_are_those_of_the_papers() -> None:
+@pytest.mark.parametrize("regions", [0, 3])
+def test_losses_are_those_of_the_papers(regions: int) -> None:
+    """Regions, among them padding, are ignored."""
     rng = np.random.default_rng(3)
     size = (64, 96)
     targets = random_targets(rng, 2, 6, size)
+    if regions:
+        drawn = random_targets(rng, 2, regions, size)
+        targets["ignored_xyxy"] = drawn["boxes_xyxy"] * (drawn["labels"] >= 0)[..., None]
     preds = {
         "cls": random_maps(rng, CLASSES, size, spread=2.0),
         "box": random_maps(rng, 4, size, spread=3.0),

@@ -9,14 +9,17 @@ import unicodedata
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
 import train as train_script
 from examples.shapes import SHAPE_NAMES
 from kdmini.contracts import BadObjects, UserError
+from kdmini.data.loader import Augment, TrainLoader
 from kdmini.data.store import Store
 from kdmini.detection.coco_json import CocoJson
+from kdmini.detection.truth import Boxes
 from kdmini.detection.voc import VOC
 from tests.commands import run
 
@@ -124,6 +127,24 @@ def test_a_set_in_both_forms_gives_the_same_images_and_targets(converted, shapes
         hidden += expected["difficult"].sum()
     assert hidden > 0
     assert coco.report() == ""
+
+
+def test_difficult_objects_and_crowds_become_the_same_regions(converted, shapes):
+    forms = [
+        (VOC, (str(shapes), ["train"], SHAPE_NAMES)),
+        (CocoJson, (str(converted), "train.json", "images", SHAPE_NAMES)),
+    ]
+    still = Augment(mosaic=0, translate=0, scale=0)
+    found = []
+    for build, given in forms:
+        assert build(*given).truth is Boxes
+        store = Store(build(*given, difficult="ignore"), 64, workers=1)
+        (_, targets) = next(TrainLoader(store, 24, 1, still).epoch(0))
+        ignored = targets["ignored_xyxy"]
+        difficult = sum(target["difficult"].sum() for target in store.targets)
+        assert ignored.any(2).sum() == difficult > 2
+        found.append((ignored, targets["boxes_xyxy"]))
+    assert all(map(torch.equal, *found))
 
 
 def test_the_photographs_of_two_splits_are_told_apart(converted):

@@ -10,7 +10,14 @@ from kdmini.data.layout import Layout, letterbox, mirror, mosaic, where, zoom
 from kdmini.data.loader import Augment, TrainLoader
 from kdmini.data.render import render
 from kdmini.data.store import Store
-from kdmini.detection.truth import Rendered, objects_of, pad, render_boxes
+from kdmini.detection.truth import (
+    TRUTHS,
+    BoxesAndRegions,
+    Rendered,
+    objects_of,
+    pad,
+    render_boxes,
+)
 from tests.data.arrays import Size, noise, random_mosaics, zoomed_mosaic
 from tests.data.pixel_by_pixel import grey_levels
 from tests.detection.boxed import keep_boxed, some_pictures
@@ -196,6 +203,42 @@ def test_difficult_objects_are_not_trained_on(tiles):
     rendered = boxes_of(store, layout, 128)
     sides = rendered[:, 2] - rendered[:, 0]
     assert sorted(sides.tolist()) == [15] * tiles + [32] * tiles
+
+
+# --- regions
+
+
+def test_regions_lie_where_they_would_as_objects():
+    """Through mosaic, zoom and flip; objects stay what they are without regions."""
+    dataset = some_pictures(further=3)
+    batches = []
+    for some in ([False, True, False, True], [True, False, True, False]):
+        dataset.difficult = [some] * len(dataset)
+        for truth in TRUTHS.values():
+            dataset.truth = truth
+            store = Store(dataset, SIDE, workers=1, storage="resident")
+            loader = TrainLoader(store, 8, 20, Augment())
+            batches.append([targets for _, targets in loader.epoch(0)])
+
+    for plain, regions, plain_others, _ in zip(*batches, strict=True):
+        assert "ignored_xyxy" not in plain
+        for key in ("boxes_xyxy", "labels"):
+            assert torch.equal(plain[key], regions[key])
+        ignored = regions["ignored_xyxy"]
+        assert ignored.shape[1] >= regions["labels"].shape[1]
+        real = ignored[ignored.any(2)]
+        assert len(real) > 20
+        assert torch.equal(real, plain_others["boxes_xyxy"][plain_others["labels"] >= 0])
+
+
+def test_regions_are_padded_to_the_length_of_the_objects_at_least():
+    images = [np.zeros((64, 64, 3), np.uint8)]
+    boxes = [[[4 * i, 4, 4 * i + 4, 40] for i in range(12)]]
+    for count, lengths in {0: (16, 16), 3: (16, 16), 10: (8, 16)}.items():
+        store = keep_boxed(images, 64, boxes, [[i < count for i in range(12)]])
+        targets = BoxesAndRegions(store).rendered(letterbox(store, ALONE, 64))
+        assert (targets["labels"].shape[1], targets["ignored_xyxy"].shape[1]) == lengths
+        assert targets["ignored_xyxy"].any(2).sum() == count
 
 
 # --- in a batch

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdmini.detection.boxes import (
     anchor_points,
     ciou,
+    counted,
     dist_ltrb_to_xyxy,
     flatten_levels,
     xyxy_to_dist_ltrb,
@@ -30,7 +31,7 @@ def detection_loss(
 
     Each is a sum over the anchors divided by the sum of all target scores (at least 1);
     boxes are weighted by their anchor's target score. A batch without objects gives
-    box = dfl = 0.
+    box = dfl = 0. Ignored regions take the background out of cls, and change no divisor.
     """
     sizes = [level.shape[2:] for level in preds]
     points, stride_of = anchor_points(sizes, strides, preds[0].device)
@@ -45,7 +46,8 @@ def detection_loss(
     weight = assigned.scores.sum(-1)  # (N, A), zero on background
     total = weight.sum().clamp(min=1)
 
-    cls = F.binary_cross_entropy_with_logits(logits, assigned.scores, reduction="sum")
+    kept = counted(points, targets, weight > 0)
+    cls = F.binary_cross_entropy_with_logits(logits, assigned.scores, kept, reduction="sum")
     distance = 1 - ciou(boxes_xyxy, assigned.boxes_xyxy)  # (N, A)
     box = (distance * weight).sum()
     true_dist = xyxy_to_dist_ltrb(assigned.boxes_xyxy, points, stride_of)

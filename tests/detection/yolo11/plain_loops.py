@@ -29,7 +29,10 @@ class Anchor:
         return [self.x - left, self.y - top, self.x + right, self.y + bottom]
 
     def lies_in(self, item: Object) -> bool:
-        x1, y1, x2, y2 = item.box_xyxy
+        return self.is_inside(item.box_xyxy)
+
+    def is_inside(self, box_xyxy: list[float]) -> bool:
+        x1, y1, x2, y2 = box_xyxy
         return x1 < self.x < x2 and y1 < self.y < y2
 
     def true_distances(self, item: Object) -> list[float]:
@@ -47,8 +50,12 @@ class Answer:
     score: float
 
 
-def looped_loss(maps: list[Tensor], scenes: list[list[Object]]) -> dict[str, float]:
-    """-> box, cls, dfl."""
+def looped_loss(
+    maps: list[Tensor],
+    scenes: list[list[Object]],
+    regions: list[list[list[float]]] | None = None,
+) -> dict[str, float]:
+    """-> box, cls, dfl. regions: boxes of each image that are ignored."""
     box = 0.0
     cls = 0.0
     dfl = 0.0
@@ -58,7 +65,10 @@ def looped_loss(maps: list[Tensor], scenes: list[list[Object]]) -> dict[str, flo
         answers = answers_of(anchors, objects)
         for a, anchor in enumerate(anchors):
             answer = answers.get(a)
-            cls += class_loss(anchor, answer)
+            answers_for_one = answer is not None and answer.score > 0
+            in_region = any(anchor.is_inside(region) for region in (regions or {n: []})[n])
+            if answers_for_one or not in_region:
+                cls += class_loss(anchor, answer)
             if answer and answer.score:
                 total += answer.score
                 box += answer.score * (1 - ciou(answer.item, anchor))

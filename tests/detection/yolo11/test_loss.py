@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdmini.detection.boxes import counted
 from kdmini.detection.yolo11.loss import detection_loss, distribution_focal, expected_dist
 from tests.detection.yolo11.plain_loops import looped_loss
 from tests.detection.yolo11.scenes import (
@@ -19,9 +20,11 @@ from tests.detection.yolo11.scenes import (
     SIZES,
     STRIDES,
     Object,
+    all_points,
     random_maps,
     targets_of,
 )
+from tests.splits import float_or_double
 
 
 def loss_of(maps: list[Tensor], targets: Any) -> dict[str, Tensor]:
@@ -101,18 +104,95 @@ def test_dfl_equals_a_plain_loop() -> None:
             assert ours[n, a].item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_equals_plain_loops(seed: int) -> None:
+def maps_of_boxes(seed: int) -> list[Tensor]:
+    """Of SCENES, with boxes of about their size."""
     maps = random_maps(3, seed)
-    falling = torch.arange(BINS).repeat(4) * -0.4  # boxes of about their size
+    falling = torch.arange(BINS).repeat(4) * -0.4
     with torch.no_grad():
         for level in maps:
             level[:, :BOX_CHANNELS] += falling.view(1, -1, 1, 1)
+    return maps
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_plain_loops(seed: int) -> None:
+    maps = maps_of_boxes(seed)
     losses = loss_of(maps, targets_of(*SCENES))
     expected = looped_loss(maps, SCENES)
     for name, value in expected.items():
         assert value > 0.05, name
         assert losses[name].item() == pytest.approx(value, rel=2e-5), name
+
+
+# --- ignored regions
+
+REGIONS: list[list[list[float]]] = [
+    [[40, 16, 96, 64], [-4, -4, 11, 20]],  # over objects, and beside them
+    [[2, 3, 70, 40]],
+    [],
+]
+
+
+def with_regions(targets: Any) -> Any:
+    """`targets` of SCENES, with REGIONS padded."""
+    ignored_xyxy = torch.zeros(3, 4, 4)
+    for n, boxes in enumerate(REGIONS):
+        ignored_xyxy[n, : len(boxes)] = torch.tensor(boxes).view(-1, 4)
+    return {**targets, "ignored_xyxy": ignored_xyxy}
+
+
+def test_ignored_regions_equal_plain_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", float_or_double)
+    maps = [level.detach().double() for level in maps_of_boxes(0)]
+    targets = targets_of(*SCENES)
+    losses = loss_of(maps, with_regions(targets))
+    assert losses["cls"] < 0.8 * loss_of(maps, targets)["cls"]
+    for name, value in looped_loss(maps, SCENES, REGIONS).items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-6), name
+
+
+def test_an_ignored_region_stops_the_gradient_of_background_alone() -> None:
+    """To the bit; what answers for an object learns in a region, too."""
+    targets = targets_of(*SCENES)
+    logits = []  # gradients (N, A, K)
+    others = []
+    for given in (targets, with_regions(targets)):
+        maps = random_maps(3)
+        total(loss_of(maps, given)).backward()
+        gradients = [level.grad.flatten(2).mT for level in maps]
+        logits.append(torch.cat([gradient[..., BOX_CHANNELS:] for gradient in gradients], 1))
+        others.append(torch.cat([gradient[..., :BOX_CHANNELS] for gradient in gradients], 1))
+    assert torch.equal(*others)
+
+    positive = others[0].any(2)  # (N, A)
+    inside = torch.zeros_like(positive)
+    points, _ = all_points()
+    for n, boxes in enumerate(REGIONS):
+        for a, (x, y) in enumerate(points.tolist()):
+            inside[n, a] = any(x1 < x < x2 and y1 < y < y2 for x1, y1, x2, y2 in boxes)
+    assert (positive & inside).sum() > 5
+    silent = inside & ~positive
+    assert silent.sum() > 50
+    assert (logits[1][silent] == 0).all()
+    assert torch.equal(logits[1][~silent], logits[0][~silent])
+
+
+def test_regions_that_hold_no_anchor_change_no_bit() -> None:
+    targets = targets_of(*SCENES)
+    maps = random_maps(3)
+    empty = {**targets, "ignored_xyxy": torch.zeros(3, 8, 4)}
+    plain = loss_of(maps, targets)
+    assert loss_of(maps, empty) == plain
+
+
+def test_regions_of_a_few_images_at_a_time_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = with_regions(targets_of(*SCENES))
+    points, _ = all_points()
+    none = torch.zeros(3, len(points), dtype=torch.bool)
+    whole = counted(points, targets, none)
+    assert whole is not None
+    monkeypatch.setattr("kdmini.detection.boxes.MOST_PAIRS", 1)
+    assert torch.equal(counted(points, targets, none), whole)
 
 
 # --- no objects, padding, strange objects
