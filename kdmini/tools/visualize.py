@@ -177,8 +177,9 @@ def of_run(folder: Path, files: Sequence[Path]) -> Figures:
 
 def taps_of(sections: Sections, student: Any) -> list[Any]:
     """Those of the config; of one that names none those that are known of the student."""
-    if sections.distill:
-        return list(sections.distill["taps"])
+    named = list(sections.distill["taps"]) if sections.distill else []
+    if named:
+        return named
     own = own_taps(student)
     if not own:
         print(

@@ -17,7 +17,13 @@ from tests.docs.pages import blocks
 README = (ROOT / "README.md").read_text()
 OWN = README.partition("## Your own data")[2]
 PROGRAMS = {"kdmini.tools.new": new.main, "kdmini.tools.look": look.main}
-TINY_STUDENT = ("device=cpu", "train.epochs=1", f"student.scale={TINY}", "student.weights=null")
+TINY_STUDENT = (
+    "device=cpu",
+    "train.epochs=1",
+    "train.freeze=[]",
+    f"student.scale={TINY}",
+    "student.weights=null",
+)
 TINY_TEACHER = (f"teacher.scale={TINY}", "allow_void=true")
 
 
