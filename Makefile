@@ -58,8 +58,8 @@ constraints: test-newest
 faults: setup
 	$(IN_TWO) tests/faults
 
-# the demo from end to end, a detector that has to overfit sixteen photographs, and what is asked of a
-# GPU asked of the CPU
+# the demo from end to end and as a notebook, a detector that has to overfit sixteen photographs, and
+# what is asked of a GPU asked of the CPU
 long: setup
 	$(IN_TWO) --dist worksteal tests/long tests/bench/test_first_gpu.py
 
