@@ -39,7 +39,7 @@ def test_its_commands_distil(shapes: Path, tmp_path: Path, monkeypatch: pytest.M
         elif words[1] in PROGRAMS:
             PROGRAMS[words[1]](words[2:])
     assert records(tmp_path / "mine/teacher")[-1]["loss/box"] > 0
-    assert records(tmp_path / "mine/student")[-1]["loss/score_weighted"] > 0
+    assert records(tmp_path / "mine/student")[-1]["loss/logits"] > 0
     assert (tmp_path / "mine/student/look/train.png").exists()
     drawn = [(tmp_path / f"mine/{name}/val.txt").read_text() for name in ("teacher", "student")]
     assert drawn[0] == drawn[1]
