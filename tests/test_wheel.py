@@ -24,7 +24,8 @@ import kdmini
 from kdmini.tools.new import main
 
 main(["mine", "--data", "photos"])
-tiny = {{"student.scale": {TINY}, "student.weights": None, "train.epochs": 1, "device": "cpu"}}
+tiny = {{"student.scale": {TINY}, "student.weights": None}}
+tiny.update({{"train.freeze": [], "train.epochs": 1, "device": "cpu"}})
 run = kdmini.train("mine/teacher.yaml", **tiny)
 scored = kdmini.evaluate(run / "config.yaml", run / "best.pt")
 assert scored["student"].scores["AP50-95"] >= 0, scored

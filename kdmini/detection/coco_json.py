@@ -20,7 +20,7 @@ from kdmini.data.folders import composed
 from kdmini.data.pictures import DEEP, Bits
 from kdmini.data.voc import nearest
 from kdmini.detection.samples import Marked, Samples
-from kdmini.detection.truth import TRUTHS, Boxes, Difficult, Target
+from kdmini.detection.truth import Boxes, BoxesAndRegions, Difficult, Target
 from kdmini.files import check_kind
 from kdmini.typed import short
 
@@ -70,7 +70,8 @@ class CocoJson:
         as_stored: bool = False,
         difficult: Difficult = "background",
     ):
-        self.truth = TRUTHS[difficult]
+        if difficult == "ignore":  # else that of the class, which a subclass may have replaced
+            self.truth = BoxesAndRegions
         base = Path(root).expanduser().absolute()
         self.path = base / annotations
         self.folder = os.path.realpath(base / images)

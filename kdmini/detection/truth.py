@@ -109,9 +109,6 @@ class BoxesAndRegions(Boxes):
         return {**targets, "ignored_xyxy": padded["boxes_xyxy"]}
 
 
-TRUTHS: dict[Difficult, type[Boxes]] = {"background": Boxes, "ignore": BoxesAndRegions}
-
-
 class Objects(NamedTuple):
     """Objects of all images in a row; image m has those from first[m] to first[m + 1]."""
 

@@ -24,7 +24,7 @@ from kdmini.data.voc import (
     photograph,
 )
 from kdmini.detection.samples import Marked, Samples
-from kdmini.detection.truth import TRUTHS, Boxes, Difficult, Target
+from kdmini.detection.truth import Boxes, BoxesAndRegions, Difficult, Target
 from kdmini.detection.voc_xml import NOTHING, Annotation, read_annotation
 from kdmini.typed import short
 
@@ -91,7 +91,8 @@ class VOC:
         as_stored: bool = False,
         difficult: Difficult = "background",
     ):
-        self.truth = TRUTHS[difficult]
+        if difficult == "ignore":  # else that of the class, which a subclass may have replaced
+            self.truth = BoxesAndRegions
         self.names = class_names(names, VOC_NAMES)
         # absolute, not resolved: a folder that is a link keeps its own name
         folder = Path(root).expanduser().absolute()
