@@ -1,4 +1,5 @@
-"""Score weights on the validation set of a config: one table, a row for each class.
+"""Score weights on the validation set of a config: one table, a row for each
+class.
 
 python eval.py --config configs/voc.yaml --weights runs/voc/best.pt [--teacher]
     [--save FOLDER] [key.path=value ...]

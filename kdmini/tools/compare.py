@@ -2,11 +2,12 @@
 
 python -m kdmini.tools.compare RUN RUN ... [--out FOLDER]
 
-Writes compare.md, which is printed too, and compare.png. Runs whose configs differ in
-`seed`, `run` and `log` alone are one row, named by the settings in which it differs from other
-rows, or by its first folder where those fill a line. Further rows are also compared with
-the first, seed by seed: that takes out what a seed does to both. Which scores of a row are
-shown, and which of them picks the best epoch, is up to the metric in its config.
+Writes compare.md, which is printed too, and compare.png. Runs whose configs
+differ in `seed`, `run` and `log` alone are one row, named by the settings in
+which it differs from other rows, or by its first folder where those fill a
+line. Further rows are also compared with the first, seed by seed: that takes
+out what a seed does to both. Which scores of a row are shown, and which of them
+picks the best epoch, is up to the metric in its config.
 """
 
 import argparse

@@ -198,7 +198,9 @@ def missing(folder: Path, release: Release) -> str:
 def main(argv: list[str] | None = None) -> None:
     output.guard(needed=True)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kdmini.tools.download",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     years = sorted(RELEASES)
     parser.add_argument("--root", type=Path, help="folder that will hold VOCdevkit/")

@@ -1,28 +1,33 @@
 """Write a network in a form that other programs read.
 
-python -m kdmini.tools.export WEIGHTS --to onnx [--free none|batch|all] [--nms] [--half]
+python -m kdmini.tools.export WEIGHTS --to onnx [--free none|batch|all]
+    [--nms] [--half]
 python -m kdmini.tools.export WEIGHTS --to torchscript [--half]
 python -m kdmini.tools.export WEIGHTS --to safetensors
 python -m kdmini.tools.export WEIGHTS --to ultralytics
 
-onnx, torchscript: images (N, 3, S, S) RGB 0..1 with any N. A detector gives the detections
-before non-maximum suppression, twice: `output0` (N, 4 + K, A) is the layout that ultralytics
-and its like read, as in `YOLO("best.onnx").predict(image, imgsz=S)`: centre x and y, width,
-height, scores; `boxes_xyxy` (N, A, 4) in pixels and `scores` (N, A, K) are the same in two.
-With --nms it gives what is left after it, the best 300 with scores above 0.001, best first:
-`output0` (N, 300, 6) with corners, score and class; the same as `boxes_xyxy` (N, 300, 4),
-`scores` (N, 300) and `labels` (N, 300); where there are fewer, zeros with the label -1. A
-network for segmentation gives `logits` (N, K, S, S), upsampled to the image: the largest is
-the class of a pixel. A classifier gives `logits` and `scores`, (N, K) both; the scores sum to
-1. TorchScript gives them in that order. BatchNorm is folded. Images and outputs are float32,
-with --half too. What is made is compared with PyTorch before it is written.
+onnx, torchscript: images (N, 3, S, S) RGB 0..1 with any N. A detector gives the
+detections before non-maximum suppression, twice: `output0` (N, 4 + K, A) is the
+layout that ultralytics and its like read, as in
+`YOLO("best.onnx").predict(image, imgsz=S)`: centre x and y, width, height,
+scores; `boxes_xyxy` (N, A, 4) in pixels and `scores` (N, A, K) are the same in
+two. With --nms it gives what is left after it, the best 300 with scores above
+0.001, best first: `output0` (N, 300, 6) with corners, score and class; the same
+as `boxes_xyxy` (N, 300, 4), `scores` (N, 300) and `labels` (N, 300); where
+there are fewer, zeros with the label -1. A network for segmentation gives
+`logits` (N, K, S, S), upsampled to the image: the largest is the class of a
+pixel. A classifier gives `logits` and `scores`, (N, K) both; the scores sum to
+1. TorchScript gives them in that order. BatchNorm is folded. Images and outputs
+are float32, with --half too. What is made is compared with PyTorch before it is
+written.
 
-safetensors: the state_dict under its own keys, of a YOLO11 the public ones, nothing folded.
-ultralytics: a YOLO11 as the file that ultralytics itself writes: `YOLO("FILE.pt")`.
+safetensors: the state_dict under its own keys, of a YOLO11 the public ones,
+nothing folded. ultralytics: a YOLO11 as the file that ultralytics itself
+writes: `YOLO("FILE.pt")`.
 
-Each one carries names, size, license and image size, ONNX and safetensors as metadata,
-TorchScript in its `config.txt`, and of segmentation the palette: texts, and what is no text
-in JSON.
+Each one carries names, size, license and image size, ONNX and safetensors as
+metadata, TorchScript in its `config.txt`, and of segmentation the palette:
+texts, and what is no text in JSON.
 
 Legend: N images, S image size, A anchors, K classes.
 """

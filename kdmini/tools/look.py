@@ -1,13 +1,16 @@
 """What a run would learn from, looked at before a day of training.
 
-python -m kdmini.tools.look CONFIG [--out FOLDER] [--images 12] [key.path=value ...]
+python -m kdmini.tools.look CONFIG [--out FOLDER] [--images 12]
+    [key.path=value ...]
 
-Every image of both sets is read as train.py reads it. Printed are: files and objects that
-cannot be used, each on a line; what was set right, in a line for each set; how many images and
-objects each class has; how large boxes are beside the strides of a detector; and images that
-are in both sets under other names. Of a few images of each set, with every class among them
-where there is room, train.png and val.png show boxes, masks or classes. They go into
-RUN/look, for the RUN that the config names. Nothing else is written, and no network is needed.
+Every image of both sets is read as train.py reads it. Printed are: files and
+objects that cannot be used, each on a line; what was set right, in a line for
+each set; how many images and objects each class has; how large boxes are beside
+the strides of a detector; and images that are in both sets under other names.
+Of a few images of each set, with every class among them where there is room,
+train.png and val.png show boxes, masks or classes. They go into RUN/look, for
+the RUN that the config names. Nothing else is written, and no network is
+needed.
 """
 
 import argparse

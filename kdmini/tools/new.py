@@ -1,13 +1,15 @@
-"""A new project: looks at a folder of images, and writes a config that trains on it.
+"""A new project: looks at a folder of images, and writes a config that trains on
+it.
 
 python -m kdmini.tools.new FOLDER --data PATH [--task boxes | masks | classes]
     [--weights yolo11s.pt] [--teacher yolo11m.pt]
 
-PATH holds images and what is known of them, in a layout that is found out: VOC XML (side by
-side, in two folders, in train/ and valid/, in folders in folders, or as in VOC itself), COCO
-JSON, YOLO text, masks in SegmentationClass, or a folder of images for each class. Written are
-FOLDER/config.yaml, and FOLDER/teacher.yaml where a larger network is trained first; printed are
-the commands that follow. Nothing is written to PATH, and nothing is overwritten.
+PATH holds images and what is known of them, in a layout that is found out: VOC
+XML (side by side, in two folders, in train/ and valid/, in folders in folders,
+or as in VOC itself), COCO JSON, YOLO text, masks in SegmentationClass, or a
+folder of images for each class. Written are FOLDER/config.yaml, and
+FOLDER/teacher.yaml where a larger network is trained first; printed are the
+commands that follow. Nothing is written to PATH, and nothing is overwritten.
 """
 
 import argparse

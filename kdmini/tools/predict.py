@@ -1,28 +1,34 @@
 """Detect objects in pictures and videos, label their pixels, or say their class.
 
-python -m kdmini.tools.predict WEIGHTS IMAGE|FOLDER|VIDEO|CAMERA|- ... [--out FOLDER]
-python -m kdmini.tools.predict runs/voc/best.pt photographs/ --recursive --out found
+python -m kdmini.tools.predict WEIGHTS IMAGE|FOLDER|VIDEO|CAMERA|- ...
+    [--out FOLDER]
+python -m kdmini.tools.predict runs/voc/best.pt photographs/ --recursive
 python -m kdmini.tools.predict runs/voc/best.pt clip.mp4 --jsonl - --no-pictures
 
-CAMERA is its number, such as 0; it is watched until Ctrl-C. For `-` the names of files are
-read from the standard input, one a line. Videos need PyAV: pip install -e '.[video]'.
+CAMERA is its number, such as 0; it is watched until Ctrl-C. For `-` the names
+of files are read from the standard input, one a line. Videos need PyAV: pip
+install -e '.[video]'.
 
-Of a detector FOLDER then holds each picture with its boxes, NAME.jpg; of a network for
-segmentation the index of a class for each pixel of the file, NAME.png with VOC's palette, and
-the same over the picture, NAME.jpg; of a classifier each picture with its class and the
-score, NAME.jpg. Of a video the pictures are one film, NAME.mp4, without sound.
+Of a detector FOLDER then holds each picture with its boxes, NAME.jpg; of a
+network for segmentation the index of a class for each pixel of the file,
+NAME.png with VOC's palette, and the same over the picture, NAME.jpg; of a
+classifier each picture with its class and the score, NAME.jpg. Of a video the
+pictures are one film, NAME.mp4, without sound.
 
-Beside them is predictions.json, or JSON lines where --jsonl says: for every image its file,
-width, height, what was written of it, and the detections as box_xyxy (pixels of the file),
-label and score, best first; or the classes and their shares of the pixels; or the best five
-classes and their scores, best first. An image of a video also has its number, `frame`, and
-its time in `seconds`, both from 0. In a name of a file that is not UTF-8 the other bytes
+Beside them is predictions.json, or JSON lines where --jsonl says: for every
+image its file, width, height, what was written of it, and the detections as
+box_xyxy (pixels of the file), label and score, best first; or the classes and
+their shares of the pixels; or the best five classes and their scores, best
+first. An image of a video also has its number, `frame`, and its time in
+`seconds`, both from 0. In a name of a file that is not UTF-8 the other bytes
 stand as JSON's \\udc80 to \\udcff, which Python turns back into that very name.
 
-Pictures are turned as EXIF asks for it, and videos as players turn them, so width, height and
-boxes are those that people see; training takes pixels as they are stored.
+Pictures are turned as EXIF asks for it, and videos as players turn them, so
+width, height and boxes are those that people see; training takes pixels as they
+are stored.
 
-Ctrl-C ends it after the images at hand: what was found until then is written whole.
+Ctrl-C ends it after the images at hand: what was found until then is written
+whole.
 """
 
 import argparse

@@ -2,15 +2,17 @@
 
 python -m kdmini.tools.report RUN [RUN ...] [--out report.html]
 
-Runs whose configs differ in `seed` and `run` alone are one row, as in compare. The first row
-without distillation, or the first of all, is what the others are compared with. The best.pt
-of every run is evaluated anew on the validation set of its config. One file of HTML is
-written, whole or not at all, which any browser shows without a connection:
+Runs whose configs differ in `seed` and `run` alone are one row, as in compare.
+The first row without distillation, or the first of all, is what the others are
+compared with. The best.pt of every run is evaluated anew on the validation set
+of its config. One file of HTML is written, whole or not at all, which any
+browser shows without a connection:
 
-    the scores of each row, and their differences with the interval that holds them with 95 %
+    the scores of each row, and their differences with the interval that holds
+        them with 95 %
     the curves
-    where the difference is: by class, and as the metric knows it by size, by IoU, by kind of
-        error, by score
+    where the difference is: by class, and as the metric knows it by size, by
+        IoU, by kind of error, by score
     what each class is taken for
     where teacher and student look, under a slider
     the images that are the worst, and those that have changed most

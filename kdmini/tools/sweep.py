@@ -1,17 +1,18 @@
-"""Search settings: many runs of train.py, of which those that fall behind are stopped.
+"""Search settings: many runs of train.py, of which those that fall behind are
+stopped.
 
 python -m kdmini.tools.sweep configs/sweep/demo.yaml [key.path=value ...]
 
 The keys of CONFIG are described at Sweep in kdmini/tools/sweep_space.py, and in
-docs/sweep.md. Into its folder `out` go a run folder for each trial; study.db, or what
-`storage` names; and at the end
+docs/sweep.md. Into its folder `out` go a run folder for each trial; study.db,
+or what `storage` names; and at the end
 
     trials.csv    a line for each trial: what was drawn, its score, how it ended
     trials.png    the score by each parameter
     best.yaml     the config of the best trial
 
-The same command goes on after a stop or a kill, and given twice, also on another machine
-that sees the same storage, the processes share the trials.
+The same command goes on after a stop or a kill, and given twice, also on
+another machine that sees the same storage, the processes share the trials.
 """
 
 import argparse

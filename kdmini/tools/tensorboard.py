@@ -1,13 +1,14 @@
-"""A run in TensorBoard: the scalars of metrics.jsonl, and the pictures of visualize.
+"""A run in TensorBoard: the scalars of metrics.jsonl, and the pictures of
+visualize.
 
 python -m kdmini.tools.tensorboard RUN [RUN ...] [--follow]
 tensorboard --logdir RUN
 
-Writes an event file, RUN/tensorboard/events.out.tfevents.*, anew and whole whenever the
-run has changed, and empties the one before: nothing is there twice, a resumed run takes
-back what it forgot, and a TensorBoard that is open follows. A tag is the key in
-metrics.jsonl, such as loss/box or lr. The step is the epoch as train.py prints it: 0 is
-before training.
+Writes an event file, RUN/tensorboard/events.out.tfevents.*, anew and whole
+whenever the run has changed, and empties the one before: nothing is there
+twice, a resumed run takes back what it forgot, and a TensorBoard that is open
+follows. A tag is the key in metrics.jsonl, such as loss/box or lr. The step is
+the epoch as train.py prints it: 0 is before training.
 """
 
 import argparse

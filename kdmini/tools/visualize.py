@@ -1,45 +1,51 @@
 """Pictures of a run, or of weights by themselves.
 
-python -m kdmini.tools.visualize RUN [IMAGES...] [--out FOLDER]       into RUN/pictures
-python -m kdmini.tools.visualize WEIGHTS IMAGES... [--out FOLDER]     into ./pictures
+python -m kdmini.tools.visualize RUN [IMAGES...] [--out FOLDER]
+python -m kdmini.tools.visualize WEIGHTS IMAGES... [--out FOLDER]
 
-    curves.png          metrics.jsonl: losses, lambda, scores, attention distances, speed
-    attention.png       where teacher and student look at each tap, and how far apart the
-                        two maps are
-    before_after.png    where the student looked before training, and after it
+They go into RUN/pictures, those of weights into ./pictures.
+
+    curves.png        metrics.jsonl: losses, lambda, scores, attention
+                      distances, speed
+    attention.png     where teacher and student look at each tap, and how far
+                      apart the two maps are
+    before_after.png  where the student looked before training, and after it
     stages_teacher.png, stages_student.png
-                        the maps of the stages of each that no tap shows
-    spectra_TERM.png    of a term that filters, the spectra before and after it
-    self_teacher.png    named after the term: where the student and its self-teacher look, both
-                        as in the newest checkpoint, on twelve images of the validation set
-                        that are drawn at random
+                      the maps of the stages of each that no tap shows
+    spectra_TERM.png  of a term that filters, the spectra before and after it
+    self_teacher.png  named after the term: where the student and its
+                      self-teacher look, both as in the newest checkpoint, on
+                      twelve images of the validation set that are drawn at
+                      random
 
 and what the metric of the run draws; of a detector:
 
-    batch.png               training images as the loader renders them, with their boxes
-    detections.png          what was detected beside what is there; on IMAGES, else on some
-                            of the validation set
-    precision_recall.png    of each class, over the whole validation set
-    confusion.png           what the objects of each class were taken for, likewise
+    batch.png             training images as the loader renders them, with their
+                          boxes
+    detections.png        what was detected beside what is there; on IMAGES,
+                          else on some of the validation set
+    precision_recall.png  of each class, over the whole validation set
+    confusion.png         what the objects of each class were taken for,
+                          likewise
 
 of a network for segmentation:
 
-    batch.png               likewise, with their masks
-    masks.png               the photograph, its true mask, those of teacher and student, and
-                            where the networks are wrong
-    confusion.png           what the pixels of each class were taken for, over the whole
-                            validation set
+    batch.png      likewise, with their masks
+    masks.png      the photograph, its true mask, those of teacher and student,
+                   and where the networks are wrong
+    confusion.png  what the pixels of each class were taken for, over the whole
+                   validation set
 
 of a classifier:
 
-    batch.png               likewise, with their classes and the shares of mixed ones
-    answers.png             the class of each image, and what teacher and student say
-    confusion.png           what the images of each class were taken for, over the whole
-                            validation set
-    mistakes.png            of that set, the images whose wrong answer was the surest
+    batch.png      likewise, with their classes and the shares of mixed ones
+    answers.png    the class of each image, and what teacher and student say
+    confusion.png  what the images of each class were taken for, over the whole
+                   validation set
+    mistakes.png   of that set, the images whose wrong answer was the surest
 
-Of weights alone there are detections.png, masks.png or answers.png, and attention.png,
-without a teacher. The student of a run is best.pt.
+Of weights alone there are detections.png, masks.png or answers.png, and
+attention.png, without a teacher. The student of a run is best.pt.
 """
 
 import argparse
