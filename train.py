@@ -24,7 +24,7 @@ from kdmini.defaults import defaults, filled, no_option
 from kdmini.device import choose_algorithms, pick_device
 from kdmini.optim import Recipe
 from kdmini.outset import describe
-from kdmini.progress import Progress
+from kdmini.progress import Progress, text_of_epoch
 from kdmini.resume import check_inputs, check_resumable, run_of, with_processes
 from kdmini.runlog import FolderLost, RunFolder
 from kdmini.sections import Sections
@@ -102,7 +102,7 @@ def train_epochs(run: Run, folder: RunFolder, sections: Sections, save: Callable
         record = record_of_epoch(run)
         if is_evaluated(progress, recipe):
             record |= evaluate_epoch(run, folder, sections)
-        print(line_of_epoch(record, progress))
+        print(text_of_epoch(record, progress))
         folder.log(record)
         progress.next_epoch()
         if finished(progress, recipe):
@@ -209,25 +209,6 @@ def attention_distances(run: Run) -> dict[str, float]:
     return engine.attention_distances(
         training.student, training.distillation, run.val_loader, training.autocast
     )
-
-
-def line_of_epoch(record: dict[str, Any], progress: Progress) -> str:
-    """Losses, scores and distances of an epoch, for the terminal."""
-    values = {}
-    for group in ("loss/", "score/"):
-        for name, value in record.items():
-            if name.startswith(group):
-                values[name.removeprefix(group)] = value
-    for name, value in record.items():
-        if name.startswith("distance/raw"):
-            values[name] = value
-    text = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-    if progress.skipped:
-        text += f" skipped {progress.skipped}"
-    is_new = any(name.startswith("score/") for name in record)
-    if is_new and progress.best_epoch == progress.epoch and not math.isinf(progress.best):
-        text += " best"
-    return f"epoch {progress.epoch + 1}: {text}"
 
 
 def conclude(folder: RunFolder, progress: Progress) -> None:

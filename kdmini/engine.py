@@ -23,6 +23,9 @@ from kdmini.signals import Stop
 
 ToFile = Callable[[list[Prediction]], list[Prediction]]
 
+# batches done of all, time that is left, numbers; a bar where there is still room
+BAR = "{desc} {n_fmt}/{total_fmt} {remaining}{postfix} {bar}"
+
 
 class TrainBatches(Protocol):
     """kdmini.data.loader.TrainLoader, as the loop sees it. All batches are of one size."""
@@ -192,19 +195,19 @@ def progress_bar(training: Training) -> tqdm:
         f"epoch {progress.epoch + 1}/{training.recipe.epochs}",
         len(training.loader),
         initial=progress.step,
-        unit="step",
+        bar_format=BAR,
         dynamic_ncols=True,
         disable=None,
     )
 
 
 def status(losses: str, training: Training, lr: float) -> str:
-    """What stands behind the bar."""
+    """What stands in the bar: of what does not fit into the terminal, the end is left out."""
     progress = training.progress
     lambdas = training.distillation.lambdas(progress.epoch)
-    schedule = " ".join(f"{name} {value:.3g}" for name, value in lambdas.items())
+    schedule = " ".join(f"{value:.3g}" for value in lambdas.values())  # in the order of the terms
     speed = progress.step * training.recipe.batch / progress.seconds
-    text = f"{losses} | lambda {schedule or '-'} | lr {lr:.2g} | {speed:.0f} img/s"
+    text = f"lambda {schedule or '-'} | {losses} | lr {lr:.2g} | {speed:.0f} img/s"
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         text += f" {torch.cuda.max_memory_reserved() / 1e9:.1f} GB"
     return text

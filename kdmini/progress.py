@@ -1,9 +1,10 @@
-"""Where a run stands, and the tally of its losses."""
+"""Where a run stands, in numbers and in words, and the tally of its losses."""
 
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from kdmini.typed import short
 READ_EVERY = 10
 # updates in a row without a finite gradient before the run stops
 MAX_SKIPPED = 20
+COLUMNS = 80  # of a terminal
+INDENT = "    "
 MOST_STEPS = 2**53  # no run is as long; beyond, a float holds no count
 
 SKIPPED = "skipped"  # beside the names of the losses: 1.0 where an update was left out
@@ -77,6 +80,39 @@ def implausible(state: Mapping[str, Any]) -> str:
     return ""
 
 
+def text_of_epoch(record: dict[str, Any], progress: Progress) -> str:
+    """Losses and their lambdas; below, where it was evaluated, scores and attention distance.
+
+    For a terminal of 80 columns. What the distance is at each tap is in results.csv.
+    """
+    trained = f"epoch {progress.epoch + 1}: {of_group(record, 'loss/', '.3f')}"
+    lambdas = of_group(record, "lambda/", ".3g")
+    if lambdas:
+        trained += f" | lambda {lambdas}"
+    if progress.skipped:
+        trained += f" | skipped {progress.skipped}"
+
+    evaluated = of_group(record, "score/", ".3f")
+    is_best = progress.best_epoch == progress.epoch and not math.isinf(progress.best)
+    if "distance/raw" in record:
+        evaluated += f" distance/raw {record['distance/raw']:.3f}"
+    if evaluated and is_best:
+        evaluated += " best"
+
+    lines = wrap(trained, COLUMNS, subsequent_indent=INDENT)
+    lines += wrap(evaluated, COLUMNS, initial_indent=INDENT, subsequent_indent=INDENT)
+    return "\n".join(lines)
+
+
+def of_group(record: dict[str, Any], group: str, form: str) -> str:
+    """Names and numbers of those keys of a record that begin with `group`."""
+    return " ".join(
+        f"{name.removeprefix(group)} {value:{form}}"
+        for name, value in record.items()
+        if name.startswith(group)
+    )
+
+
 class Waiting(NamedTuple):
     """A number that is still on the device."""
 
@@ -126,7 +162,7 @@ class Tally:
         self.last_read = now
 
         self._refuse_to_go_on(scaler)
-        text = " ".join(f"{name} {value:.3f}" for name, value in self.progress.means().items())
+        text = " ".join(f"{name} {value:.3g}" for name, value in self.progress.means().items())
         if self.progress.skipped:
             text += f" | skipped {self.progress.skipped}"
         return text

@@ -477,7 +477,7 @@ def play(scenario: Scenario) -> Findings:
 
 def stop_after_an_epoch(work: Callable) -> None:
     """A run that ends as if it had been killed once its first epoch was evaluated."""
-    with mock.patch.object(train, "line_of_epoch", side_effect=KeyboardInterrupt):
+    with mock.patch.object(train, "text_of_epoch", side_effect=KeyboardInterrupt):
         try:
             work()
         except KeyboardInterrupt:
