@@ -22,8 +22,14 @@ def same_size(ours: Feats, theirs: Feats) -> tuple[Feats, Feats]:
     blocks of cells.
 
     Pair by pair, at whatever size the images have. Raises UserError where one size is no
-    multiple of the other.
+    multiple of the other, or where a map has no counterpart.
     """
+    if ours.keys() != theirs.keys():
+        raise UserError(
+            f"distill: the student has {len(ours)} maps ({', '.join(ours)}), the teacher "
+            f"{len(theirs)} ({', '.join(theirs)}); name a teacher of the same kind, or "
+            "take terms that read feats alone"
+        )
     of_ours: dict[str, Tensor] = {}
     of_theirs: dict[str, Tensor] = {}
     for tap in ours:

@@ -12,7 +12,7 @@ from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.align import same_size
 from kdmini.distill.attention import AttentionTransfer, map_distance
-from kdmini.distill.step import Weighted, freeze, tap_shapes
+from kdmini.distill.step import Weighted, by_level, freeze, tap_shapes
 from kdmini.distill.taps import feats_of
 from tests.distill.small import NO_TARGETS, TAPS, Probe, Small, distil, images, pair
 
@@ -253,6 +253,14 @@ def test_maps_that_are_no_multiples_are_refused() -> None:
     maps = {"tap": torch.ones(1, 2, 6, 6)}
     with pytest.raises(UserError, match="tap is 6x6 in the student, 4x4 in the teacher; pair"):
         same_size(maps, {"tap": torch.ones(1, 2, 4, 4)})
+
+
+@pytest.mark.parametrize("levels", [(3, 1), (1, 3)])
+def test_a_teacher_of_other_levels_is_refused(levels: tuple[int, int]) -> None:
+    ours, theirs = (by_level([torch.ones(1, 2, 4, 4)] * count) for count in levels)
+    words = rf"student has {levels[0]} maps \(.*class map 0.*teacher {levels[1]} \(.*; name a"
+    with pytest.raises(UserError, match=words):
+        same_size(ours, theirs)
 
 
 class Attentive(Small):
