@@ -85,11 +85,14 @@ def test_a_row_that_needs_a_teacher_names_it(tmp_path: Path, shapes: Path) -> No
 
 
 def test_the_protocols_that_are_kept_can_be_run() -> None:
-    for path in (ROOT / "bench/evidence/groceries.yaml",):
+    for path in (ROOT / "bench/evidence/groceries.yaml", ROOT / "bench/evidence/unlabelled.yaml"):
         protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
         for name in protocol.rows:
             settings = rows.settings_of(protocol, name, 0, Path("runs"), None)
             teacher = protocol.row(name).teacher
-            assert bool(settings.get("teacher")) == bool(teacher)
+            if teacher:
+                assert settings["teacher"]["weights"] == f"runs/{teacher}-0/best.pt"
+            elif name not in ("kd", "unlabelled"):  # whose teacher has public weights
+                assert settings.get("teacher") is None
             assert protocol.against(name) in protocol.rows
             assert teacher is None or protocol.seeds_of(teacher)[0] == 0

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kdmini
 from kdmini.progress import Tally
 from kdmini.signals import Stop
 from tests.faults.spoiling import Bench, Fault
 
+PACKAGE = Path(kdmini.__file__).parent  # whatever the folder around it is called
 WAITING = (
     "_local_scalar_dense",
     "nonzero",
@@ -37,7 +39,8 @@ class Waits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         by_mask = name.startswith("index") and any(is_mask(arg) for arg in args[1:])
         if name in WAITING or by_mask:
-            ours = [frame for frame in traceback.extract_stack() if "/kdmini/" in frame.filename]
+            stack = traceback.extract_stack()
+            ours = [frame for frame in stack if Path(frame.filename).is_relative_to(PACKAGE)]
             self.found.append(f"{name}: {ours[-1].line}" if ours else name)
         return func(*args, **(kwargs or {}))
 
