@@ -30,7 +30,7 @@ from kdmini.progress import Progress
 from kdmini.segmentation import voc as masks
 from kdmini.segmentation.mean_iou import MeanIoU
 from kdmini.signals import Stop
-from tests import splits
+from tests import precise, splits
 from tests.classification.first_shape import FirstShape
 
 CPU = torch.device("cpu")
@@ -298,7 +298,7 @@ def work(root: Path, out: Path) -> None:
         "uneven": uneven(),
         "read": {limit: read(data, limit) for limit in (24, 23, 20)},
     }
-    Tensor.float = splits.float_or_double  # type: ignore[method-assign]
+    Tensor.float = precise.float_or_double  # type: ignore[method-assign]
     labelled = store_of(root, "train", CLASSIFICATION)
     sets = {DETECTION.data: data, SEGMENTATION.data: masked, CLASSIFICATION.data: labelled}
     sets[REGIONS.data] = store_of(root, "train", REGIONS)

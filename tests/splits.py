@@ -127,14 +127,6 @@ def same_mask(x: Tensor) -> Tensor:
     return torch.linspace(0, 1, cells, dtype=x.dtype).view_as(x[:1]).expand_as(x)
 
 
-SINGLE = Tensor.float
-
-
-def float_or_double(tensor: Tensor) -> Tensor:
-    """In place of Tensor.float, which would take the loss back to float32."""
-    return tensor if tensor.dtype == torch.float64 else SINGLE(tensor)
-
-
 def freeze_statistics(module: nn.Module) -> None:
     """For good: train() changes nothing."""
     for layer in module.modules():

@@ -15,8 +15,8 @@ from kdmini.data.store import Store
 from kdmini.distill.attention import attention_map
 from kdmini.engine import Training
 from kdmini.optim import apply_setting
+from tests import precise, splits
 from tests import ranks as ranks_script
-from tests import splits
 from tests.conftest import ROOT
 from tests.ranks import (
     BATCH,
@@ -190,7 +190,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def expected(name: str, shapes: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Tensor, "float", splits.float_or_double)
+        patched.setattr(Tensor, "float", precise.float_or_double)
         case = CASES[name]
         return Halves(case, store_of(shapes, "train", case.task)).train()
 
@@ -309,7 +309,7 @@ def whole(ranks: Ranks) -> dict[str, Tensor]:
     """The gradients of the same updates in one process, in one batch."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "rand_like", splits.same_mask)
-        patched.setattr(Tensor, "float", splits.float_or_double)
+        patched.setattr(Tensor, "float", precise.float_or_double)
         return splits.among_ranks(whole=True)
 
 

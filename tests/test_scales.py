@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdmini.check import rows_of_gradients
 from kdmini.terms import masked
+from tests.precise import float_or_double
 from tests.splits import (
     IMAGES,
     KD_SCALES,
@@ -19,7 +20,6 @@ from tests.splits import (
     Scales,
     Split,
     all_sections,
-    float_or_double,
     of_classes,
     of_masks,
     same_mask,

@@ -32,6 +32,6 @@ def test_every_cell_holds(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith(last.removeprefix('print("').removesuffix('")\n') + "\n")
-    [folder] = written.iterdir()
+    [folder] = written.glob("kdmini-*")  # torch keeps files of its own there
     assert (folder / "report.html").exists()
     assert not (ROOT / "docs" / "runs").exists()

@@ -24,7 +24,7 @@ from tests.detection.yolo11.scenes import (
     random_maps,
     targets_of,
 )
-from tests.splits import float_or_double
+from tests.precise import float_or_double
 
 
 def loss_of(maps: list[Tensor], targets: Any) -> dict[str, Tensor]:
