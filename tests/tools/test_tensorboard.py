@@ -103,11 +103,20 @@ def test_a_resumed_run_takes_back_what_it_forgot_also_where_tensorboard_is_open(
         assert sum(size > 0 for size in sizes) == 1
 
 
+# should it ever hang, it ends, and says where
+FOLLOWING = """
+import faulthandler
+from kdmini.tools import tensorboard
+faulthandler.dump_traceback_later(100, exit=True)
+tensorboard.SECONDS = 0.05
+tensorboard.main()
+"""
+
+
 def test_follow_looks_again_until_it_is_interrupted(run: Path) -> None:
     write(run, [])
     (run / "pictures" / "curves.png").unlink()
-    code = "from kdmini.tools import tensorboard\ntensorboard.SECONDS = 0.05\ntensorboard.main()"
-    command = [sys.executable, "-c", code, str(run), "--follow"]
+    command = [sys.executable, "-c", FOLLOWING, str(run), "--follow"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         assert "tensorboard --logdir" in process.stdout.readline()
