@@ -1,5 +1,6 @@
 """A small generated data set and a small detector: a whole run takes seconds."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 import train as train_script
 from examples.shapes import SHAPE_NAMES, write_set
 from kdmini import checkpoint
+from kdmini.signals import SIGNALS
 from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[1]
+
+HANDLERS = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
 TINY = "[0.5, 0.0625, 1024]"  # a YOLO11 of 0.2 M parameters
 
@@ -82,6 +86,15 @@ def write_config(folder: Path, shapes: Path) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)  # the detectors are too small for two
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> None:
+    """As at the beginning. A command that a signal ended in this process leaves it ignored, and
+    children inherit that.
+    """
+    for signum, handler in HANDLERS.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")
