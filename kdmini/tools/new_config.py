@@ -65,23 +65,21 @@ YOLO11 = Template("""\
   scale: $scale
   weights: {path: $weights, classes: by_name}  # classes that it has begin as it knows them
 """)
-BOXES_DISTILLED = Template("""\
+BOXES_TEACHER = Template("""\
 teacher:  # `teacher=null distill=null` trains without
   build: kdmini.detection.yolo11.model:YOLO11
   scale: $scale
   weights: $weights
+""")
+BY_FEATURES = """\
 distill:
   taps: [model.16, model.19, model.22]
   kd_scale: batch  # as the detection loss is multiplied by the batch size
   score_weighted:  # imitates features where the teacher is sure: docs/evidence.md
     build: kdmini.terms.score_weighted:ScoreWeighted
     weight: 6
-""")
-TUNED_DISTILLED = Template("""\
-teacher:  # `teacher=null distill=null` trains without
-  build: kdmini.detection.yolo11.model:YOLO11
-  scale: $scale
-  weights: $weights
+"""
+BY_SCORES = """\
 distill:
   taps: []  # the scores alone: imitated features spoil weights that are good already
   kd_scale: batch  # as the detection loss is multiplied by the batch size
@@ -90,7 +88,7 @@ distill:
     form: sigmoid
     temperature: 4
     weight: 0.3
-""")
+"""
 MASKS_DISTILLED = Template("""\
 teacher:  # `teacher=null distill=null` trains without
   build: kdmini.segmentation.segformer:SegFormer
@@ -201,8 +199,8 @@ def texts(project: Project) -> dict[str, str]:
     student = yolo11(project.student)
     if not project.teacher:
         return {"config.yaml": text(project, run, student)}
-    form = TUNED_DISTILLED if project.images < FEW_TO_TUNE else BOXES_DISTILLED
-    distilled = form.substitute(scale=flow(project.teacher.scale), weights=weights)
+    teacher = BOXES_TEACHER.substitute(scale=flow(project.teacher.scale), weights=weights)
+    distilled = teacher + (BY_SCORES if is_tuned(task, project.images) else BY_FEATURES)
     return {
         "config.yaml": text(project, run, student, distilled),
         "teacher.yaml": text(project, taught, yolo11(project.teacher)),
@@ -259,20 +257,26 @@ def validation(found: Found) -> str:
     return f"{{<<: *set, {flow(changed)[1:]}"
 
 
+def is_tuned(task: Task, images: int) -> bool:
+    """Whether public weights are there, and too few images to learn all of them anew."""
+    return task == "boxes" and images < FEW_TO_TUNE
+
+
 def recipe(task: Task, images: int) -> str:
     """The section `train`."""
     batch = BATCH[task] if images < FEW else 64
     while batch > max(images, 1):
         batch //= 2
-    is_tuned = task == "boxes" and images < FEW_TO_TUNE
-    epochs = next((epochs for most, epochs in EPOCHS.items() if images < most), EPOCHS_OF_MORE)
-    if is_tuned:
+    if is_tuned(task, images):
         epochs = EPOCHS_TO_TUNE
+        own = TUNED
+    else:
+        epochs = next((epochs for most, epochs in EPOCHS.items() if images < most), EPOCHS_OF_MORE)
+        own = RECIPES[task]
     lines = f"train:\n  epochs: {epochs}\n  batch: {batch}\n"
     if images < FEW:
         in_epochs = f"{100 / (images // batch):.1f}"
         lines += SHORT.substitute(batch=batch, steps=64 // batch, in_epochs=in_epochs) + AVERAGED
-    own = TUNED if is_tuned else RECIPES[task]
     return f"{lines}{own}  val_every: 5\n"
 
 

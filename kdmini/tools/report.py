@@ -37,6 +37,7 @@ from kdmini.tools.report_rows import Reader, Told, mean_of, tell
 from kdmini.tools.rows import read_run
 from kdmini.tools.scenes import spread_scenes
 from kdmini.tools.scores import SCORE, best_of
+from kdmini.tools.visualize import taps_of
 
 NOTHING = "nothing"  # in place of a class, in a confusion
 WIDEST = 1000  # pixels of a picture
@@ -165,14 +166,20 @@ def confusion_section(told: Sequence[Told]) -> str:
 
 
 def attention_section(told: Sequence[Told], reader: Reader) -> str:
-    """Of the first row that has a teacher and taps; empty where none has."""
+    """Of the first row that has a teacher, at the taps that visualize shows; empty where none
+    has.
+    """
     for one in told:
         sections = reader.sections(one.run)
-        pairs = tap_pairs((sections.distill or {}).get("taps", []))
-        if not sections.teacher or not pairs:
+        if not sections.teacher:
+            continue
+        teacher = reader.teacher(one.run)
+        student = reader.student(one.run)
+        pairs = tap_pairs(taps_of(sections, student, teacher))
+        if not pairs:
             continue
         scenes = spread_scenes(reader.store_of(one.run), IMAGES)
-        shown = [*looks(reader.teacher(one.run), reader.student(one.run), scenes, pairs)]
+        shown = [*looks(teacher, student, scenes, pairs)]
         words = (
             f"Attention maps of {one.run.path}: the sum of squares over the channels at each tap, "
             "dark for little. Move the slider from the teacher to the student."

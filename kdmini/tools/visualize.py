@@ -175,14 +175,16 @@ def of_run(folder: Path, files: Sequence[Path]) -> Figures:
         autocast, _ = precision(recipe.amp, device)
         engine.evaluate(networks.after, ValLoader(val_store, recipe.batch), metric, autocast)
         yield from draw_task(Material(metric=metric, store=val_store))
-    pairs = tap_pairs(taps_of(sections, networks.after))
+    pairs = tap_pairs(taps_of(sections, networks.after, networks.teacher))
     yield from of_networks(networks, scenes, pairs)
     if sections.distill is not None:
         yield from of_terms(folder, sections.distill, networks, scenes, val_store)
 
 
-def taps_of(sections: Sections, student: Any) -> list[Any]:
-    """Those of the config; of one that names none those that are known of the student."""
+def taps_of(sections: Sections, student: Any, teacher: Any = None) -> list[Any]:
+    """Those of the config; of one that names none those that are known of the student, if they
+    are those of its teacher too.
+    """
     named = list(sections.distill["taps"]) if sections.distill else []
     if named:
         return named
@@ -192,7 +194,8 @@ def taps_of(sections: Sections, student: Any) -> list[Any]:
             f"its config names no taps, and none are known of {type(student).__name__}; "
             "to see maps, name layers of it: a section `distill` with `taps`"
         )
-    return list(own)
+    are_shared = teacher is None or own_taps(teacher) == own
+    return list(own) if are_shared else []
 
 
 def refuse_unreadable(files: Sequence[Path]) -> None:

@@ -315,6 +315,8 @@ def test_a_student_of_which_no_taps_are_known_is_said_to_have_none(
     assert capsys.readouterr().out == ""
     assert visualize.taps_of(sections, torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))) == []
     (line,) = capsys.readouterr().out.splitlines()
+    other = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    assert visualize.taps_of(sections, YOLO11(["a"], [0.5, 0.0625, 1024]), other) == []
     assert "none are known of Sequential" in line
     assert "`distill` with `taps`" in line
 
