@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from kdmini import distributed
@@ -73,6 +74,10 @@ class Training:
         self.distillation.train()
         for name in self.recipe.freeze:
             self.student.get_submodule(name).eval()
+        if self.recipe.freeze_statistics:
+            for module in self.student.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint saves, by name."""

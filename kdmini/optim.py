@@ -33,6 +33,8 @@ class Recipe:
     power: of poly.
     freeze: submodules of the student that stay as they are, with the statistics of their
         BatchNorm, as [model.0, model.1].
+    freeze_statistics: the student's BatchNorm keeps the statistics that came with its weights,
+        and normalises by them; what is not frozen still learns.
     epochs: passes over the training set.
     batch: images of a step, of all ranks together.
     nbs: nominal batch size, reached by accumulation where `batch` is smaller; weight decay is
@@ -76,6 +78,7 @@ class Recipe:
     schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
     power: Annotated[float, Range(0.01, 100)] = 0.9
     freeze: tuple[str, ...] = ()
+    freeze_statistics: bool = False
     patience: Natural = 100
     val_every: Count = 1
     save_every: Natural = 0
