@@ -205,9 +205,11 @@ def void_pieces(sections: Sections, recipe: Recipe, networks: Networks) -> dict[
     """Teacher, distill -> why nothing can be learned from it; empty where something can."""
     distillation = networks.distillation
     void = {}
-    if recipe.freeze and not sections.student.get("weights"):
+    frozen = recipe.freeze or recipe.freeze_statistics
+    if frozen and not sections.student.get("weights"):
+        key = "freeze" if recipe.freeze else "freeze_statistics"
         void["student"] = (
-            "train.freeze: the student has no weights, so what is frozen has learned nothing; "
+            f"train.{key}: the student has no weights, so what is frozen has learned nothing; "
             "give student.weights"
         )
     if sections.distill is not None:

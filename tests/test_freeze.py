@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import train as train_script
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.optim import freeze_parts
+from kdmini.engine import Training
+from kdmini.optim import Recipe, freeze_parts
 from tests.commands import assert_equal, newest, run
 from tests.conftest import SHAPE_NAMES
 
@@ -33,6 +35,44 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
         moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
         assert parts_of(moved) == parts_of(before) - set(FROZEN)
     assert re.search(r"frozen: [1-9],\d{3} of the student's \d{3},\d{3} p", capsys.readouterr().out)
+
+
+def test_statistics_stay_to_the_bit_and_what_they_normalise_learns(
+    config_file: Path, teacher_file: Path, tmp_path: Path
+) -> None:
+    still = ["train.freeze=[]", "train.freeze_statistics=true"]
+    settings = [*SHORT, *still, f"student.weights={teacher_file}"]
+    run(train_script, "--config", config_file, *settings)
+    before = torch.load(teacher_file, weights_only=True)["model"]
+    averaged = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    statistics = {key for key in before if key.endswith(("running_mean", "running_var", "tracked"))}
+    assert len(statistics) > 200
+    for after in (newest(tmp_path / "run")["student"], averaged):
+        moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
+        assert not moved & statistics
+        assert parts_of(moved) == parts_of(before)
+
+
+def test_statistics_that_are_frozen_are_those_that_normalise() -> None:
+    """Else they would stay, and the batch's would be used."""
+    student = YOLO11(SHAPE_NAMES, [0.5, 0.0625, 1024])
+    images = torch.rand(2, 3, 64, 64)
+    expected = student.eval()(images)
+    training = Training(
+        loader=None,  # type: ignore[arg-type]
+        student=student,
+        distillation=nn.Module(),
+        optimizer=None,  # type: ignore[arg-type]
+        scaler=None,  # type: ignore[arg-type]
+        ema=None,  # type: ignore[arg-type]
+        recipe=Recipe(epochs=1, batch=2, freeze_statistics=True),
+        autocast=None,  # type: ignore[arg-type]
+        progress=None,  # type: ignore[arg-type]
+    )
+    training.begin()
+    assert student.training
+    for ours, theirs in zip(student(images), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_run_with_frozen_parts_is_resumed_to_the_bit(
@@ -64,7 +104,8 @@ def test_names_are_checked() -> None:
 def test_nothing_that_has_learned_nothing_is_frozen(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = [*SHORT, "allow_void=false", "teacher=null", "distill=null"]
-    with pytest.raises(SystemExit, match=r"train\.freeze: the student has no weights"):
-        run(train_script, "--config", config_file, *settings)
+    settings = ["train.epochs=2", "allow_void=false", "teacher=null", "distill=null"]
+    for key, value in (("freeze", "[model.0]"), ("freeze_statistics", "true")):
+        with pytest.raises(SystemExit, match=rf"train\.{key}: the student has no weights"):
+            run(train_script, "--config", config_file, *settings, f"train.{key}={value}")
     assert not (tmp_path / "run").exists()
