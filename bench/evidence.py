@@ -140,20 +140,31 @@ def train_peer(settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trained = distil(settings, Path(scratch))
     sections = config.call(Sections, settings, "evidence")
+    names = sections.sets().val.names
+    student = make_model(sections.student, "student", names, pick_device(sections.device))
+    student.load_state_dict(trained.state)
+    keep_scores(settings, student, trained.speed, {})
+
+
+def keep_scores(
+    settings: dict[str, Any], student: Any, speed: float, more: dict[str, float]
+) -> None:
+    """Evaluates what another trainer made, and writes the run folder of its last epoch.
+
+    speed: images/s. more: scores beside ours.
+    """
+    sections = config.call(Sections, settings, "evidence")
     recipe = sections.recipe()
     sets = sections.sets()
-    names = sets.val.names
     device = pick_device(sections.device)
     autocast, _ = precision(recipe.amp, device)
-    student = make_model(sections.student, "student", names, device)
-    student.load_state_dict(trained.state)
     loader = ValLoader(sets.store("val", device), recipe.batch)
-    metric = sections.make_metric(names)
+    metric = sections.make_metric(sets.val.names)
     scores = engine.evaluate(student, loader, metric, autocast)
 
     epoch = recipe.epochs - 1
-    record = {"epoch": epoch, "images/s": trained.speed}
-    for name, value in scores.items():
+    record = {"epoch": epoch, "images/s": speed}
+    for name, value in {**scores, **more}.items():
         record[f"score/{name}"] = value
     folder = RunFolder(sections.run)
     folder.begin(config.dump(settings))

@@ -1,8 +1,9 @@
-"""ultralytics' own distillation (AGPL-3.0), run by its own trainer.
+"""ultralytics' own distillation and tuning (AGPL-3.0), run by its own trainer.
 
-It makes two rows of the evidence.
+`distil` makes two rows of the evidence, where all but the distillation should be kdmini's;
+`tune` those of public weights, where its user's defaults are asked about.
 
-Photographs, reduction to the image size, labels, teacher, first weights, optimiser,
+Of `distil`: photographs, reduction to the image size, labels, teacher, first weights, optimiser,
 learning rates, momentum, weight decay, clipping, average, strengths of augmentation and
 the epoch in which the mosaic ends are those of a run of kdmini. What is not, in 8.4.190:
 
@@ -24,6 +25,7 @@ import io
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -151,12 +153,15 @@ def counterpart(ours: Any) -> nn.Module:
     return theirs
 
 
-def write_data(sets: Sets, scratch: Path) -> Path:
-    """The images and labels as it reads them -> the file that names them."""
+def write_data(sets: Sets, scratch: Path, val_images: int | None = VAL_IMAGES) -> Path:
+    """The images and labels as it reads them -> the file that names them.
+
+    val_images: of the data set to evaluate on; None for all.
+    """
     from ultralytics.utils import USER_CONFIG_DIR
 
     write_yolo(sets.train, sets.storing["limit"], scratch / "train", sets.imgsz)
-    write_yolo(sets.val, VAL_IMAGES, scratch / "val")
+    write_yolo(sets.val, val_images, scratch / "val")
     data = {
         "path": str(scratch),
         "train": "train/images",
@@ -207,15 +212,86 @@ def of_sets(sets: Sets) -> dict[str, Any]:
     }
 
 
+class Tuned(NamedTuple):
+    """What its user gets who tunes public weights."""
+
+    weights: Path  # of the last epoch, its own kind of file
+    scores: dict[str, float]  # of the last epoch, by its own evaluation
+    speed: float  # images/s, median over the epochs of the training alone
+
+
+def tune(settings: dict[str, Any], arguments: dict[str, Any], scratch: Path) -> Tuned:
+    """One run of its trainer from the weights of a config's student, as they are.
+
+    Images, epochs, batch, image size, seed and device are those of a config of kdmini; all
+    else is its own defaults, or `arguments`. scratch: an empty folder for all that it writes.
+    """
+    sections = config.call(Sections, settings, "settings")
+    recipe = sections.recipe()
+    device = pick_device(sections.device)
+    scratch = scratch.resolve()
+    version(scratch)
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    sets = sections.sets()
+    data = write_data(sets, scratch, val_images=sets.storing["limit"])
+    images = len(list((scratch / "train" / "images").iterdir()))
+    weights = sections.student["weights"]
+    whole = {
+        "model": str(Path(weights["path"]).resolve()),
+        "data": str(data),
+        "epochs": recipe.epochs,
+        "batch": recipe.batch,
+        "imgsz": sets.imgsz,
+        "seed": sections.seed,
+        "device": str(device),
+        "amp": False,
+        "cache": "ram",
+        "workers": 0,
+        "project": str(scratch),
+        "name": "run",
+        "val": False,  # before the last epoch
+        "plots": False,
+        "verbose": False,
+        **arguments,
+    }
+    trainer, speeds = run(lambda: DetectionTrainer(overrides=whole), images, device)
+    scores = {}
+    for name, key in (("AP50-95", "mAP50-95(B)"), ("AP50", "mAP50(B)")):
+        scores[f"{name} by ultralytics"] = float(trainer.metrics[f"metrics/{key}"])
+    return Tuned(Path(trainer.last), scores, median(speeds))
+
+
 def train(
     student: nn.Module, arguments: dict[str, Any], images: int, device: torch.device
 ) -> Trained:
-    """Runs its trainer, with a line an epoch. images: of an epoch."""
+    """Runs its trainer. images: of an epoch."""
     from ultralytics.models.yolo.detect import DetectionTrainer
 
+    state: dict[str, Tensor] = {}
+
+    def keep(trainer: Any) -> None:
+        # with a teacher, the average is of a model that holds the student
+        average = getattr(trainer.ema.ema, "student_model", trainer.ema.ema)
+        for key, value in average.state_dict().items():
+            state[key] = value.cpu().clone()
+
+    def make() -> Any:
+        trainer = DetectionTrainer(overrides=arguments)
+        trainer.model = student
+        trainer.add_callback("on_train_epoch_end", keep)
+        return trainer
+
+    _, speeds = run(make, images, device)
+    return Trained(state, median(speeds))
+
+
+def run(make: Callable[[], Any], images: int, device: torch.device) -> tuple[Any, list[float]]:
+    """Makes a trainer and lets it train, with a line an epoch -> it, and the images/s of each
+    epoch. images: of an epoch.
+    """
     began = 0.0
     speeds: list[float] = []
-    state: dict[str, Tensor] = {}
     terminal = sys.stdout
 
     def begin(_: Any) -> None:
@@ -226,10 +302,6 @@ def train(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         speeds.append(images / (time.perf_counter() - began))
-        # with a teacher, the average is of a model that holds the student
-        average = getattr(trainer.ema.ema, "student_model", trainer.ema.ema)
-        for key, value in average.state_dict().items():
-            state[key] = value.cpu().clone()
         losses = [f"{name} {float(value):.3f}" for name, value in trainer.tloss.items()]
         line = f"epoch {trainer.epoch + 1}: {' '.join(losses)}, {speeds[-1]:.1f} images/s"
         print(line, file=terminal, flush=True)
@@ -237,11 +309,10 @@ def train(
     threads = torch.get_num_threads()
     hidden = io.StringIO()  # its progress bars
     with redirect_stdout(hidden), redirect_stderr(hidden):
-        trainer = DetectionTrainer(overrides=arguments)
+        trainer = make()
         torch.set_num_threads(threads)  # it takes another number
-        trainer.model = student
         trainer.add_callback("on_train_epoch_start", begin)
         trainer.add_callback("on_train_epoch_end", end)
         trainer.train()
     torch.set_num_threads(threads)
-    return Trained(state, median(speeds))
+    return trainer, speeds

@@ -16,6 +16,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,15 +26,18 @@ from typing import Any
 import torch
 
 import train
-from bench.evidence import commit
+from bench.evidence import commit, keep_scores
 from bench.findings import SCORE, Result, read
 from bench.measure import machine
+from bench.peer_training import tune
 from bench.protocol import ROOT
 from kdmini import config, signals
+from kdmini.assemble import make_model, with_weights
 from kdmini.bounds import Count, Seed
 from kdmini.contracts import UserError
 from kdmini.device import pick_device
 from kdmini.files import write_whole
+from kdmini.sections import Sections
 from kdmini.tools.compare import interval, markdown, spread, verdict
 from kdmini.typed import argument
 
@@ -47,6 +51,8 @@ class Row:
     teacher: the row whose best.pt of seed 0 is the teacher.
     seeds: in place of the protocol's.
     against: the row that it is compared with, in place of the baseline.
+    ultralytics: settings of its trainer, which makes the row: what the config says of images,
+        student, epochs, batch and seed, and else its own defaults; it cannot be resumed.
     """
 
     overrides: tuple[str, ...] = ()
@@ -54,6 +60,7 @@ class Row:
     teacher: str | None = None
     seeds: tuple[Seed, ...] | None = None
     against: str | None = None
+    ultralytics: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,11 +133,26 @@ def make(
         device = pick_device(settings.get("device", "auto"))
         made_on = machine(device.type, torch.get_num_threads())
         write_whole(place / "made.txt", f"commit {commit()}, {made_on}\n")
-    train.train(settings, str(kept), resume=not begins)
+    theirs = protocol.row(name).ultralytics
+    if theirs is None:
+        train.train(settings, str(kept), resume=not begins)
+    elif begins:
+        tune_there(settings, theirs)
     # as it is everywhere, wherever runs and data are here
     usual = settings_of(protocol, name, seed, Path("runs/evidence") / kept.name, None)
     write_whole(place / "config.yaml", config.dump(usual))
     write_whole(place / "results.csv", (folder / "results.csv").read_bytes())
+
+
+def tune_there(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """A run of ultralytics' trainer, and its scores by its evaluation and by ours."""
+    sections = config.call(Sections, settings, "rows")
+    with tempfile.TemporaryDirectory() as scratch:
+        tuned = tune(settings, arguments, Path(scratch))
+        student = with_weights(sections.student, str(tuned.weights))
+        names = sections.sets().val.names
+        model = make_model(student, "student", names, pick_device(sections.device))
+    keep_scores(settings, model, tuned.speed, tuned.scores)
 
 
 def make_together(

@@ -204,6 +204,49 @@ def test_the_seed_decides(peer: Peer) -> None:
     assert not torch.equal(peer.found["other"][KEY], first[KEY])
 
 
+# argv: repository, folder, config, overrides. One run from public weights.
+TUNES = """
+import sys
+from pathlib import Path
+root, folder = sys.argv[1], Path(sys.argv[2])
+sys.path.insert(0, root)
+import torch
+from bench.peer_training import tune
+from kdmini import config
+settings = config.load(sys.argv[3], sys.argv[4:])
+(folder / "tuned").mkdir()
+tuned = tune(settings, {"optimizer": "SGD", "lr0": 1e-9, "warmup_bias_lr": 0}, folder / "tuned")
+found = {"scores": tuned.scores, "speed": tuned.speed, "weights": str(tuned.weights)}
+torch.save(found, folder / "tuned.pt")
+"""
+
+
+@pytest.mark.parity
+def test_it_tunes_the_weights_that_the_config_names(peer: Peer, config_file: Path) -> None:
+    """At a learning rate of next to nothing its file has the weights that it was given, and
+    the images of the config are those that it trained on.
+    """
+    begun = peer.folder / "public.pt"
+    whole = peer.folder / "first" / "run" / "weights" / "last.pt"
+    begun.write_bytes(whole.read_bytes())
+    changes = [*CHANGES, f"student.weights={{path: '{begun}', classes: by_name}}"]
+    oracle(TUNES, ROOT, peer.folder, config_file, *changes, version="newest")
+
+    found = torch.load(peer.folder / "tuned.pt", weights_only=True)
+    assert found["speed"] > 0
+    assert set(found["scores"]) == {"AP50-95 by ultralytics", "AP50 by ultralytics"}
+    assert len(list((peer.folder / "tuned" / "train" / "images").iterdir())) == 20
+    assert len(list((peer.folder / "tuned" / "val" / "images").iterdir())) == 8  # all
+    before = weights.read(begun).state
+    after = weights.read(found["weights"]).state
+    drift = max(
+        (after[key] - value).abs().max() / value.abs().max()
+        for key, value in before.items()
+        if key.endswith("conv.weight")
+    )
+    peer.compare("tuned at no learning rate: weights, relative", drift, 1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [("clip=1.0", "train.clip: ultralytics has 10"), ("ema_tau=9", "train.ema_tau")],
