@@ -263,19 +263,22 @@ def attention_distances(
     student: Model, distillation: Any, loader: ValBatches, autocast: Autocast, batches: int = 8
 ) -> dict[str, float]:
     """Unweighted distances of the attention maps on the first held-out batches, a mean over
-    images, for each tap and summed over the taps ("aligned", "raw"); {} without a teacher.
+    images, for each tap and summed over the taps ("aligned", "raw", "rolled", "constant"); {}
+    without a teacher.
     """
     student.eval()
     distillation.eval()
     sums: dict[str, Tensor] = {}
-    count = 0
+    counts: dict[str, int] = {}  # of the images that have it
     for images, _, _ in islice(loader, batches):
         with autocast():
             distances = distillation.distances(student, images)
         for name, value in distances.items():
             sums[name] = value + sums.get(name, 0)
-        count += len(images)
+            counts[name] = len(images) + counts.get(name, 0)
     if not sums:
         return {}
     totals = torch.stack([*sums.values()]).tolist()
-    return {f"distance/{name}": total / count for name, total in zip(sums, totals, strict=True)}
+    return {
+        f"distance/{name}": total / counts[name] for name, total in zip(sums, totals, strict=True)
+    }

@@ -96,6 +96,8 @@ def text_of_epoch(record: dict[str, Any], progress: Progress) -> str:
     is_best = progress.best_epoch == progress.epoch and not math.isinf(progress.best)
     if "distance/raw" in record:
         evaluated += f" distance/raw {record['distance/raw']:.3f}"
+    if "distance/rolled" in record:
+        evaluated += f" rolled {record['distance/rolled']:.3f}"
     if evaluated and is_best:
         evaluated += " best"
 

@@ -177,11 +177,16 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def distances(self, student: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Unweighted L2 distances of the attention maps, summed over images: {"aligned/TAP",
-        "raw/TAP": scalar}, and over the taps: {"aligned", "raw": scalar}.
+        "raw/TAP": scalar}, and over the taps: {"aligned", "raw", "rolled", "constant": scalar}.
 
         Both with the align modules and without: a trained align module can take up the loss
         in the student's place. Of maps of unit norm, however weak the features, where the eps
         of training would dim those of an untrained student.
+
+        "rolled" is "raw" to the teacher's maps of the image before, and not there where there
+        is none: what is nearer than that is learned of this image, the rest of maps that are
+        much the same for all. "constant" is how far a map that is the same everywhere is from
+        the teacher's: a student may be further away.
         """
         student.forward(images)  # not compiled once more to look at a few batches
         feats, _ = self.parted(self.student_taps.take())
@@ -198,7 +203,18 @@ class Distillation(nn.Module):
             }
             distances[kind] = torch.stack([*by_tap.values()]).sum()
             distances |= by_tap
+        if len(images) > 1:
+            others = {tap: goal.roll(1, 0) for tap, goal in goals.items()}
+            distances["rolled"] = total_distance(feats, others)
+        even = {tap: torch.ones_like(goal[:, :1]) for tap, goal in goals.items()}
+        distances["constant"] = total_distance(even, goals)
         return distances
+
+
+def total_distance(feats: Feats, goals: Feats) -> Tensor:
+    """Of the attention maps, summed over images and taps: scalar."""
+    each = [map_distance(to_largest(feats[tap]), goal).sum() for tap, goal in goals.items()]
+    return torch.stack(each).sum()
 
 
 def nothing(preds: Any) -> None:

@@ -57,7 +57,7 @@ def panels_of(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
         Panel(
             "Attention distance to the teacher, held-out images",
             "sum over the taps",
-            named(distances, "aligned", "raw"),
+            named(distances, "aligned", "raw", "rolled", "constant"),
         ),
         Panel("Distance at each tap, student as it is (raw)", "distance", raw),
         Panel("Distance at each tap, after the align modules", "distance", aligned),

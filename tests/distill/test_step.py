@@ -11,7 +11,7 @@ from kdmini.assemble import make_distillation
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11
 from kdmini.distill.align import same_size
-from kdmini.distill.attention import AttentionTransfer, map_distance
+from kdmini.distill.attention import AttentionTransfer, attention_map, map_distance
 from kdmini.distill.step import Weighted, by_level, freeze, tap_shapes
 from kdmini.distill.taps import feats_of
 from tests.distill.small import NO_TARGETS, TAPS, Probe, Small, distil, images, pair
@@ -157,6 +157,8 @@ def test_distances_are_summed_over_the_taps(kind: str) -> None:
         "raw",
         "raw/stem",
         "raw/deep",
+        "rolled",
+        "constant",
     ]
     total = distances[f"{kind}/stem"] + distances[f"{kind}/deep"]
     assert distances[kind].item() == pytest.approx(total.item())
@@ -166,8 +168,35 @@ def test_distances_are_summed_over_the_images() -> None:
     student, teacher = pair()
     distillation = distil(student.eval(), teacher, {}).eval()
     first, second = (distillation.distances(student, half) for half in images(4).split(2))
-    for name, value in distillation.distances(student, images(4)).items():
+    whole = distillation.distances(student, images(4))
+    del whole["rolled"]  # an image's neighbour is another one
+    for name, value in whole.items():
         assert value.item() == pytest.approx((first[name] + second[name]).item())
+
+
+def test_the_distance_to_the_maps_of_another_image_and_of_an_even_map_to_the_teachers() -> None:
+    student, teacher = pair()
+    student.eval()
+    distances = distil(student, teacher, {}).eval().distances(student, images(3))
+    ours = feats_of(student, TAPS, images(3))
+    theirs = feats_of(teacher, TAPS, images(3))
+    rolled = torch.zeros(())
+    constant = torch.zeros(())
+    for tap in TAPS:
+        goal = attention_map(theirs[tap])
+        to_other = attention_map(ours[tap]) - goal[[2, 0, 1]]
+        from_even = goal - goal[0].numel() ** -0.5
+        rolled += to_other.flatten(1).norm(dim=1).sum()
+        constant += from_even.flatten(1).norm(dim=1).sum()
+    assert distances["rolled"].item() == pytest.approx(rolled.item())
+    assert distances["constant"].item() == pytest.approx(constant.item())
+
+
+def test_one_image_alone_has_no_other() -> None:
+    student, teacher = pair()
+    distances = distil(student.eval(), teacher, {}).eval().distances(student, images(1))
+    assert "rolled" not in distances
+    assert "constant" in distances
 
 
 def test_the_raw_distance_of_a_network_from_itself_is_zero() -> None:
@@ -311,7 +340,8 @@ def test_a_graph_of_the_teachers_reaches_the_terms_as_it_is(name: str, capsys) -
 
     student.eval()
     distances = distillation.distances(student, images())
-    assert distances.keys() == {"aligned", "aligned/stem", "raw", "raw/stem"}
+    named = {"aligned", "aligned/stem", "raw", "raw/stem", "rolled", "constant"}
+    assert distances.keys() == named
 
 
 class Shapes(nn.Module):

@@ -203,7 +203,10 @@ def test_the_curves_are_the_lines_of_metrics_jsonl(run: Path, figures: dict[str,
     assert sorted(drawn) == sorted(expected.values())
 
     by_labels = {frozenset(panel): panel for panel in panels}
-    assert by_labels[frozenset({"aligned", "raw"})]["raw"] == expected["distance/raw"]
+    assert (
+        by_labels[frozenset({"aligned", "raw", "rolled", "constant"})]["raw"]
+        == expected["distance/raw"]
+    )
     assert by_labels[frozenset({"box", "cls", "dfl"})]["cls"] == expected["loss/cls"]
     assert by_labels[frozenset({"attention"})]["attention"]
     by_tap = [panel for panel in panels if set(panel) == set(TAPS)]
