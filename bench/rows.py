@@ -216,8 +216,8 @@ def cells_of(protocol: Protocol, name: str, results: dict[str, dict[int, Result]
     return [name, spread(scores, ".2f"), compared, shown, verdict(ends), speed]
 
 
-def write_page(protocol: Protocol, path: Path, kept: Path) -> None:
-    """path: of the protocol. Writes the page beside it, and prints it."""
+def page_of(protocol: Protocol, path: Path, kept: Path) -> str:
+    """path: of the protocol. kept: the folder of what is kept of all runs."""
     results = {name: read(kept, name) for name in protocol.rows}
     header = ["row", protocol.score, "compared with", "difference (95 %)", "verdict", "images/s"]
     body = [cells_of(protocol, name, results) for name in protocol.rows]
@@ -232,9 +232,7 @@ def write_page(protocol: Protocol, path: Path, kept: Path) -> None:
         f"changes stands in [{path.name}]({path.name}),\nconfig and curve of each in "
         f"[{kept.name}/]({kept.name}). The page: `python -m bench.rows {path} --table`.",
     ]
-    text = "\n\n".join(blocks)
-    write_whole(kept.with_suffix(".md"), text + "\n")
-    print(text)
+    return "\n\n".join(blocks) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -269,7 +267,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             for name, seed in wanted:
                 make(protocol, name, seed, kept, runs, args.root)
-        write_page(protocol, args.protocol, kept)
+        text = page_of(protocol, args.protocol, kept)
+        write_whole(kept.with_suffix(".md"), text)
+        print(text)
     except UserError as error:
         sys.exit(f"error: {error}")
 

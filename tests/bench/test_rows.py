@@ -84,15 +84,31 @@ def test_a_row_that_needs_a_teacher_names_it(tmp_path: Path, shapes: Path) -> No
         rows.main([str(path), "--runs", str(tmp_path / "runs")])
 
 
-def test_the_protocols_that_are_kept_can_be_run() -> None:
-    for path in (ROOT / "bench/evidence/groceries.yaml", ROOT / "bench/evidence/unlabelled.yaml"):
-        protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
-        for name in protocol.rows:
-            settings = rows.settings_of(protocol, name, 0, Path("runs"), None)
-            teacher = protocol.row(name).teacher
-            if teacher:
-                assert settings["teacher"]["weights"] == f"runs/{teacher}-0/best.pt"
-            elif name not in ("kd", "unlabelled"):  # whose teacher has public weights
-                assert settings.get("teacher") is None
-            assert protocol.against(name) in protocol.rows
-            assert teacher is None or protocol.seeds_of(teacher)[0] == 0
+def protocols() -> list[Path]:
+    """Those that are kept."""
+    paths = sorted((ROOT / "bench/evidence").glob("*.yaml"))
+    return [path for path in paths if "\nrows:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", protocols(), ids=lambda path: path.stem)
+def test_the_protocols_that_are_kept_can_be_run(path: Path) -> None:
+    protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+    for name in protocol.rows:
+        settings = rows.settings_of(protocol, name, 0, Path("runs"), None)
+        teacher = protocol.row(name).teacher
+        if teacher:
+            assert settings["teacher"]["weights"] == f"runs/{teacher}-0/best.pt"
+        elif name not in ("kd", "unlabelled"):  # whose teacher has public weights
+            assert settings.get("teacher") is None
+        assert protocol.against(name) in protocol.rows
+        assert teacher is None or protocol.seeds_of(teacher)[0] == 0
+
+
+@pytest.mark.parametrize("path", protocols(), ids=lambda path: path.stem)
+def test_the_page_of_a_protocol_is_made_of_its_records_alone(path: Path) -> None:
+    kept = path.with_suffix("")
+    protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+    page = rows.page_of(protocol, path.relative_to(ROOT), kept)
+    assert page == kept.with_suffix(".md").read_text()
+    runs = {f"{name}-{seed}" for name in protocol.rows for seed in protocol.seeds_of(name)}
+    assert {folder.name for folder in kept.iterdir()} <= runs
