@@ -12,13 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from kdmini import distributed
 from kdmini.contracts import Metric, Model, Prediction, Target, Targets
 from kdmini.device import Autocast
-from kdmini.optim import EMA, Recipe, apply_setting
+from kdmini.optim import EMA, Recipe, apply_setting, hold_frozen
 from kdmini.progress import READ_EVERY, Progress, Tally
 from kdmini.signals import Stop
 
@@ -67,17 +66,10 @@ class Training:
             self.replica = self.student
 
     def begin(self) -> None:
-        """What learns goes into the mode of training; what is frozen stays in that of evaluation,
-        for the statistics of its BatchNorm would go on moving.
-        """
+        """What learns goes into the mode of training, what is frozen does not."""
         self.student.train()
         self.distillation.train()
-        for name in self.recipe.freeze:
-            self.student.get_submodule(name).eval()
-        if self.recipe.freeze_statistics:
-            for module in self.student.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        hold_frozen(self.student, self.recipe)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint saves, by name."""

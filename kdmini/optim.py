@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdmini.bounds import Count, Epochs, Natural, Range, Share, ShareBelowOne
 from kdmini.contracts import UserError
@@ -145,8 +146,9 @@ class Setting:
 
 
 def freeze_parts(student: nn.Module, names: Sequence[str]) -> None:
-    """Takes these submodules out of what is learned, and says how much that is. Their mode is
-    the loop's affair. Raises UserError for a name that does not exist, or where nothing is left.
+    """Takes these submodules out of what is learned, and says how much that is; `hold_frozen`
+    keeps their statistics. Raises UserError for a name that does not exist, or where nothing is
+    left.
     """
     if not names:
         return
@@ -164,6 +166,18 @@ def freeze_parts(student: nn.Module, names: Sequence[str]) -> None:
     if not after:
         raise UserError("train.freeze: nothing of the student is left to learn; name less")
     print(f"frozen: {before - after:,} of the student's {before:,} parameters")
+
+
+def hold_frozen(student: nn.Module, recipe: Recipe) -> None:
+    """Puts what is frozen into the mode of evaluation: the statistics of its BatchNorm would go
+    on moving. Call it after `student.train()`.
+    """
+    for name in recipe.freeze:
+        student.get_submodule(name).eval()
+    if recipe.freeze_statistics:
+        for module in student.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
 def learning(module: nn.Module) -> int:
