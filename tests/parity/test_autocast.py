@@ -29,9 +29,10 @@ class Bounds(NamedTuple):
     attention: float
 
 
-# Measured over 14 seeds: 6.7e-3 and 1.2e-3 in bf16, 2.9e-3 and 1.1e-4 in fp16; the bounds are
-# 1.5 to 1.8 times that. An assignment that tips over weighs more than rounding does.
-BOUNDS = {"bf16": Bounds(1e-2, 2e-3), "fp16": Bounds(5e-3, 2e-4)}
+# Measured over 14 seeds on one processor and 20 on another, one with fp16 arithmetic: 6.7e-3 and
+# 1.2e-3 in bf16; 2.9e-3 and 1.1e-4, 1.8e-3 and 1.8e-4 in fp16; the bounds are 1.5 to 1.8 times the
+# larger. An assignment that tips over weighs more than rounding does.
+BOUNDS = {"bf16": Bounds(1e-2, 2e-3), "fp16": Bounds(5e-3, 3e-4)}
 
 
 def losses(seed: int, amp: Any) -> tuple[dict[str, Tensor], torch.dtype]:
