@@ -184,6 +184,22 @@ def plain_pearson(scene: Scene) -> Any:
     return total
 
 
+def plain_centred(scene: Scene, eps: float) -> Any:
+    def own(feat: Tensor) -> Any:
+        """What is left of the attention map of each image, (N, H * W)."""
+        energy = (feat * feat).sum(1).reshape(len(feat), -1)
+        maps = [row / row.dot(row).sqrt() for row in energy]
+        mean = sum(maps) / len(maps)
+        left = [row - mean for row in maps]
+        return [row / (row.dot(row).sqrt() + eps) for row in left]
+
+    total: Any = 0
+    for s, t in pairs(scene):
+        for x, y in zip(own(s), own(t), strict=True):
+            total += (x - y).dot(x - y).sqrt() / IMAGES
+    return total
+
+
 def plain_cosine(scene: Scene) -> Any:
     total: Any = 0
     for s, t in pairs(scene):

@@ -57,7 +57,7 @@ def build(path: Path, overrides: list[str], imgsz: int, names: list[str] = NAMES
     return Pieces(student, teacher, distillation, images)
 
 
-def teach(path: Path, imgsz: int, targets: Any, steps: int) -> list[float]:
+def teach(path: Path, imgsz: int, targets: Any, steps: int, lr0: float) -> list[float]:
     """-> the sum of the terms at each step, without the task.
 
     They reach the student and their own parameters, and not the teacher.
@@ -65,7 +65,7 @@ def teach(path: Path, imgsz: int, targets: Any, steps: int) -> list[float]:
     student, teacher, distillation, images = build(path, SMALL, imgsz)
     before = copy_of(teacher)
 
-    recipe = Recipe(epochs=1, batch=4, nbs=4, lr0=0.2, weight_decay=0)
+    recipe = Recipe(epochs=1, batch=4, nbs=4, lr0=lr0, weight_decay=0)
     optimizer = make_optimizer([student, distillation.terms], recipe)
     learning = [*student.parameters(), *distillation.terms.parameters()]
     losses: list[float] = []

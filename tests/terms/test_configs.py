@@ -27,15 +27,18 @@ class Case(NamedTuple):
     steps: int = 10
     falls_to: float = 0.9  # the loss of the last step, times that of the first
     epochs: int = 2
+    lr0: float = 0.2  # of those steps
 
 
 CASES = {
     "logits": Case(),
     "localisation": Case(),
+    "centred": Case(),
     "channelwise": Case(),
     "masked": Case(),
     "pearson": Case(),
-    "score_weighted": Case(),
+    # at 0.2 it goes up and down, and where it ends is another place on every processor
+    "score_weighted": Case(steps=16, lr0=0.1),
     "spatial": Case(),
     "hybrid": Case(),
     "affinity": Case(targets=ONE_BOX, steps=12, falls_to=0.8, epochs=1),
@@ -56,7 +59,7 @@ def test_no_config_is_left_out() -> None:
 def test_each_config_teaches_the_student_and_leaves_the_teacher(name: str) -> None:
     """The terms alone, without the task and with `align` as it begins: their sum falls."""
     case = CASES[name]
-    losses = teach(path_of(name), case.imgsz, case.targets, case.steps)
+    losses = teach(path_of(name), case.imgsz, case.targets, case.steps, case.lr0)
     assert losses[-1] < case.falls_to * losses[0]
 
 

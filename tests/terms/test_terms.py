@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdmini.contracts import UserError, View
+from kdmini.distill.attention import AttentionTransfer
+from kdmini.terms.centred import CentredAttention, centred
 from kdmini.terms.channelwise import ChannelWise
 from kdmini.terms.cosine import CosineDistance
 from kdmini.terms.localisation import LocalisationDistillation
@@ -24,6 +26,7 @@ from tests.terms.equations import (
     CLASSES,
     SHAPES,
     SIZES,
+    plain_centred,
     plain_channelwise,
     plain_cosine,
     plain_localisation,
@@ -58,6 +61,7 @@ TERMS: dict[str, Any] = {
     "logits": LogitDistillation(),
     "logits softmax": LogitDistillation("softmax", 2.0, 0.5),
     "localisation": LocalisationDistillation(reg_max=BINS),
+    "centred": CentredAttention(),
     "channelwise": ChannelWise(),
     "channelwise warm": ChannelWise(3.0),
     "cosine": CosineDistance(),
@@ -71,6 +75,7 @@ EQUATIONS: dict[str, Callable[[Scene], Any]] = {
     "logits": lambda scene: plain_logits(scene, 4, 1, "sigmoid"),
     "logits softmax": lambda scene: plain_logits(scene, 2, 0.5, "softmax"),
     "localisation": lambda scene: plain_localisation(scene, 10),
+    "centred": lambda scene: plain_centred(scene, 1e-3),
     "channelwise": lambda scene: plain_channelwise(scene, 1),
     "channelwise warm": lambda scene: plain_channelwise(scene, 3),
     "cosine": plain_cosine,
@@ -101,7 +106,7 @@ def test_value_and_gradient_are_those_of_the_equation(name: str) -> None:
     value.backward()
     expected.backward()
 
-    has_eps = name.startswith(("pearson", "pixels"))
+    has_eps = name.startswith(("centred", "pearson", "pixels"))
     bound = 1e-5 if has_eps else 1e-9
     assert value.ndim == 0
     assert value > 0
@@ -155,6 +160,31 @@ def test_zero_at_equality_and_so_is_the_gradient(name: str) -> None:
     assert abs(value.item()) < 1e-13
     for gradient in gradients(same):
         assert gradient.abs().max() < 1e-13
+
+
+def test_centred_maps_do_not_see_what_all_images_share() -> None:
+    """A map of their own, added to that of every image, changes nothing; and the teacher's maps
+    of other images are far away, where plain maps would be near.
+    """
+    generator = torch.Generator().manual_seed(0)
+    own = torch.rand(4, 6, 6, generator=generator)
+    shared = 100 * torch.rand(6, 6, generator=generator)
+    assert torch.allclose(centred(own + shared), centred(own), atol=1e-3)
+    flat = 10 + own.unsqueeze(1)  # (N, 1, H, W): energy that is nearly flat
+    same = View({"tap": flat}, None, torch.empty(0))
+    other = View({"tap": flat.roll(1, 0)}, None, torch.empty(0))
+    assert value_of(CentredAttention(), Scene(same, same)) == 0
+    assert value_of(CentredAttention(), Scene(same, other)) > 1
+    assert value_of(AttentionTransfer("sample"), Scene(same, other)) < 0.1
+
+
+def test_the_only_image_of_a_batch_has_nothing_of_its_own() -> None:
+    feat = torch.rand(1, 2, 4, 4, requires_grad=True)
+    view = View({"tap": feat}, None, torch.empty(0))
+    value = value_of(CentredAttention(), Scene(view, view))
+    value.backward()
+    assert value == 0
+    assert not feat.grad.any()  # type: ignore[union-attr]
 
 
 def test_pixels_are_related_after_blocks_of_them_are_averaged() -> None:
@@ -285,6 +315,7 @@ def without_feats(term: nn.Module, preds: Any = None) -> None:
         (lambda: without_feats(LocalisationDistillation(), {"boxes": 0}), "this is a dict"),
         (lambda: without_feats(LogitDistillation()), "class maps has none"),
         (lambda: without_feats(SpatialImitation()), r"distill\.taps"),
+        (lambda: without_feats(CentredAttention()), r"distill\.taps"),
         (lambda: without_feats(PixelRelation()), r"distill\.taps"),
     ],
 )
