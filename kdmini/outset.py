@@ -108,7 +108,8 @@ def describe(training: Training, teacher: Any) -> None:
         if recipe.accumulate > 1 and reduction in ("notes", "batch"):
             print(
                 f"warning: distill.{name}: its reduction, `{reduction}`, depends on the batch, "
-                f"which is {recipe.batch} here, not train.nbs={recipe.nbs}; `sample` does not"
+                f"which is {recipe.batch} here, not train.nbs={recipe.nbs}; `sample`, where "
+                "it has that, does not"
             )
 
 

@@ -33,6 +33,8 @@ NAMES = ["cat", "dog"]
 KD_SCALES: list[Any] = [1.0, 0.5, "batch"]
 # terms with `reduction: batch`
 OVER_BATCH = ("localisation", "logits", "pearson", "score_weighted", "self_teacher")
+# terms that have no other form
+ONLY_OVER_BATCH = ("centred",)
 
 
 class Stepped(nn.Module):
@@ -334,9 +336,10 @@ def of_classes() -> Pair:
 
 def all_sections() -> dict[str, dict[str, Any]]:
     """None of which depends on the batch: what a paper takes over all images of a batch, a
-    term also takes over each of them.
+    term also takes over each of them, or is left out.
     """
-    return sections(dict.fromkeys(OVER_BATCH, "sample"))
+    found = sections(dict.fromkeys(OVER_BATCH, "sample"))
+    return {name: section for name, section in found.items() if name not in ONLY_OVER_BATCH}
 
 
 def among_ranks(whole: bool = False) -> dict[str, Tensor]:

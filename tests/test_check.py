@@ -122,7 +122,7 @@ def test_it_says_for_how_many_images_its_ratio_is_and_what_depends_on_the_batch(
     assert re.search(r"KD / task gradient +[\d.]+% in updates of 32 images", text)
     assert (
         "warning: distill.attention: its reduction, `notes`, depends on the batch, which is 8 "
-        "here, not train.nbs=32; `sample` does not\n"
+        "here, not train.nbs=32; `sample`, where it has that, does not\n"
     ) in text
     assert "reduction" not in check("train.nbs=32", "distill.attention.reduction=sample").text
 

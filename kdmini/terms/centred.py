@@ -34,6 +34,7 @@ class CentredAttention(nn.Module):
     """
 
     uses = frozenset({"feats"})
+    reduction = "batch"  # there is no other
 
     def __init__(self, p: Annotated[float, Range(1, 8)] = 2.0):
         super().__init__()
