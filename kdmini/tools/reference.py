@@ -147,6 +147,7 @@ SECTIONS = [
 TERMS = [
     "kdmini.distill.attention:AttentionTransfer",
     "kdmini.terms.affinity:AffinityDistillation",
+    "kdmini.terms.centred:CentredAttention",
     "kdmini.terms.channelwise:ChannelWise",
     "kdmini.terms.cosine:CosineDistance",
     "kdmini.terms.frequency:FrequencyAttention",

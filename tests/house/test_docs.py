@@ -1,5 +1,6 @@
 """README and docs are true: sizes, links, commands, and pages that are made from elsewhere."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -109,6 +110,15 @@ def rows_of(table: str, columns: tuple[int, ...]) -> set[tuple[str, ...]]:
 def marked(page: str, mark: str) -> str:
     text = (ROOT / "docs" / page).read_text()
     return text.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
+
+
+def test_the_reference_has_every_term() -> None:
+    found = set()
+    for path in sorted((ROOT / "kdmini/terms").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and "uses = frozenset" in ast.unparse(node):
+                found.add(f"kdmini.terms.{path.stem}:{node.name}")
+    assert found == {spec for spec in reference.TERMS if "distill" not in spec}
 
 
 def test_the_table_of_witnesses_has_the_rows_that_were_measured() -> None:
