@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import train as train_script
 from kdmini.contracts import UserError
 from kdmini.detection.yolo11.model import YOLO11
-from kdmini.engine import Training
-from kdmini.optim import Recipe, freeze_parts
+from kdmini.optim import Recipe, freeze_parts, hold_frozen
 from tests.commands import assert_equal, newest, run
 from tests.conftest import SHAPE_NAMES
 
@@ -58,18 +56,7 @@ def test_statistics_that_are_frozen_are_those_that_normalise() -> None:
     student = YOLO11(SHAPE_NAMES, [0.5, 0.0625, 1024])
     images = torch.rand(2, 3, 64, 64)
     expected = student.eval()(images)
-    training = Training(
-        loader=None,  # type: ignore[arg-type]
-        student=student,
-        distillation=nn.Module(),
-        optimizer=None,  # type: ignore[arg-type]
-        scaler=None,  # type: ignore[arg-type]
-        ema=None,  # type: ignore[arg-type]
-        recipe=Recipe(epochs=1, batch=2, freeze_statistics=True),
-        autocast=None,  # type: ignore[arg-type]
-        progress=None,  # type: ignore[arg-type]
-    )
-    training.begin()
+    hold_frozen(student.train(), Recipe(epochs=1, batch=2, freeze_statistics=True))
     assert student.training
     for ours, theirs in zip(student(images), expected, strict=True):
         assert torch.equal(ours, theirs)
