@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from kdmini.bounds import Range
-from kdmini.contracts import Targets, UserError, View
+from kdmini.contracts import Targets, View
 from kdmini.distill.attention import attention_map
+from kdmini.terms.pairs import require_maps
 
 # beside the norm of what is left of a map of norm 1: less than that has no direction
 EPS = 1e-3
@@ -41,8 +42,7 @@ class CentredAttention(nn.Module):
         self.p = p
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
-        if not teacher.feats:
-            raise UserError("distill.taps: a term that compares maps has none; name some")
+        require_maps(teacher)
         each = []
         for tap, feat in teacher.feats.items():
             goal = centred(attention_map(feat.detach(), self.p))

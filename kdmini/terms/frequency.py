@@ -51,7 +51,7 @@ from kdmini.bounds import Range, Share
 from kdmini.contracts import Targets, UserError, View
 from kdmini.distill.align import Shapes
 from kdmini.distill.attention import map_distance
-from kdmini.terms.pairs import wide
+from kdmini.terms.pairs import require_maps, wide
 
 Levels = Annotated[int, Range(1, 12)]
 
@@ -122,8 +122,7 @@ class FrequencyAttention(nn.Module):
             )
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
-        if not teacher.feats:
-            raise UserError("distill.taps: a term that compares attention maps has none; name some")
+        require_maps(teacher)
         each = []
         for tap, feat in teacher.feats.items():
             s = wide(student.feats[tap])

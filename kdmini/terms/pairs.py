@@ -33,15 +33,19 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def require_maps(teacher: View) -> None:
+    """Raises UserError where no tap is named."""
+    if not teacher.feats:
+        raise UserError("distill.taps: a term that compares feature maps has none; name some")
+
+
 def aligned(student: View, teacher: View) -> dict[str, tuple[Tensor, Tensor]]:
     """tap -> (student's map, teacher's map), both (N, C, H, W) in float32 at least.
 
     The teacher's comes without gradient. Raises UserError where there are no maps, or
     where their channels differ.
     """
-    if not teacher.feats:
-        raise UserError("distill.taps: a term that compares feature maps has none; name some")
-
+    require_maps(teacher)
     pairs = {}
     for tap, feat in teacher.feats.items():
         pairs[tap] = (wide(student.feats[tap]), wide(feat).detach())

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdmini.bounds import Count, Temperature
-from kdmini.contracts import Targets, UserError, View
-from kdmini.terms.pairs import softmax_kl, wide
+from kdmini.contracts import Targets, View
+from kdmini.terms.pairs import require_maps, softmax_kl, wide
 
 EPS = 1e-6  # beside the mean square: bounds the gradient of a cell that does not fire
 
@@ -42,8 +42,7 @@ class PixelRelation(nn.Module):
         self.pool = pool
 
     def forward(self, student: View, teacher: View, targets: Targets) -> Tensor:
-        if not teacher.feats:
-            raise UserError("distill.taps: a term that compares feature maps has none; name some")
+        require_maps(teacher)
         each = []
         with torch.autocast(student.images.device.type, enabled=False):
             for tap, feat in teacher.feats.items():
