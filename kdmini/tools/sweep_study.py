@@ -15,6 +15,7 @@ So nothing has to happen in one piece: whoever comes next sees what is left to d
 
 import json
 import math
+import sqlite3
 import sys
 import time
 import warnings
@@ -32,6 +33,7 @@ try:
 except ImportError:
     sys.exit("error: a sweep takes Optuna, which is not installed: pip install -e '.[sweep]'")
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from kdmini.tools.sweep_space import Plan, Stop
@@ -93,6 +95,8 @@ def open_study(plan: Plan) -> optuna.Study:
             raise
         time.sleep(MAKING_S)  # another process makes the tables at the same moment
         storage = connect()
+    if is_file:
+        begin_at_once(storage)
     study = optuna.create_study(
         storage=storage,
         study_name=sweep.name,
@@ -103,6 +107,24 @@ def open_study(plan: Plan) -> optuna.Study:
     )
     refuse_another(study, plan)
     return study
+
+
+def begin_at_once(storage: optuna.storages.RDBStorage) -> None:
+    """Lets a transaction hold SQLite's lock from its beginning, not from its first writing.
+
+    Otherwise two processes may read that one attempt is waiting, and both make it: Optuna asks
+    for the row to be locked, which SQLite does not do.
+    Source: SQLAlchemy's documentation of SQLite, "Transactions with SQLite and the sqlite3 Driver".
+    """
+    storage.engine.dispose()
+
+    @event.listens_for(storage.engine, "connect")
+    def leave_transactions_to_us(connection: sqlite3.Connection, _: object) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(storage.engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def refuse_another(study: optuna.Study, plan: Plan) -> None:

@@ -10,7 +10,10 @@ import os
 import shutil
 import signal
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ import torch
 
 optuna = pytest.importorskip("optuna", reason="needs optuna: pip install -e '.[sweep]'")
 
-from sqlalchemy import Engine, event  # noqa: E402 - after the check for its package
+from optuna.storages._rdb.models import TrialModel  # noqa: E402 - after the check for its package
+from sqlalchemy import Engine, event  # noqa: E402
 
 from kdmini import config  # noqa: E402
 from kdmini.contracts import UserError  # noqa: E402
@@ -231,6 +235,31 @@ def test_of_two_attempts_at_a_trial_one_is_made(
     sweep.main([str(path)])
     assert_each_epoch_once(training, 4)
     assert capsys.readouterr().out.count("trial 0 of 4:") == 1
+
+
+def test_of_two_processes_one_gets_a_waiting_attempt(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both read that it waits before either writes that it runs, if the database lets them."""
+    study = study_of(path)
+    study.add_trial(sweep_study.next_attempt(0, []))
+    read = TrialModel.find_or_raise_by_id
+    both_have_read = threading.Barrier(2)
+
+    def read_and_wait(*args: Any, **kwargs: Any) -> TrialModel:
+        trial = read(*args, **kwargs)
+        with suppress(threading.BrokenBarrierError):
+            both_have_read.wait(timeout=0.5)
+        return trial
+
+    monkeypatch.setattr(TrialModel, "find_or_raise_by_id", read_and_wait)
+
+    def run(study: optuna.Study) -> bool:
+        return study._storage.set_trial_state_values(1, optuna.trial.TrialState.RUNNING)
+
+    with ThreadPoolExecutor(2) as threads:
+        got = list(threads.map(run, [study, study_of(path)]))
+    assert sorted(got) == [False, True]
 
 
 MOMENTS = ["queued", "asked for", "alive", "drawn", "failed", "queued again", "asked for again"]
