@@ -206,7 +206,9 @@ def void_pieces(sections: Sections, recipe: Recipe, networks: Networks) -> dict[
     distillation = networks.distillation
     void = {}
     frozen = recipe.freeze or recipe.freeze_statistics
-    if frozen and not sections.student.get("weights"):
+    # or backbone_weights
+    has_weights = any(sections.student[key] for key in sections.student if key.endswith("weights"))
+    if frozen and not has_weights:
         key = "freeze" if recipe.freeze else "freeze_statistics"
         void["student"] = (
             f"train.{key}: the student has no weights, so what is frozen has learned nothing; "
