@@ -113,6 +113,7 @@ def distil(settings: dict[str, Any], scratch: Path) -> Trained:
     images = len(list((scratch / "train" / "images").iterdir()))
     arguments = {
         **of_recipe(recipe, images, device),
+        "freeze": frozen_layers(recipe),
         **of_sets(sets),
         **ours.gains,
         "model": f"yolo11{ours.scale}.yaml",
@@ -132,6 +133,10 @@ def distil(settings: dict[str, Any], scratch: Path) -> Trained:
 
 def refuse_what_it_lacks(recipe: Recipe, device: torch.device) -> None:
     """Raises UserError."""
+    if recipe.freeze_statistics:
+        raise UserError("train.freeze_statistics: ultralytics has no setting for it")
+    if (recipe.optimizer, recipe.schedule) != ("sgd", "cosine"):
+        raise UserError("train: ultralytics follows `optimizer: sgd` and `schedule: cosine` here")
     for name in FIXED:
         fixed = getattr(Recipe, name)
         if getattr(recipe, name) != fixed:
@@ -141,6 +146,14 @@ def refuse_what_it_lacks(recipe: Recipe, device: torch.device) -> None:
             "train.amp: before fp16, ultralytics downloads a model to try it with; use bf16 or "
             "false"
         )
+
+
+def frozen_layers(recipe: Recipe) -> int:
+    """How many of the first layers are frozen. Raises UserError where others are."""
+    count = len(recipe.freeze)
+    if set(recipe.freeze) != {f"model.{number}" for number in range(count)}:
+        raise UserError("train.freeze: ultralytics freezes the first layers, whole; name those")
+    return count
 
 
 def counterpart(ours: Any) -> nn.Module:

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import train
-from bench.evidence import commit, keep_scores
+from bench.evidence import commit, keep_scores, train_peer
 from bench.findings import SCORE, Result, read
 from bench.measure import machine
 from bench.peer_training import tune
@@ -51,8 +51,9 @@ class Row:
     teacher: the row whose best.pt of seed 0 is the teacher.
     seeds: in place of the protocol's.
     against: the row that it is compared with, in place of the baseline.
-    ultralytics: settings of its trainer, which makes the row: what the config says of images,
-        student, epochs, batch and seed, and else its own defaults; it cannot be resumed.
+    ultralytics: its trainer makes the row, which cannot be resumed. `distil`: as the config says,
+        with its own distillation where that has a teacher. Or settings of it: the config then
+        says images, student, epochs, batch and seed, and all else are its own defaults.
     """
 
     overrides: tuple[str, ...] = ()
@@ -60,7 +61,7 @@ class Row:
     teacher: str | None = None
     seeds: tuple[Seed, ...] | None = None
     against: str | None = None
-    ultralytics: dict[str, Any] | None = None
+    ultralytics: Literal["distil"] | dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def make(
     theirs = protocol.row(name).ultralytics
     if theirs is None:
         train.train(settings, str(kept), resume=not begins)
+    elif begins and theirs == "distil":
+        train_peer(settings)
     elif begins:
         tune_there(settings, theirs)
     # as it is everywhere, wherever runs and data are here

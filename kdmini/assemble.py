@@ -80,8 +80,9 @@ def make_distillation(
             )
         position = {key: entry[key] for key in ("weight", "schedule") if key in entry}
         settings = {key: value for key, value in entry.items() if key not in position}
-        pieces = {"shapes": shapes, "graphs": graphs, "names": student.names, "student": student}
-        term = config.build(settings, where, **pieces, teacher_names=getattr(teacher, "names", []))
+        offered = {"shapes": shapes, "graphs": graphs, "student": student, "teacher": teacher}
+        names = {"names": student.names, "teacher_names": getattr(teacher, "names", [])}
+        term = config.build(settings, where, **offered, **names)
         refuse_teacher(term, where, student, teacher)
         weighted[name] = config.call(Weighted, position, where, term=term)
     return Distillation(

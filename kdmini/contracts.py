@@ -161,8 +161,9 @@ class Term(Protocol):
 
     Its constructor may name `names`, the student's; `shapes`, {tap: (student C, teacher C,
     H, W)} before alignment, where without a teacher the student's C stands twice; `graphs`,
-    the same of the taps in `View.graphs`, with the student's H, W; and `student`, the network
-    itself, which must not become a submodule of the term; and `teacher_names`.
+    the same of the taps in `View.graphs`, with the student's H, W; `teacher_names`; and
+    `student` and `teacher`, the networks themselves, which must not become submodules of the
+    term: the teacher frozen, or None.
     Optional: `needs_teacher = False`; `by_name = True` of a term that reads classes, of a
     teacher with others too.
     """

@@ -151,6 +151,7 @@ TERMS = [
     "kdmini.terms.channelwise:ChannelWise",
     "kdmini.terms.cosine:CosineDistance",
     "kdmini.terms.frequency:FrequencyAttention",
+    "kdmini.terms.gradient_weighted:GradientWeighted",
     "kdmini.terms.localisation:LocalisationDistillation",
     "kdmini.terms.logits:LogitDistillation",
     "kdmini.terms.masked:MaskedGeneration",
@@ -162,7 +163,8 @@ TERMS = [
 ]
 # what nn.Module's own constructor has, of a term that takes no settings
 UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-OFFERED = ("shapes", "graphs", "names", "teacher_names", "student")  # to a term, by kdmini.assemble
+# to a term, by kdmini.assemble
+OFFERED = ("shapes", "graphs", "names", "teacher_names", "student", "teacher")
 
 
 def page() -> str:

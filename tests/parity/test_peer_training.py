@@ -40,7 +40,7 @@ CHANGES = [
 STEPS = 3  # an epoch
 KEY = "model.22.cv2.conv.weight"  # one of the weights, to tell models apart by
 
-# argv: repository, folder, config, overrides. Four runs, the first looked into.
+# argv: repository, folder, config, overrides. Five runs, the first looked into.
 RUNS = """
 import sys
 from pathlib import Path
@@ -73,7 +73,13 @@ def watched(trainer, batch):
 DetectionTrainer.preprocess_batch = watched
 
 found = {}
-changes = {"first": "seed=3", "again": "seed=3", "other": "seed=4", "alone": "teacher=null"}
+changes = {
+    "first": "seed=3",
+    "again": "seed=3",
+    "other": "seed=4",
+    "alone": "teacher=null",
+    "frozen": "train.freeze=[model.0, model.1]",
+}
 for name, change in changes.items():
     settings = config.load(sys.argv[3], [*sys.argv[4:], change])
     (folder / name).mkdir()
@@ -89,7 +95,7 @@ torch.save(found, folder / "found.pt")
 
 
 class Peer(NamedTuple):
-    """Four runs of its trainer, and what they were given."""
+    """Five runs of its trainer, and what they were given."""
 
     folder: Path  # of the runs
     teacher: YOLO11
@@ -198,6 +204,17 @@ def test_without_a_teacher_it_trains_alone(peer: Peer) -> None:
 
 
 @pytest.mark.parity
+def test_what_the_config_freezes_stays_with_its_statistics(peer: Peer) -> None:
+    torch.manual_seed(peer.settings["seed"])
+    begun = YOLO11(NAMES, "n").state_dict()
+    ended = peer.found["frozen"]
+    stayed = [key for key in begun if torch.equal(ended[key], begun[key])]
+    frozen = [key for key in begun if key.startswith(("model.0.", "model.1."))]
+    counters = [key for key in begun if key.endswith("num_batches_tracked")]
+    assert set(frozen) <= set(stayed)
+    assert not {key for key in stayed if key.startswith("model.2.")} - set(counters)
+
+
 def test_the_seed_decides(peer: Peer) -> None:
     first = peer.found["first"]
     assert all(torch.equal(peer.found["again"][key], value) for key, value in first.items())
@@ -249,7 +266,13 @@ def test_it_tunes_the_weights_that_the_config_names(peer: Peer, config_file: Pat
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [("clip=1.0", "train.clip: ultralytics has 10"), ("ema_tau=9", "train.ema_tau")],
+    [
+        ("clip=1.0", "train.clip: ultralytics has 10"),
+        ("ema_tau=9", "train.ema_tau"),
+        ("freeze=[model.1]", "train.freeze: ultralytics freezes the first layers"),
+        ("freeze_statistics=true", "train.freeze_statistics"),
+        ("optimizer=adamw", "optimizer: sgd"),
+    ],
 )
 def test_a_recipe_that_it_cannot_follow(
     tmp_path: Path, config_file: Path, change: str, reason: str

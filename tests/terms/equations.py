@@ -200,6 +200,27 @@ def plain_centred(scene: Scene, eps: float) -> Any:
     return total
 
 
+def plain_gradient_weighted(scene: Scene, rows: list[Tensor]) -> Any:
+    """rows: of each tap, (K, C), what its head multiplies the channels of a cell with."""
+    total: Any = 0
+    for (s, t), weights in zip(pairs(scene), rows, strict=True):
+        for n in range(IMAGES):
+            of_image: Any = 0
+            whole = 0.0
+            for y in range(s.shape[2]):
+                for x in range(s.shape[3]):
+                    scores = [sigmoid(row.dot(t[n, :, y, x]), 1).item() for row in weights]
+                    best = max(scores)
+                    slope = best * (1 - best)
+                    row = weights[scores.index(best)]
+                    g = sum((slope * weight.item()) ** 2 for weight in row)
+                    difference = s[n, :, y, x] - t[n, :, y, x]
+                    of_image += g * difference.dot(difference) / len(difference)
+                    whole += g
+            total += of_image / whole / IMAGES
+    return total
+
+
 def plain_cosine(scene: Scene) -> Any:
     total: Any = 0
     for s, t in pairs(scene):

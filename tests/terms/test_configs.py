@@ -32,6 +32,7 @@ class Case(NamedTuple):
 
 CASES = {
     "logits": Case(),
+    "gradient_weighted": Case(),
     "localisation": Case(),
     "centred": Case(),
     "channelwise": Case(),

@@ -14,6 +14,7 @@ from kdmini.distill.attention import AttentionTransfer
 from kdmini.terms.centred import CentredAttention, centred
 from kdmini.terms.channelwise import ChannelWise
 from kdmini.terms.cosine import CosineDistance
+from kdmini.terms.gradient_weighted import GradientWeighted
 from kdmini.terms.localisation import LocalisationDistillation
 from kdmini.terms.logits import LogitDistillation
 from kdmini.terms.masked import MaskedGeneration
@@ -29,6 +30,7 @@ from tests.terms.equations import (
     plain_centred,
     plain_channelwise,
     plain_cosine,
+    plain_gradient_weighted,
     plain_localisation,
     plain_logits,
     plain_masked,
@@ -56,11 +58,32 @@ def masked(**settings: Any) -> MaskedGeneration:
     return MaskedGeneration(SHAPES, **settings).double()
 
 
+class Looking(nn.Module):
+    """A teacher of which the head is there, a row for each class at each tap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        widths = [channels for _, channels, _, _ in SHAPES.values()]
+        self.head = Rows(nn.Conv2d(width, CLASSES, 1, bias=False) for width in widths)
+
+    def class_maps(self, preds: list[Tensor]) -> list[Tensor]:
+        return preds
+
+
+class Rows(nn.ModuleList):
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [conv(feat) for conv, feat in zip(self, maps, strict=True)]
+
+
 MASKED = masked()
+LOOKING = Looking().double()
+ROWS = [weight.detach().flatten(1) for weight in LOOKING.head.parameters()]
 TERMS: dict[str, Any] = {
     "logits": LogitDistillation(),
     "logits softmax": LogitDistillation("softmax", 2.0, 0.5),
     "localisation": LocalisationDistillation(reg_max=BINS),
+    "gradient_weighted": GradientWeighted(LOOKING, head="head"),
     "centred": CentredAttention(),
     "channelwise": ChannelWise(),
     "channelwise warm": ChannelWise(3.0),
@@ -75,6 +98,7 @@ EQUATIONS: dict[str, Callable[[Scene], Any]] = {
     "logits": lambda scene: plain_logits(scene, 4, 1, "sigmoid"),
     "logits softmax": lambda scene: plain_logits(scene, 2, 0.5, "softmax"),
     "localisation": lambda scene: plain_localisation(scene, 10),
+    "gradient_weighted": lambda scene: plain_gradient_weighted(scene, ROWS),
     "centred": lambda scene: plain_centred(scene, 1e-3),
     "channelwise": lambda scene: plain_channelwise(scene, 1),
     "channelwise warm": lambda scene: plain_channelwise(scene, 3),
@@ -86,6 +110,14 @@ EQUATIONS: dict[str, Callable[[Scene], Any]] = {
     "masked": lambda scene: plain_masked(scene, MASKED),
 }
 EQUAL_IS_ZERO = [name for name in TERMS if name != "masked"]
+
+
+def in_float32(name: str) -> Any:
+    if name == "masked":
+        return masked().float()
+    if name == "gradient_weighted":
+        return GradientWeighted(Looking(), head="head")
+    return TERMS[name]
 
 
 def value_of(term: Any, scene: Scene) -> Tensor:
@@ -244,7 +276,7 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
 @pytest.mark.parametrize("name", TERMS)
 def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     """Features of 300, whose squares float16 cannot hold."""
-    term = masked().float() if name == "masked" else TERMS[name]
+    term = in_float32(name)
     half = random_scene(dtype, size=300)
     full = half.map(torch.Tensor.float)
     with torch.autocast("cpu", dtype):
@@ -252,7 +284,8 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) ->
     value.backward()
 
     expected = value_of(term, full).item()
-    bound = 0.02 if name == "masked" else 1e-5  # its convolutions run in half precision
+    # their convolutions run in half precision
+    bound = 0.02 if name in ("masked", "gradient_weighted") else 1e-5
     assert value.dtype == torch.float32
     assert value.isfinite()
     assert value.item() == pytest.approx(expected, rel=bound)
@@ -269,7 +302,7 @@ CASES = ["zeros", "student zero", "teacher zero", "equal", "constant channel", "
 @pytest.mark.parametrize("name", TERMS)
 def test_value_and_gradient_are_finite_at_the_edges(name: str, case: str) -> None:
     scene = edge_case(random_scene(torch.float32), case, far=1e3)
-    term = masked().float() if name == "masked" else TERMS[name]
+    term = in_float32(name)
     value = value_of(term, scene)
     value.backward()
     assert value.isfinite()
@@ -316,6 +349,13 @@ def without_feats(term: nn.Module, preds: Any = None) -> None:
         (lambda: without_feats(LogitDistillation()), "class maps has none"),
         (lambda: without_feats(SpatialImitation()), r"distill\.taps"),
         (lambda: without_feats(CentredAttention()), r"distill\.taps"),
+        (lambda: without_feats(GradientWeighted(Looking(), head="head")), r"distill\.taps"),
+        (lambda: GradientWeighted(Looking()), "Looking has no 'model.23'"),
+        (
+            lambda: GradientWeighted(Looking(), {"tap1": SHAPES["tap1"]}, "head"),
+            "head does not read the maps of tap1",
+        ),
+        (lambda: GradientWeighted(nn.Sequential(nn.Identity()), head="0"), "no class_maps"),
         (lambda: without_feats(PixelRelation()), r"distill\.taps"),
     ],
 )
