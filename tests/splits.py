@@ -28,11 +28,13 @@ IMAGES = 16
 IMGSZ = 128
 CHANNELS = [8, 12, 16]  # of the maps, at strides 8, 16 and 32
 TAPS = ["steps.0", "steps.1", "steps.2"]
+# inside a step, which goes on after them
+PLACES = {"cross_head": ["steps.0.1", "steps.1.1", "steps.2.1"]}
 REG_MAX = 16
 NAMES = ["cat", "dog"]
 KD_SCALES: list[Any] = [1.0, 0.5, "batch"]
 # terms with `reduction: batch`
-OVER_BATCH = ("localisation", "logits", "pearson", "score_weighted", "self_teacher")
+OVER_BATCH = ("cross_head", "localisation", "logits", "pearson", "score_weighted", "self_teacher")
 # terms that have no other form
 ONLY_OVER_BATCH = ("centred",)
 
@@ -195,11 +197,12 @@ def sections(reductions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((ROOT / "configs/terms").glob("*.yaml")):
         section = config.load(path)["distill"]
-        section["taps"] = TAPS if section["taps"] else []
+        section["taps"] = PLACES.get(path.stem, TAPS) if section["taps"] else []
         if path.stem in reductions:
             section[path.stem]["reduction"] = reductions[path.stem]
         found[path.stem] = section
     if "self_teacher" in found:  # a tree without terms/ has none of them
+        found["gradient_weighted"]["gradient_weighted"]["head"] = "head"
         # with scores that count
         found["self_teacher"]["self_teacher"].update(width=10, alpha=1e4)
         pixels = {"build": "kdmini.terms.pixels:PixelRelation", "pool": 2, "weight": 1.0}

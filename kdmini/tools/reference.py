@@ -150,6 +150,7 @@ TERMS = [
     "kdmini.terms.centred:CentredAttention",
     "kdmini.terms.channelwise:ChannelWise",
     "kdmini.terms.cosine:CosineDistance",
+    "kdmini.terms.cross_head:CrossHead",
     "kdmini.terms.frequency:FrequencyAttention",
     "kdmini.terms.gradient_weighted:GradientWeighted",
     "kdmini.terms.localisation:LocalisationDistillation",

@@ -32,6 +32,7 @@ class Case(NamedTuple):
 
 CASES = {
     "logits": Case(),
+    "cross_head": Case(),
     "gradient_weighted": Case(),
     "localisation": Case(),
     "centred": Case(),
@@ -88,7 +89,7 @@ def test_each_config_trains(name: str, overrides: list[str], tmp_path: Path, sha
         f"train.val_every={case.epochs}",
         "train.batch=4",
     )
-    terms = config.load(path_of(name))["distill"].keys() - {"taps", "kd_scale"}
+    terms = config.load(path_of(name))["distill"].keys() - {"taps", "align", "kd_scale"}
     trained = [record for record in records if record["epoch"] >= 0]
     assert len(trained) == case.epochs
     for record in trained:
