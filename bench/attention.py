@@ -1,11 +1,12 @@
 """What attention transfer transfers in a detector: maps, distances and gradients, measured.
 
 python -m bench.attention bench/evidence/head.yaml --runs RUNS --root data/voc320
-python -m bench.attention bench/evidence/head.yaml --table  # no run: the pictures alone
+python -m bench.attention bench/evidence/head.yaml --table  # nothing is measured: page and pictures
 
-On PHOTOGRAPHS of the validation set, by the teacher and the students (seed SEED) of a protocol
-of bench/rows.py. What was measured goes to bench/evidence/attention.json, and the pictures of
-docs/attention.md are drawn from that and from the protocol's records alone.
+On PHOTOGRAPHS of the validation set, by the teacher and the students (seed SEED) of the runs
+that have been made of a protocol of bench/rows.py. What was measured goes to
+bench/evidence/attention.json; tables and pictures of docs/attention.md are made of that and of
+the protocol's records alone.
 
 Legend: N images, C channels, H W cells.
 """
@@ -25,10 +26,13 @@ from bench.attention_pictures import draw
 from bench.protocol import ROOT
 from bench.rows import Protocol, settings_of
 from bench.scene_pictures import in_square
-from kdmini import config
+from bench.students import BACKBONE
+from kdmini import config, engine
 from kdmini.assemble import make_distillation, make_model
 from kdmini.contracts import UserError, View
+from kdmini.data.loader import ValLoader
 from kdmini.detection.truth import Targets
+from kdmini.device import precision
 from kdmini.distill.attention import attention_map, map_distance, to_largest
 from kdmini.distill.step import freeze
 from kdmini.distill.taps import feats_of
@@ -36,6 +40,7 @@ from kdmini.files import write_whole
 from kdmini.optim import freeze_parts
 from kdmini.sections import Sections
 from kdmini.terms.gradient_weighted import GradientWeighted
+from kdmini.tools.compare import markdown
 from kdmini.tools.scenes import Scenes, spread_scenes
 
 PHOTOGRAPHS = 192
@@ -46,6 +51,8 @@ TAPS = ["model.16", "model.19", "model.22"]
 YOLO11 = "kdmini.detection.yolo11.model:YOLO11"
 CPU = torch.device("cpu")
 KEPT = ROOT / "bench/evidence/attention.json"
+PAGE = ROOT / "docs/attention.md"
+MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
 # name -> the term whose gradient is looked at
 TERMS: dict[str, dict[str, Any]] = {
@@ -263,7 +270,78 @@ def boxes_of(scenes: Scenes, part: slice, roll: int = 0) -> Targets:
     return {"boxes_xyxy": boxes_xyxy, "labels": labels, "ids": scenes.ids[part]}
 
 
+# --- statistics of the averaged model
+
+
+def with_statistics_measured(network: Any, loader: ValLoader) -> None:
+    """In place: the BatchNorm behind the frozen backbone gets the mean statistics of images, in
+    place of those that were averaged in training.
+    """
+    for module in network.model[BACKBONE:].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a mean of all batches
+            module.train()
+    with torch.no_grad():
+        for images, _, _ in loader:
+            network(images)
+
+
+def averaged_and_measured(network: Any, sections: Sections) -> list[float]:
+    """AP50-95 as it is, and with statistics measured on the training photographs."""
+    sets = sections.sets()
+    autocast, _ = precision(False, CPU)
+    held_out = ValLoader(sets.store("val", CPU), BATCH)
+    scores = []
+    for _ in range(2):
+        metric = sections.make_metric(sets.val.names)
+        scores.append(engine.evaluate(network, held_out, metric, autocast)["AP50-95"])
+        with_statistics_measured(network, ValLoader(sets.store("train", CPU), BATCH))
+    return scores
+
+
 # --- all of it
+
+
+def tables(found: dict[str, Any]) -> str:
+    """What was measured, for docs/attention.md."""
+    taps = []
+    for tap, about in found["taps"].items():
+        for kind in ("activation", "gradient"):
+            numbers = about[kind]
+            shares = (numbers["entropy"], about["area"], numbers["inside"], numbers["auc"])
+            taps.append([tap, kind, *(f"{share:.2f}" for share in shares)])
+    header = ["tap", "map", "entropy", "boxes: share of cells", "of the map", "AUC"]
+    distances = []
+    for name, sides in found["distances"].items():
+        gap = sides["rolled"] - sides["raw"]
+        numbers = (sides["raw"], sides["rolled"], gap)
+        distances.append([name, *(f"{number:.2f}" for number in numbers)])
+    of_photographs = ["", "of this photograph", "of another", "transfer"]
+    cosines = found["cosines"]
+    gradients = []
+    for name in next(iter(cosines.values())):
+        gradients.append([name, *(f"{values[name]:.2f}" for values in cosines.values())])
+    students = ["cosine", *cosines]
+    scores = []
+    for name, pair in found["statistics"].items():
+        scores.append([name, *(f"{100 * score:.2f}" for score in pair)])
+    statistics = ["AP50-95", "statistics averaged", "measured again"]
+    blocks = [
+        markdown(header, taps),
+        markdown(of_photographs, distances),
+        markdown(students, gradients),
+        markdown(statistics, scores),
+    ]
+    return "\n\n".join(blocks)
+
+
+def write_page(found: dict[str, Any], page: Path) -> None:
+    """Puts the tables between the marks of the page."""
+    before, _, rest = page.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    middle = f"{MARKS[0]}\n{tables(found)}\n{MARKS[1]}"
+    write_whole(page, before + middle + after)
 
 
 def network_at(path: Path, names: list[str]) -> Any:
@@ -286,15 +364,18 @@ def measure(protocol: Protocol, runs: Path, root: str | None) -> dict[str, Any]:
     torch.manual_seed(SEED)
     new = make_model(sections.student, "student", names, CPU)
     found: dict[str, Any] = {"photographs": len(scenes.images), **look(teacher, scenes)}
+    found["statistics"] = {}
     found["distances"] = {
         **without_looking(teacher, scenes),
         "a new student": distances(new, teacher, scenes),
     }
     for name in (protocol.baseline, *taught):
         path = runs / f"{name}-{SEED}/best.pt"
-        if protocol.row(name).ultralytics is None:
+        if path.exists() and protocol.row(name).ultralytics is None:
             student = network_at(path, names)
             found["distances"][name] = distances(student, teacher, scenes)
+            if name in (protocol.baseline, "attention"):
+                found["statistics"][name] = averaged_and_measured(student, sections)
     alone = network_at(runs / f"{protocol.baseline}-{SEED}/best.pt", names)
     found["cosines"] = {}
     for name, student in (("new", new), ("trained alone", alone)):
@@ -310,7 +391,7 @@ def main() -> None:
     parser.add_argument("protocol", type=Path, metavar="PROTOCOL.yaml")
     parser.add_argument("--runs", type=Path, help="default: runs/evidence/PROTOCOL")
     parser.add_argument("--root", help="folder of the data (default: that of the config)")
-    parser.add_argument("--table", action="store_true", help="the pictures alone")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
     runs = args.runs or Path("runs/evidence") / args.protocol.stem
     try:
@@ -318,7 +399,9 @@ def main() -> None:
         if not args.table:
             found = measure(protocol, runs, args.root)
             write_whole(KEPT, json.dumps(found, indent=1) + "\n")
-        draw(json.loads(KEPT.read_text()), protocol, args.protocol.with_suffix(""))
+        kept = json.loads(KEPT.read_text())
+        draw(kept, protocol, args.protocol.with_suffix(""))
+        write_page(kept, PAGE)
     except UserError as error:
         sys.exit(f"error: {error}")
 
