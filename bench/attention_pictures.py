@@ -78,7 +78,7 @@ def distance(distances: Mapping[str, Mapping[str, float]]) -> Figure:
         axis.barh(place, values, BAR, color=COLOURS[number * 4], label=words)
     axis.set_yticks(y, names)
     axis.invert_yaxis()
-    axis.legend(fontsize=SMALL, frameon=False, loc="lower right")
+    figure.legend(fontsize=SMALL, frameon=False, loc="outside lower right", ncols=2)
     style(axis, "Distance to the teacher's attention maps of", "summed over three taps")
     return figure
 
@@ -96,7 +96,7 @@ def gradient(cosines: Mapping[str, Mapping[str, float]]) -> Figure:
     axis.set_yticks(y, names)
     axis.invert_yaxis()
     axis.axvline(0, color="#555555", linewidth=0.8)
-    axis.legend(fontsize=SMALL, frameon=False)
+    figure.legend(fontsize=SMALL, frameon=False, loc="outside lower right", ncols=2)
     title = "Cosine of the gradient with the one that a wrong photograph gives"
     style(axis, title, "1: it says nothing about this photograph")
     return figure
@@ -123,7 +123,7 @@ def gain(gains: Mapping[str, Sequence[float]]) -> Figure:
         draw_row(axis, y, values, COLOURS[0] if "attention" in name else COLOURS[4])
     axis.axvline(0, color="#555555", linewidth=0.8)
     axis.set_yticks(range(len(gains)), list(gains))
-    axis.invert_yaxis()
+    axis.set_ylim(len(gains) - 0.5, -0.5)
     style(axis, "AP50-95 beyond the same student without a teacher", "points")
     return figure
 

@@ -96,3 +96,14 @@ def test_nothing_that_has_learned_nothing_is_frozen(
         with pytest.raises(SystemExit, match=rf"train\.{key}: the student has no weights"):
             run(train_script, "--config", config_file, *settings, f"train.{key}={value}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_that_has_learned_is_frozen(
+    config_file: Path, teacher_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It came with other weights than the whole network's."""
+    begun = "student={build: bench.students:behind_backbone, scale: [0.5, 0.0625, 1024]}"
+    weights = f"student.backbone_weights={teacher_file}"
+    settings = ["train.epochs=1", "allow_void=false", "teacher=null", "distill=null"]
+    run(train_script, "--config", config_file, *settings, begun, weights, "train.freeze=[model.0]")
+    assert "frozen: " in capsys.readouterr().out
