@@ -135,8 +135,8 @@ def train_one_epoch(training: Training, stop: Stop) -> None:
 
         tally.add({**task, **kd}, skipped, targets["ids"])
         progress.step = step + 1
-        stop.tell()
         leaving = leaving or leave_is_due(training, stop)
+        stop.tell()  # after that, so that none who leaves for a signal has not said so
         if progress.step % READ_EVERY == 0 or progress.step == steps or (leaving and update):
             losses = tally.read(scaler, stop)
             bar.set_postfix_str(status(losses, training, setting.lr))

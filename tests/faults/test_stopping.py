@@ -93,6 +93,21 @@ def test_a_signal_to_the_group_loses_no_step(
     survived(fault, lost, of="steps")
 
 
+def test_a_signal_as_the_step_ends_is_told(runs: Runs) -> None:
+    def just_before() -> None:
+        due = engine.leave_is_due
+
+        def signalled(*args: Any) -> bool:
+            signal.raise_signal(signal.SIGTERM)
+            return due(*args)
+
+        engine.leave_is_due = signalled
+
+    done = runs.tried(runs.watched(runs.begin(), first=just_before))
+    assert done.code == 143
+    assert done.text.count("SIGTERM: finishing the step") == 1
+
+
 def test_control_signals_that_nothing_delays_do_lose_steps(runs: Runs) -> None:
     def at_once() -> None:
         signals.delayed = lambda **_: contextlib.nullcontext(signals.Stop())  # type: ignore
