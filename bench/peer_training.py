@@ -133,6 +133,7 @@ def distil(settings: dict[str, Any], scratch: Path) -> Trained:
 
 def refuse_what_it_lacks(recipe: Recipe, device: torch.device) -> None:
     """Raises UserError."""
+    frozen_layers(recipe)
     if recipe.freeze_statistics:
         raise UserError("train.freeze_statistics: ultralytics has no setting for it")
     if (recipe.optimizer, recipe.schedule) != ("sgd", "cosine"):
