@@ -98,12 +98,16 @@ def test_nothing_that_has_learned_nothing_is_frozen(
     assert not (tmp_path / "run").exists()
 
 
+def behind_backbone(names: list[str], backbone_weights: str) -> YOLO11:
+    return YOLO11(names, [0.5, 0.0625, 1024], backbone_weights)
+
+
 def test_a_backbone_that_has_learned_is_frozen(
     config_file: Path, teacher_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It came with other weights than the whole network's."""
-    begun = "student={build: bench.students:behind_backbone, scale: [0.5, 0.0625, 1024]}"
-    weights = f"student.backbone_weights={teacher_file}"
+    student = f"{{build: tests.test_freeze:behind_backbone, backbone_weights: '{teacher_file}'}}"
     settings = ["train.epochs=1", "allow_void=false", "teacher=null", "distill=null"]
-    run(train_script, "--config", config_file, *settings, begun, weights, "train.freeze=[model.0]")
+    changes = [f"student={student}", "train.freeze=[model.0]"]
+    run(train_script, "--config", config_file, *settings, *changes)
     assert "frozen: " in capsys.readouterr().out

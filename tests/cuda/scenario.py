@@ -82,7 +82,7 @@ class Scenario:
     teacher: str | None = "n"
     student: str = "n"  # scale of YOLO11, or a network of MASKED
     steps: int = 2
-    taps: int = len(TAPS)  # the last ones of TAPS
+    taps: int = len(TAPS)  # the last ones of TAPS; 0 for those of the terms' configs
     objects: int = 3  # of an image
     storage: str = "resident"
     accumulate: int = 1
@@ -161,12 +161,15 @@ class Seen:
 def settings_of(scenario: Scenario, run: str) -> dict[str, Any]:
     """The config of a scenario."""
     pictures = {"build": "bench.full:Noise", "objects": scenario.objects}
+    taps = {"taps": TAPS[-scenario.taps :]}
     terms: dict[str, Any] = {}
     if scenario.teacher and not scenario.terms:
         terms["attention"] = ATTENTION
     for name in scenario.terms:
         of_file = config.load(str(ROOT / f"configs/terms/{name}.yaml"), [])["distill"]
         terms |= {key: value for key, value in of_file.items() if isinstance(value, dict)}
+        if not scenario.taps:
+            taps = {key: of_file[key] for key in ("taps", "align")}
     teacher = {"build": "kdmini.detection.yolo11.model:YOLO11", "scale": scenario.teacher}
     return {
         "run": run,
@@ -183,7 +186,7 @@ def settings_of(scenario: Scenario, run: str) -> dict[str, Any]:
         },
         "student": {"build": "kdmini.detection.yolo11.model:YOLO11", "scale": scenario.student},
         "teacher": teacher if scenario.teacher else None,
-        "distill": {"taps": TAPS[-scenario.taps :], **terms} if terms else None,
+        "distill": {**taps, **terms} if terms else None,
         "metric": {"build": f"{HERE}:Seen"},
         "train": {
             "epochs": 2 if scenario.resume else 1,

@@ -12,6 +12,7 @@ from tests.cuda.conftest import ROOT, run
 
 TERMS = sorted(path.stem for path in Path(ROOT / "configs/terms").glob("*.yaml"))
 SELF = "self_teacher"
+IN_HEAD = "cross_head"
 PRECISIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "float16": {"amp": "fp16"},
@@ -25,7 +26,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "resumed": {"resume": True},
     "resumed in float16": {"resume": True, "amp": "fp16"},
     "two ranks": {"ranks": 2, "steps": 1},  # at the second step DDP would look at contents
-    "every term": {"terms": [name for name in TERMS if name != SELF], "taps": 3, "imgsz": 128},
+    "every term": {
+        "terms": [name for name in TERMS if name not in (SELF, IN_HEAD)],
+        "taps": 3,
+        "imgsz": 128,
+    },
+    "a term in the head": {"terms": [IN_HEAD], "taps": 0},
     "self-teacher": {"terms": [SELF], "taps": 3, "teacher": None},
     "without a teacher": {"teacher": None},
 }
