@@ -292,12 +292,14 @@ def averaged_and_measured(network: Any, sections: Sections) -> list[float]:
     sets = sections.sets()
     autocast, _ = precision(False, CPU)
     held_out = ValLoader(sets.store("val", CPU), BATCH)
-    scores = []
-    for _ in range(2):
+
+    def score() -> float:
         metric = sections.make_metric(sets.val.names)
-        scores.append(engine.evaluate(network, held_out, metric, autocast)["AP50-95"])
-        with_statistics_measured(network, ValLoader(sets.store("train", CPU), BATCH))
-    return scores
+        return engine.evaluate(network, held_out, metric, autocast)["AP50-95"]
+
+    averaged = score()
+    with_statistics_measured(network, ValLoader(sets.store("train", CPU), BATCH))
+    return [averaged, score()]
 
 
 # --- all of it
