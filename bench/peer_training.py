@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from bench.peer import version, write_yolo
 from kdmini import config
 from kdmini.contracts import UserError
+from kdmini.detection.yolo11.model import YOLO11
 from kdmini.device import pick_device
 from kdmini.optim import Recipe
 from kdmini.sections import Sections, Sets
@@ -161,7 +162,19 @@ def counterpart(ours: Any) -> nn.Module:
     """Its model, with the weights of kdmini's."""
     from ultralytics.nn.tasks import DetectionModel
 
-    theirs = DetectionModel(f"yolo11{ours.scale}.yaml", nc=len(ours.names), verbose=False)
+    classes = len(ours.names)
+    branch = ours.model[-1].cv3[0][-1].in_channels
+    usual = YOLO11(ours.names, ours.scale).model[-1].cv3[0][-1].in_channels
+    # its branch is as wide as the number of classes asks for: that of weights cut from more
+    # classes is wider
+    wide = classes if branch == usual else branch
+    theirs = DetectionModel(f"yolo11{ours.scale}.yaml", nc=wide, verbose=False)
+    if wide != classes:
+        head = theirs.model[-1]
+        head.nc = classes
+        head.no = classes + 4 * head.reg_max
+        for level in head.cv3:
+            level[-1] = nn.Conv2d(branch, classes, 1)
     theirs.model[SPPF].cv1.act = nn.SiLU() if ours.sppf_act else nn.Identity()
     theirs.load_state_dict(ours.state_dict())
     return theirs

@@ -161,15 +161,17 @@ def tune_there(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
 def make_together(
     protocol: Protocol, runs: Sequence[tuple[str, int]], jobs: int, command: Sequence[str]
 ) -> None:
-    """Each run in a process of its own, `jobs` at a time, those that teach others first.
+    """Each run in a process of its own, `jobs` at a time: those that teach others first, then
+    seed by seed, so that whoever stops early has pairs.
 
     runs: row and seed. command: that makes the rows and seeds which are added to it. Raises
     UserError, after all others, with what a run said last that failed.
     """
     teachers = {protocol.row(name).teacher for name in protocol.rows}
 
-    def in_order(run: tuple[str, int]) -> tuple[bool, bool]:
-        return run[0] not in teachers, protocol.row(run[0]).teacher is not None
+    def in_order(run: tuple[str, int]) -> tuple[bool, int, bool]:
+        name, seed = run
+        return name not in teachers, seed, protocol.row(name).teacher is not None
 
     def work(name: str, seed: int) -> str:
         teacher = protocol.row(name).teacher
