@@ -175,6 +175,7 @@ def counterpart(ours: Any) -> nn.Module:
         head.no = classes + 4 * head.reg_max
         for level in head.cv3:
             level[-1] = nn.Conv2d(branch, classes, 1)
+        theirs.names = dict(enumerate(ours.names))
     theirs.model[SPPF].cv1.act = nn.SiLU() if ours.sppf_act else nn.Identity()
     theirs.load_state_dict(ours.state_dict())
     return theirs

@@ -23,7 +23,8 @@ from kdmini.contracts import UserError
 from kdmini.data.store import subset
 from kdmini.detection.voc import VOC
 from kdmini.detection.yolo11 import weights
-from kdmini.detection.yolo11.model import YOLO11
+from kdmini.detection.yolo11.model import YOLO11, build_layers
+from kdmini.detection.yolo11.sizes import sizes_of
 from kdmini.optim import Recipe
 from tests.conftest import CONFIG, ROOT, TINY
 
@@ -113,6 +114,8 @@ def peer(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Peer:
     config_file.write_text(CONFIG.format(run=folder / "run", shapes=shapes, tiny=TINY))
     torch.manual_seed(8)
     teacher = YOLO11(NAMES, "n")
+    # as it is where the classes are some of COCO's
+    teacher.model = build_layers(sizes_of("n"), len(NAMES), cls_width=80)
     save_best(folder / "best.pt", teacher, 64, 0, 0.5)
     build = "kdmini.detection.yolo11.model:YOLO11"
     changes = [
