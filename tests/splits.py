@@ -36,7 +36,7 @@ KD_SCALES: list[Any] = [1.0, 0.5, "batch"]
 # terms with `reduction: batch`
 OVER_BATCH = ("cross_head", "localisation", "logits", "pearson", "score_weighted", "self_teacher")
 # terms that have no other form
-ONLY_OVER_BATCH = ("centred",)
+ONLY_OVER_BATCH = ("centred", "standardised")
 
 
 class Stepped(nn.Module):

@@ -161,6 +161,7 @@ TERMS = [
     "kdmini.terms.score_weighted:ScoreWeighted",
     "kdmini.terms.self_teacher:SelfTeacher",
     "kdmini.terms.spatial:SpatialImitation",
+    "kdmini.terms.standardised:StandardisedAttention",
 ]
 # what nn.Module's own constructor has, of a term that takes no settings
 UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

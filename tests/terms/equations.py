@@ -200,6 +200,25 @@ def plain_centred(scene: Scene, eps: float) -> Any:
     return total
 
 
+def plain_standardised(scene: Scene, p: int) -> Any:
+    def own(feat: Tensor) -> Any:
+        """The attention map of each image, channel by channel, (N, H * W)."""
+        energies: Any = [0] * len(feat)
+        for c in range(feat.shape[1]):
+            channel = feat[:, c].reshape(len(feat), -1)
+            off = channel - channel.mean()
+            deviation = (off * off).mean().sqrt()
+            for n in range(len(feat)):
+                energies[n] = energies[n] + (off[n] / deviation).abs() ** p
+        return [energy / energy.dot(energy).sqrt() for energy in energies]
+
+    total: Any = 0
+    for s, t in pairs(scene):
+        for x, y in zip(own(s), own(t), strict=True):
+            total += (x - y).dot(x - y).sqrt() / IMAGES
+    return total
+
+
 def plain_gradient_weighted(scene: Scene, rows: list[Tensor]) -> Any:
     """rows: of each tap, (K, C), what its head multiplies the channels of a cell with."""
     total: Any = 0

@@ -42,6 +42,7 @@ CASES = {
     # at 0.2 it goes up and down, and where it ends is another place on every processor
     "score_weighted": Case(steps=16, lr0=0.1),
     "spatial": Case(),
+    "standardised": Case(),
     "hybrid": Case(),
     "affinity": Case(targets=ONE_BOX, steps=12, falls_to=0.8, epochs=1),
     "frequency": Case(imgsz=128, steps=12, falls_to=0.8, epochs=1),

@@ -22,6 +22,7 @@ from kdmini.terms.pearson import PearsonDistillation
 from kdmini.terms.pixels import PixelRelation
 from kdmini.terms.score_weighted import ScoreWeighted
 from kdmini.terms.spatial import SpatialImitation
+from kdmini.terms.standardised import StandardisedAttention
 from tests.terms.equations import (
     BINS,
     CLASSES,
@@ -38,6 +39,7 @@ from tests.terms.equations import (
     plain_pixels,
     plain_score_weighted,
     plain_spatial,
+    plain_standardised,
     random_scene,
 )
 from tests.terms.views import (
@@ -91,6 +93,8 @@ TERMS: dict[str, Any] = {
     "pearson": PearsonDistillation(),
     "pixels": PixelRelation(),
     "spatial": SpatialImitation(),
+    "standardised": StandardisedAttention(),
+    "standardised p = 4": StandardisedAttention(p=4),
     "score_weighted": ScoreWeighted(),
     "masked": MASKED,
 }
@@ -106,6 +110,8 @@ EQUATIONS: dict[str, Callable[[Scene], Any]] = {
     "pearson": plain_pearson,
     "pixels": lambda scene: plain_pixels(scene, 0.1),
     "spatial": plain_spatial,
+    "standardised": lambda scene: plain_standardised(scene, 2),
+    "standardised p = 4": lambda scene: plain_standardised(scene, 4),
     "score_weighted": plain_score_weighted,
     "masked": lambda scene: plain_masked(scene, MASKED),
 }
@@ -138,7 +144,7 @@ def test_value_and_gradient_are_those_of_the_equation(name: str) -> None:
     value.backward()
     expected.backward()
 
-    has_eps = name.startswith(("centred", "pearson", "pixels"))
+    has_eps = name.startswith(("centred", "pearson", "pixels", "standardised"))
     bound = 1e-5 if has_eps else 1e-9
     assert value.ndim == 0
     assert value > 0
@@ -181,6 +187,20 @@ def test_pearson_is_one_minus_the_correlation_and_does_not_see_scale_or_offset()
     for student in (scene.student, moved):
         value = value_of(PearsonDistillation(), Scene(student, scene.teacher))
         assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("p", [2.0, 4.0])
+def test_standardised_attention_sees_neither_scale_nor_offset_of_a_channel(p: float) -> None:
+    """Of three channels one is a hundred times as large as another and flat beside it: the plain
+    map is its, the standardised one is not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    feat = torch.randn(4, 3, 6, 6, generator=generator, dtype=torch.float64)
+    scale = torch.tensor([1.0, -7.0, 100.0]).view(1, 3, 1, 1)
+    same = View({"tap": feat}, None, torch.empty(0))
+    moved = View({"tap": feat * scale + 50 * scale}, None, torch.empty(0))
+    assert value_of(StandardisedAttention(p), Scene(moved, same)) < 1e-4
+    assert value_of(AttentionTransfer("sample", p), Scene(moved, same)) > 0.1
 
 
 @pytest.mark.parametrize("name", EQUAL_IS_ZERO)
