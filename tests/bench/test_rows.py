@@ -1,6 +1,8 @@
 """Rows of any config: run, kept, compared."""
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,3 +114,37 @@ def test_the_page_of_a_protocol_is_made_of_its_records_alone(path: Path) -> None
     assert page == kept.with_suffix(".md").read_text()
     runs = {f"{name}-{seed}" for name in protocol.rows for seed in protocol.seeds_of(name)}
     assert {folder.name for folder in kept.iterdir()} <= runs
+
+
+@pytest.mark.parametrize("path", protocols(), ids=lambda path: path.stem)
+def test_a_record_has_the_config_of_its_row(path: Path) -> None:
+    """So no run was made of a row that has been changed since."""
+    kept = path.with_suffix("")
+    protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+    for folder in kept.iterdir():
+        name, _, seed = folder.name.rpartition("-")
+        runs = Path("runs/evidence") / kept.name
+        expected = rows.settings_of(protocol, name, int(seed), runs, None)
+        assert config.load(str(folder / "config.yaml")) == expected, folder.name
+
+
+def test_processes_go_seed_by_seed_after_those_that_teach(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[list[str]] = []
+
+    def note(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        begun.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", note)
+    settings: dict[str, dict[str, Any]] = {"taught": {"teacher": "large"}, "alone": {}, "large": {}}
+    protocol = rows.Protocol("", "", "", settings, "AP50", (0, 1))
+    wanted = [("taught", 0), ("taught", 1), ("alone", 0), ("alone", 1), ("large", 0)]
+    rows.make_together(protocol, wanted, 1, [])
+    runs = [(name, seed) for name, _, seed in begun]
+    assert runs == [
+        ("large", "0"),
+        ("alone", "0"),
+        ("taught", "0"),
+        ("alone", "1"),
+        ("taught", "1"),
+    ]
