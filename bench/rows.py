@@ -75,6 +75,7 @@ class Protocol:
     score: that is compared, of the last epoch.
     seeds: of each row.
     overrides: the same for all rows.
+    rival: a row that those of the baseline are compared with too.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Protocol:
     score: str
     seeds: tuple[Seed, ...]
     overrides: tuple[str, ...] = ()
+    rival: str | None = None
 
     def row(self, name: str) -> Row:
         return config.call(Row, self.rows[name], f"rows.{name}")
@@ -207,24 +209,37 @@ def cells_of(protocol: Protocol, name: str, results: dict[str, dict[int, Result]
     key = SCORE + protocol.score
     runs = results[name]
     scores = [100 * run.last[key] for run in runs.values()]
+
+    def gains_over(other: str) -> list[float]:
+        """Seed by seed."""
+        shared = [seed for seed in runs if seed in results[other]] if other != name else []
+        return [100 * (runs[seed].last[key] - results[other][seed].last[key]) for seed in shared]
+
     against = protocol.against(name)
-    gains = []
-    for seed, run in runs.items():
-        if name != against and seed in results[against]:
-            gains.append(100 * (run.last[key] - results[against][seed].last[key]))
-    ends = interval(gains)
-    shown = f"{statistics.mean(gains):+.2f}" if gains else ""
-    if ends:
-        shown += f" ({ends[0]:+.2f} to {ends[1]:+.2f})"
+    gains = gains_over(against)
     speed = f"{statistics.median(run.speed for run in runs.values()):.0f}" if runs else ""
     compared = "" if name == against else against
-    return [name, spread(scores, ".2f"), compared, shown, verdict(ends), speed]
+    cells = [name, spread(scores, ".2f"), compared, shown(gains), verdict(interval(gains)), speed]
+    if protocol.rival:  # not of rows with another recipe, which have a baseline of their own
+        cells.append(shown(gains_over(protocol.rival)) if against == protocol.baseline else "")
+    return cells
+
+
+def shown(gains: Sequence[float]) -> str:
+    """Their mean, and the interval that holds it."""
+    if not gains:
+        return ""
+    mean = f"{statistics.mean(gains):+.2f}"
+    ends = interval(gains)
+    return f"{mean} ({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else mean
 
 
 def page_of(protocol: Protocol, path: Path, kept: Path) -> str:
     """path: of the protocol. kept: the folder of what is kept of all runs."""
     results = {name: read(kept, name) for name in protocol.rows}
     header = ["row", protocol.score, "compared with", "difference (95 %)", "verdict", "images/s"]
+    if protocol.rival:
+        header.append(f"beyond {protocol.rival} (95 %)")
     body = [cells_of(protocol, name, results) for name in protocol.rows]
     planned = sum(len(protocol.seeds_of(name)) for name in protocol.rows)
     made = sum(map(len, results.values()))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench import rows
+from bench.findings import Result
 from kdmini import config
 from tests.conftest import ROOT, write_config
 
@@ -148,3 +149,24 @@ def test_processes_go_seed_by_seed_after_those_that_teach(monkeypatch: pytest.Mo
         ("alone", "1"),
         ("taught", "1"),
     ]
+
+
+def test_rows_of_the_baseline_are_compared_with_a_rival_too() -> None:
+    """Pair by pair, and not those with a baseline of their own."""
+    scores = {
+        "alone": {0: 0.1, 1: 0.2},
+        "ours": {0: 0.2, 1: 0.33},
+        "long": {0: 0.5, 1: 0.5},
+        "theirs": {1: 0.3, 0: 0.15, 2: 0.9},
+    }
+    results: Any = {}
+    for row, of_seed in scores.items():
+        results[row] = {s: Result({"score/AP": score}, 1.0, None) for s, score in of_seed.items()}
+    settings: dict[str, dict[str, Any]] = {row: {} for row in scores}
+    settings["long"] = {"against": "long"}
+    protocol = rows.Protocol("", "", "", settings, "AP", (0, 1), rival="theirs")
+    shown = {row: rows.cells_of(protocol, row, results)[-1] for row in scores}
+    # 5 and 3 points: 4 with a standard error of 1, times 12.706
+    assert shown["ours"] == "+4.00 (-8.71 to +16.71)"
+    assert shown["alone"].startswith("-7.50 ")
+    assert shown["long"] == shown["theirs"] == ""
