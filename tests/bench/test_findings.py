@@ -18,7 +18,7 @@ from bench.findings import (
     verdict,
 )
 from bench.page import table, write
-from bench.protocol import BASELINE, PEER, Run, protocol_of
+from bench.protocol import BASELINE, Run, protocol_of
 from kdmini import config
 from tests.conftest import ROOT
 
@@ -196,20 +196,6 @@ def test_the_kept_configs_are_those_of_the_protocol(name: str) -> None:
         assert config.load(path) == run.settings(Path(f"runs/evidence/{name}")), path
 
 
-def test_voc_best_is_what_the_evidence_prefers() -> None:
-    protocol = protocol_of("cpu")
-    ours = [row for row in protocol.rows if not row.startswith(PEER)]
-    results = {row: read(ROOT / "bench/evidence/cpu", row) for row in ours}
-    means = {}
-    for row in ours:
-        gains = gains_of(results, row)
-        if row != BASELINE and gains:
-            means[row] = np.mean(gains)
-    best = max(means, key=lambda row: means[row])
-    settings = config.load(ROOT / "configs/voc.yaml", protocol.rows[best])
-    assert config.load(ROOT / "configs/voc_best.yaml") == {**settings, "run": "runs/voc_best"}
-
-
 @pytest.fixture
 def page() -> dict[str, list[str]]:
     """Row -> cells, of the table of all classes."""
@@ -230,7 +216,7 @@ def test_the_table_of_the_document_is_that_of_the_page(page: dict[str, list[str]
 
 def test_the_results_of_the_terms_are_those_of_the_page(page: dict[str, list[str]]) -> None:
     results = (ROOT / "docs/terms.md").read_text().split("\n## Results")[1]
-    for _, _, name, result, _ in cells_of(results)[2:]:
+    for _, _, name, result in cells_of(results)[2:]:
         cells = page.get(name.strip("`"))
         if cells is None or cells[3] == "-":
             assert result == "", name

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from bench import rows
-from bench.findings import Result
+from bench.findings import Result, read
 from kdmini import config
+from kdmini.tools.compare import interval
 from tests.conftest import ROOT, write_config
 
 
@@ -70,6 +71,54 @@ def test_processes_share_the_rows(
     said = capsys.readouterr().out
     assert said.index("large, seed 0: done") < said.index("taught, seed 0: done")
     assert (tmp_path / "trial/taught-0/results.csv").exists()
+
+
+def new_head(name: str) -> tuple[rows.Protocol, dict[str, dict[int, Result]]]:
+    """A protocol of a head that begins anew, and what its rows gave."""
+    path = ROOT / f"bench/evidence/{name}.yaml"
+    protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+    return protocol, {row: read(path.with_suffix(""), row) for row in protocol.rows}
+
+
+def test_voc_best_has_what_gains_most_for_sure() -> None:
+    """The row with the highest lower end of its interval, on the CPU and on the card."""
+    key = "score/AP50-95"
+    best = config.load(str(ROOT / "configs/voc_best.yaml"))
+    for name in ("head", "head_card"):
+        protocol, results = new_head(name)
+        lower = {}
+        for row in protocol.rows:
+            if protocol.against(row) != protocol.baseline or protocol.row(row).ultralytics:
+                continue
+            pairs = [(run, results["alone"].get(seed)) for seed, run in results[row].items()]
+            ends = interval([run.last[key] - other.last[key] for run, other in pairs if other])
+            if row != protocol.baseline and ends:
+                lower[row] = ends[0]
+        winner = max(lower, key=lambda row: lower[row])
+        settings = rows.settings_of(protocol, winner, 1, Path("runs"), None)
+        assert best["distill"] == settings["distill"], name
+    usual = config.load(str(ROOT / "configs/voc.yaml"))
+    assert {**best, "run": usual["run"], "distill": usual["distill"]} == usual
+
+
+def test_the_document_of_the_evidence_has_the_gains_of_the_records() -> None:
+    """Each cell of the table of a new head: difference, interval, number of pairs."""
+    text = (ROOT / "docs/evidence.md").read_text()
+    marked = text.split("<!-- head -->")[1].split("<!-- /head -->")[0]
+    lines = [line for line in marked.splitlines() if line.startswith("| `")]
+    assert len(lines) > 10
+    protocols = [new_head("head"), new_head("head_card")]
+    for line in lines:
+        names, _, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for cell, (protocol, results) in zip(cells, protocols, strict=True):
+            known = [name for name in names.replace("`", "").split() if results.get(name)]
+            if not cell:
+                assert not known, line
+                continue
+            other = results[protocol.against(known[0])]
+            pairs = len([seed for seed in results[known[0]] if seed in other])
+            gain = rows.cells_of(protocol, known[0], results)[3]
+            assert cell == f"{gain}, n={pairs}", line
 
 
 def test_a_row_that_needs_a_teacher_names_it(tmp_path: Path, shapes: Path) -> None:

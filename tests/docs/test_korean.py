@@ -129,8 +129,8 @@ def test_there_is_something_to_compare() -> None:
         ("<!-- /terms -->", "", "marks"),
         ("3.5점", "3.6점", "numbers"),
         ("1~2분", "1~3분", "numbers"),
-        ("AP50-95가 3.6에서 4.5~5.8로 오릅니다. ", "", "numbers"),
-        ("160 px", "160 px, 320 px", "numbers"),
+        ("사진 400장에서 ", "", "numbers"),
+        ("95 % 구간", "95 %, 99 % 구간", "numbers"),
     ],
 )
 def test_a_difference_would_be_seen(here: str, there: str, what: str) -> None:
