@@ -40,6 +40,7 @@ from kdmini.files import write_whole
 from kdmini.optim import freeze_parts
 from kdmini.sections import Sections
 from kdmini.terms.gradient_weighted import GradientWeighted
+from kdmini.terms.pearson import standardise
 from kdmini.tools.compare import markdown
 from kdmini.tools.scenes import Scenes, spread_scenes
 
@@ -48,6 +49,9 @@ BATCH = 16
 SEED = 1
 SHOWN = 4  # photographs whose maps are kept
 TAPS = ["model.16", "model.19", "model.22"]
+# of maps: what attention transfer compares, the same of standardised channels, and the gradient of
+# the teacher's scores
+KINDS = ("activation", "standardised", "standardised, p = 4", "gradient")
 YOLO11 = "kdmini.detection.yolo11.model:YOLO11"
 CPU = torch.device("cpu")
 KEPT = ROOT / "bench/evidence/attention.json"
@@ -61,10 +65,13 @@ TERMS: dict[str, dict[str, Any]] = {
         "reduction": "sample",
     },
     "centred": {"build": "kdmini.terms.centred:CentredAttention"},
+    "standardised": {"build": "kdmini.terms.standardised:StandardisedAttention"},
+    "pearson": {"build": "kdmini.terms.pearson:PearsonDistillation"},
     "spatial": {"build": "kdmini.terms.spatial:SpatialImitation"},
     "score_weighted": {"build": "kdmini.terms.score_weighted:ScoreWeighted"},
     "gradient_weighted": {"build": "kdmini.terms.gradient_weighted:GradientWeighted"},
     "logits": {"build": "kdmini.terms.logits:LogitDistillation"},
+    "localisation": {"build": "kdmini.terms.localisation:LocalisationDistillation"},
 }
 
 
@@ -107,15 +114,18 @@ def area_under_curve(values: Tensor, positive: Tensor) -> float | None:
 
 
 def maps_of(teacher: Any, scenes: Scenes) -> dict[str, dict[str, Tensor]]:
-    """tap -> "activation" and "gradient": (N, H, W)."""
+    """tap -> kind of map, those of KINDS: (N, H, W)."""
     term = GradientWeighted(teacher)
     parts: dict[str, dict[str, list[Tensor]]] = {}
     for part in batches(scenes):
         feats = feats_of(teacher, TAPS, scenes.images[part])
         weights = term.weights([*feats.values()])
         for (tap, feat), weight in zip(feats.items(), weights, strict=True):
-            kinds = parts.setdefault(tap, {"activation": [], "gradient": []})
+            kinds = parts.setdefault(tap, {kind: [] for kind in KINDS})
+            even = standardise(feat)
             kinds["activation"].append(feat.square().mean(1))
+            kinds["standardised"].append(even.square().mean(1))
+            kinds["standardised, p = 4"].append(even.pow(4).mean(1))
             kinds["gradient"].append(weight)
     return {tap: {kind: torch.cat(x) for kind, x in kinds.items()} for tap, kinds in parts.items()}
 
@@ -309,7 +319,7 @@ def tables(found: dict[str, Any]) -> str:
     """What was measured, for docs/attention.md."""
     taps = []
     for tap, about in found["taps"].items():
-        for kind in ("activation", "gradient"):
+        for kind in KINDS:
             numbers = about[kind]
             shares = (numbers["entropy"], about["area"], numbers["inside"], numbers["auc"])
             taps.append([tap, kind, *(f"{share:.2f}" for share in shares)])
