@@ -3,7 +3,7 @@
 attention_maps.png       where a teacher's activations are, and where its scores depend on them
 attention_distance.png   how far students are from the teacher's maps, and from wrong ones
 attention_gradient.png   how much of a term's gradient is the same for a wrong photograph
-attention_gain.png       what the rows gained, by what pulls at them
+attention_gain.png       what the rows gained
 """
 
 import io
@@ -23,6 +23,7 @@ from kdmini.tools.draw import COLOURS, DPI, SMALL, Axes, Figure, style
 
 OUT = ROOT / "docs/pictures"
 BAR = 0.38  # height of one of a pair
+OF_MAPS = ("attention", "centred", "standardised")  # rows that compare attention maps, in dark
 
 
 def draw(found: Mapping[str, Any], protocol: Protocol, kept: Path) -> None:
@@ -120,7 +121,7 @@ def gain(gains: Mapping[str, Sequence[float]]) -> Figure:
     figure = Figure(figsize=(9, 0.9 + 0.36 * len(gains)), dpi=DPI, layout="constrained")
     axis = figure.subplots()
     for y, (name, values) in enumerate(gains.items()):
-        draw_row(axis, y, values, COLOURS[0] if "attention" in name else COLOURS[4])
+        draw_row(axis, y, values, COLOURS[0] if name in OF_MAPS else COLOURS[4])
     axis.axvline(0, color="#555555", linewidth=0.8)
     axis.set_yticks(range(len(gains)), list(gains))
     axis.set_ylim(len(gains) - 0.5, -0.5)
