@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.attention_pictures import draw
 from bench.protocol import ROOT
-from bench.rows import Protocol, settings_of
+from bench.rows import Protocol, protocol_at, settings_of
 from bench.scene_pictures import in_square
 from bench.students import BACKBONE
 from kdmini import config, engine
@@ -407,7 +407,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = args.runs or Path("runs/evidence") / args.protocol.stem
     try:
-        protocol = config.call(Protocol, config.load(str(args.protocol)), str(args.protocol))
+        protocol = protocol_at(args.protocol)
         if not args.table:
             found = measure(protocol, runs, args.root)
             write_whole(KEPT, json.dumps(found, indent=1) + "\n")

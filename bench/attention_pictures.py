@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.findings import SCORE, read
 from bench.protocol import ROOT
-from bench.rows import Protocol
+from bench.rows import Protocol, gains_of
 from kdmini.files import write_whole
 from kdmini.tools.compare import interval
 from kdmini.tools.draw import COLOURS, DPI, SMALL, Axes, Figure, style
@@ -32,7 +32,7 @@ def draw(found: Mapping[str, Any], protocol: Protocol, kept: Path) -> None:
         "maps": maps(found["examples"], found["taps"]),
         "distance": distance(found["distances"]),
         "gradient": gradient(found["cosines"]),
-        "gain": gain(gains_of(protocol, kept)),
+        "gain": gain(gains_by_row(protocol, kept)),
     }
     for name, figure in pictures.items():
         content = io.BytesIO()
@@ -103,16 +103,15 @@ def gradient(cosines: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-def gains_of(protocol: Protocol, kept: Path) -> dict[str, list[float]]:
+def gains_by_row(protocol: Protocol, kept: Path) -> dict[str, list[float]]:
     """Row -> what each of its runs is above the one that it is compared with, of the same seed."""
     key = SCORE + protocol.score
     results = {name: read(kept, name) for name in protocol.rows}
     gains = {}
-    for name, runs in results.items():
-        against = results[protocol.against(name)]
-        pairs = [(run, against[seed]) for seed, run in runs.items() if seed in against]
-        if protocol.row(name).teacher and pairs:
-            gains[name] = [100 * (run.last[key] - other.last[key]) for run, other in pairs]
+    for name in results:
+        values = gains_of(results, name, protocol.against(name), key)
+        if protocol.row(name).teacher and values:
+            gains[name] = values
     return gains
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 import train
-from bench.rows import Protocol, settings_of
-from kdmini import config, engine, signals
+from bench.rows import protocol_at, settings_of
+from kdmini import engine, signals
 from kdmini.bounds import Count
 from kdmini.contracts import UserError
 from kdmini.typed import argument
@@ -31,12 +31,15 @@ from kdmini.typed import argument
 SEED = 1
 
 
-def norms_of(settings: dict[str, Any]) -> Tensor:
-    """Trains -> the norm of the gradient before each update, (updates,)."""
+def norms_of(settings: dict[str, Any]) -> tuple[Tensor, float]:
+    """Trains -> the norm of the gradient before each update, (updates,), and its bound."""
     norms: list[Tensor] = []
+    bound = 0.0
     clip = engine.clip_gradients
 
     def watched(optimizer: torch.optim.Optimizer, largest: float) -> Tensor:
+        nonlocal bound
+        bound = largest
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         norms.append(torch.nn.utils.get_total_norm(gradients))
@@ -48,7 +51,7 @@ def norms_of(settings: dict[str, Any]) -> Tensor:
             train.train(settings, "", resume=False)
     finally:
         engine.clip_gradients = clip
-    return torch.stack(norms).cpu()
+    return torch.stack(norms).cpu(), bound
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     signals.exit_on_signals()
     runs = args.runs or Path("runs/evidence") / args.protocol.stem
     try:
-        protocol = config.call(Protocol, config.load(str(args.protocol)), str(args.protocol))
+        protocol = protocol_at(args.protocol)
         for name in args.rows:
             if name not in protocol.rows:
                 parser.error(f"no row `{name}`: there are {', '.join(protocol.rows)}")
@@ -74,10 +77,9 @@ def main(argv: list[str] | None = None) -> None:
                 settings["run"] = str(Path(scratch) / "run")
                 settings["train"]["epochs"] = args.epochs
                 settings["train"]["val_every"] = args.epochs
-                norms = norms_of(settings)
-            largest = settings["train"].get("clip", 10.0)
+                norms, bound = norms_of(settings)
             for number, part in enumerate(norms.chunk(args.epochs), 1):
-                share = (part > largest).float().mean().item()
+                share = (part > bound).float().mean().item()
                 print(
                     f"{name}, epoch {number}: {len(part)} updates, {share:.0%} clipped, "
                     f"norm {part.median().item():.1f}",

@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from bench.peer import version, write_yolo
 from kdmini import config
 from kdmini.contracts import UserError
-from kdmini.detection.yolo11.model import YOLO11
 from kdmini.device import pick_device
 from kdmini.optim import Recipe
 from kdmini.sections import Sections, Sets
@@ -164,12 +163,10 @@ def counterpart(ours: Any) -> nn.Module:
 
     classes = len(ours.names)
     branch = ours.model[-1].cv3[0][-1].in_channels
-    usual = YOLO11(ours.names, ours.scale).model[-1].cv3[0][-1].in_channels
-    # its branch is as wide as the number of classes asks for: that of weights cut from more
-    # classes is wider
-    wide = classes if branch == usual else branch
-    theirs = DetectionModel(f"yolo11{ours.scale}.yaml", nc=wide, verbose=False)
-    if wide != classes:
+    theirs = DetectionModel(f"yolo11{ours.scale}.yaml", nc=classes, verbose=False)
+    if theirs.model[-1].cv3[0][-1].in_channels != branch:
+        # of weights cut from more classes; its branch is as wide as their number asks for
+        theirs = DetectionModel(f"yolo11{ours.scale}.yaml", nc=branch, verbose=False)
         head = theirs.model[-1]
         head.nc = classes
         head.no = classes + 4 * head.reg_max

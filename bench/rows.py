@@ -27,7 +27,7 @@ import torch
 
 import train
 from bench.evidence import commit, keep_scores, train_peer
-from bench.findings import SCORE, Result, read
+from bench.findings import SCORE, Results, read
 from bench.measure import machine
 from bench.peer_training import tune
 from bench.protocol import ROOT
@@ -100,6 +100,11 @@ class Protocol:
 
     def against(self, name: str) -> str:
         return self.row(name).against or self.baseline
+
+
+def protocol_at(path: Path) -> Protocol:
+    """Raises UserError."""
+    return config.call(Protocol, config.load(str(path)), str(path))
 
 
 def settings_of(
@@ -204,25 +209,29 @@ def make_together(
 # --- the page
 
 
-def cells_of(protocol: Protocol, name: str, results: dict[str, dict[int, Result]]) -> list[str]:
+def cells_of(protocol: Protocol, name: str, results: Results) -> list[str]:
     """A line of the table."""
     key = SCORE + protocol.score
     runs = results[name]
     scores = [100 * run.last[key] for run in runs.values()]
-
-    def gains_over(other: str) -> list[float]:
-        """Seed by seed."""
-        shared = [seed for seed in runs if seed in results[other]] if other != name else []
-        return [100 * (runs[seed].last[key] - results[other][seed].last[key]) for seed in shared]
-
     against = protocol.against(name)
-    gains = gains_over(against)
+    gains = gains_of(results, name, against, key)
     speed = f"{statistics.median(run.speed for run in runs.values()):.0f}" if runs else ""
     compared = "" if name == against else against
     cells = [name, spread(scores, ".2f"), compared, shown(gains), verdict(interval(gains)), speed]
     if protocol.rival:  # not of rows with another recipe, which have a baseline of their own
-        cells.append(shown(gains_over(protocol.rival)) if against == protocol.baseline else "")
+        beyond = gains_of(results, name, protocol.rival, key)
+        cells.append(shown(beyond) if against == protocol.baseline else "")
     return cells
+
+
+def gains_of(results: Results, name: str, other: str, key: str) -> list[float]:
+    """What the runs of a row are above those of another, in points, seed by seed."""
+    if name == other:
+        return []
+    runs = results[name]
+    shared = [seed for seed in runs if seed in results[other]]
+    return [100 * (runs[seed].last[key] - results[other][seed].last[key]) for seed in shared]
 
 
 def shown(gains: Sequence[float]) -> str:
@@ -271,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     kept = (ROOT / args.protocol).with_suffix("")
     runs = args.runs or Path("runs/evidence") / kept.name
     try:
-        protocol = config.call(Protocol, config.load(str(args.protocol)), str(args.protocol))
+        protocol = protocol_at(args.protocol)
         for name in args.rows:
             if name not in protocol.rows:
                 parser.error(f"no row `{name}`: there are {', '.join(protocol.rows)}")

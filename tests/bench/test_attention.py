@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from bench import attention
-from bench.attention_pictures import gains_of
-from bench.rows import Protocol
-from kdmini import config
+from bench.attention_pictures import gains_by_row
+from bench.rows import protocol_at
 from kdmini.contracts import View
 from kdmini.data.layout import Frame
 from kdmini.tools.scenes import Scenes
@@ -73,8 +72,8 @@ def test_the_page_is_made_of_what_is_kept() -> None:
 
 def test_gains_are_those_of_the_records() -> None:
     path = ROOT / "bench/evidence/head.yaml"
-    protocol = config.call(Protocol, config.load(str(path)), path.name)
-    gains = gains_of(protocol, path.with_suffix(""))
+    protocol = protocol_at(path)
+    gains = gains_by_row(protocol, path.with_suffix(""))
     assert gains
     page = path.with_suffix(".md").read_text()
     for name, values in gains.items():

@@ -76,7 +76,7 @@ def test_processes_share_the_rows(
 def new_head(name: str) -> tuple[rows.Protocol, dict[str, dict[int, Result]]]:
     """A protocol of a head that begins anew, and what its rows gave."""
     path = ROOT / f"bench/evidence/{name}.yaml"
-    protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+    protocol = rows.protocol_at(path)
     return protocol, {row: read(path.with_suffix(""), row) for row in protocol.rows}
 
 
@@ -88,9 +88,8 @@ def test_voc_best_has_what_gains_most_for_sure() -> None:
     for row in protocol.rows:
         if protocol.against(row) != protocol.baseline or protocol.row(row).ultralytics:
             continue
-        pairs = [(run, results["alone"].get(seed)) for seed, run in results[row].items()]
-        ends = interval([run.last[key] - other.last[key] for run, other in pairs if other])
-        if row != protocol.baseline and ends:
+        ends = interval(rows.gains_of(results, row, protocol.baseline, key))
+        if ends:
             lower[row] = ends[0]
     winner = max(lower, key=lambda row: lower[row])
     settings = rows.settings_of(protocol, winner, 1, Path("runs"), None)
@@ -115,8 +114,8 @@ def test_the_document_of_the_evidence_has_the_gains_of_the_records() -> None:
             if not cell:
                 assert not known, line
                 continue
-            other = results[protocol.against(known[0])]
-            pairs = len([seed for seed in results[known[0]] if seed in other])
+            other = protocol.against(known[0])
+            pairs = len(rows.gains_of(results, known[0], other, "score/AP50-95"))
             gain = rows.cells_of(protocol, known[0], results)[3]
             assert cell == f"{gain}, n={pairs}", line
 
@@ -144,7 +143,7 @@ def protocols() -> list[Path]:
 
 @pytest.mark.parametrize("path", protocols(), ids=lambda path: path.stem)
 def test_the_protocols_that_are_kept_can_be_run(path: Path) -> None:
-    protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+    protocol = rows.protocol_at(path)
     for name in protocol.rows:
         settings = rows.settings_of(protocol, name, 0, Path("runs"), None)
         teacher = protocol.row(name).teacher
@@ -159,7 +158,7 @@ def test_the_protocols_that_are_kept_can_be_run(path: Path) -> None:
 @pytest.mark.parametrize("path", protocols(), ids=lambda path: path.stem)
 def test_the_page_of_a_protocol_is_made_of_its_records_alone(path: Path) -> None:
     kept = path.with_suffix("")
-    protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+    protocol = rows.protocol_at(path)
     page = rows.page_of(protocol, path.relative_to(ROOT), kept)
     assert page == kept.with_suffix(".md").read_text()
     runs = {f"{name}-{seed}" for name in protocol.rows for seed in protocol.seeds_of(name)}
@@ -170,7 +169,7 @@ def test_the_page_of_a_protocol_is_made_of_its_records_alone(path: Path) -> None
 def test_a_record_has_the_config_of_its_row(path: Path) -> None:
     """So no run was made of a row that has been changed since."""
     kept = path.with_suffix("")
-    protocol = config.call(rows.Protocol, config.load(str(path)), path.name)
+    protocol = rows.protocol_at(path)
     for folder in kept.iterdir():
         name, _, seed = folder.name.rpartition("-")
         runs = Path("runs/evidence") / kept.name
